@@ -1,0 +1,117 @@
+"""What a person sees of a running stage: a console line now and then, and TensorBoard with tokens on its x-axis."""
+
+import math
+import time
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
+
+from distill_pl.errors import InputError
+from distill_pl.stages import Stage
+from distill_pl.tokens import short
+
+SECONDS_BETWEEN_LINES = 10
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Print a line, once over all ranks, at once."""
+    print(text, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """1:02:03, or 2:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def perplexity(cross_entropy: float) -> float:
+    """Of a cross-entropy in nats a token; infinite beyond what a float holds."""
+    return math.exp(cross_entropy) if cross_entropy < 700 else math.inf
+
+
+class Monitor(Callback):
+    """Reports a stage, and checks at its first validation that it starts from where the one before it ended.
+
+    Args:
+        tokens_before: tokens that earlier stages consumed: where this stage begins on TensorBoard's x-axis.
+        tokens_per_step: of one optimiser step, over all ranks.
+        expected_ce: cross-entropy in nats a token that the student must have on the held-out text at step 0: what the last
+            stage ended with, "teacher" for an exact copy of it; None where nothing is known.
+    """
+
+    def __init__(self, tokens_before: int, tokens_per_step: int, expected_ce: float | str | None):
+        self.tokens_before, self.tokens_per_step, self.expected_ce = tokens_before, tokens_per_step, expected_ce
+
+    def on_train_start(self, trainer: L.Trainer, stage: Stage) -> None:
+        """Start the clocks."""
+        self.first_step = self.logged_step = trainer.global_step
+        self.began = self.logged_at = time.monotonic()
+        self.spoke_at = -math.inf
+
+    def on_train_batch_end(self, trainer: L.Trainer, stage: Stage, outputs, batch, batch_idx: int) -> None:
+        """Write to TensorBoard every `trainer.log_every_n_steps` steps, to the console every few seconds."""
+        step, steps, now = trainer.global_step, trainer.max_steps, time.monotonic()
+        if step == self.first_step + 1:  # the first step also compiles and allocates: it says nothing about speed
+            self.logged_step, self.logged_at = step, now
+            self.began = now
+        last = step == steps
+        if step % trainer.log_every_n_steps == 0 or last:
+            loss = outputs["loss"].item()
+            scalars = {"train/loss": loss, "train/lr": trainer.optimizers[0].param_groups[0]["lr"]}
+            scalars |= {"train/grad_norm": stage.grad_norm.item()}
+            scalars |= dict(zip(stage.part_names, stage.parts.tolist(), strict=True))
+            if step > self.logged_step:
+                scalars["train/tokens_per_second"] = self.speed(step - self.logged_step, now - self.logged_at)
+            self.logged_step, self.logged_at = step, now
+            self.write(trainer, scalars)
+        if now - self.spoke_at >= SECONDS_BETWEEN_LINES or last:
+            self.spoke_at = now
+            line = f"{stage.name}  step {step:,}/{steps:,} ({step / steps:.0%})  loss {outputs['loss'].item():.4f}"
+            if step > self.first_step + 1:
+                speed = self.speed(step - self.first_step - 1, now - self.began)
+                left = (steps - step) * self.tokens_per_step / speed
+                line += f"  {short(speed)} tokens/s  {duration(left)} left"
+            say(line)
+
+    def speed(self, steps: int, seconds: float) -> float:
+        """Tokens a second over all ranks."""
+        return steps * self.tokens_per_step / max(seconds, 1e-9)
+
+    def on_validation_start(self, trainer: L.Trainer, stage: Stage) -> None:
+        """Stop the clocks: tokens/s is of training."""
+        self.paused_at = time.monotonic()
+
+    def write(self, trainer: L.Trainer, scalars: dict[str, float]) -> None:
+        """At the number of tokens consumed since the run began."""
+        trainer.logger.log_metrics(scalars, step=self.tokens_before + trainer.global_step * self.tokens_per_step)
+
+    def on_validation_end(self, trainer: L.Trainer, stage: Stage) -> None:
+        """Report held-out loss and perplexities; at step 0, compare with what was expected."""
+        if trainer.training and not trainer.sanity_checking:
+            paused = time.monotonic() - self.paused_at
+            self.began, self.logged_at = self.began + paused, self.logged_at + paused
+        found = stage.validation
+        teacher, student = perplexity(found["teacher_ce"]), perplexity(found["student_ce"])
+        self.write(trainer, {"validation/loss": found["loss"], "validation/teacher_perplexity": teacher,
+                           "validation/student_perplexity": student})  # fmt: skip
+        say(
+            f"{stage.name}  step {trainer.global_step:,}/{trainer.max_steps:,} held-out: loss {found['loss']:.4f}  "
+            f"perplexity {student:.4g} (teacher {teacher:.4g})"
+        )
+        if trainer.sanity_checking:
+            self.check_start(stage)
+
+    def check_start(self, stage: Stage) -> None:
+        """Raise InputError unless the student starts as the stage before left it."""
+        found = stage.validation["student_ce"]
+        if not math.isfinite(found):
+            raise InputError(f"{stage.name}: the student's held-out loss is {found} before the first step")
+        expected = stage.validation["teacher_ce"] if self.expected_ce == "teacher" else self.expected_ce
+        if expected is not None and abs(found - expected) > 0.01 * max(1.0, abs(expected)):
+            raise InputError(
+                f"{stage.name}: the student starts at {found:.4f} nats a token, expected {expected:.4f}: the weights it "
+                "should start from did not arrive; delete this run's stage folders from here on and run again"
+            )

@@ -1,0 +1,116 @@
+"""`distill-pl`: the command line. Parses, delegates, prints; every default is in a signature, every help text a docstring."""
+
+import difflib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # its own warning about forks is noise here: nothing forks
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from distill_pl.chain import fit
+from distill_pl.data.datamodule import ChunkDataModule
+from distill_pl.errors import Diverged, InputError
+from distill_pl.evaluate import evaluate, generate
+from distill_pl.stages import STAGES
+from distill_pl.student.factory import StudentFactory
+from distill_pl.tokens import Tokens
+
+BASE = Path(__file__).parent.parent / "configs" / "base.yaml"  # under every experiment, where there is a checkout
+TRAINER_KEYS = {
+    "accelerator", "devices", "num_nodes", "strategy", "precision", "log_every_n_steps", "limit_val_batches",
+    "deterministic", "benchmark", "detect_anomaly", "profiler", "sync_batchnorm",
+}  # fmt: skip
+
+
+class DistillCLI(LightningCLI):
+    """LightningCLI with one slot for each stage instead of one model, and commands that need no Trainer."""
+
+    def __init__(self, args: Sequence[str] | None = None):
+        super().__init__(
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={"prog": "distill-pl", "description": sys.modules["distill_pl"].__doc__, "exit_on_error": False},
+            args=args,
+        )
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs) -> None:
+        self._subcommand_parsers = {}
+        self.commands: dict[str, Callable] = {"fit": fit, "evaluate": evaluate, "generate": generate}
+        subcommands = parser.add_subcommands()
+        for name, command in self.commands.items():
+            summary = inspect.getdoc(command).splitlines()[0]
+            own: ArgumentParser
+            if command is fit:
+                own = self.init_parser(description=summary, exit_on_error=False, default_config_files=[str(BASE)])
+                self._add_arguments(own)
+            else:
+                own = LightningArgumentParser(description=summary, exit_on_error=False)
+                own.add_function_arguments(command, as_positional=True)
+            self._subcommand_parsers[name] = own
+            subcommands.add_subcommand(name, own, help=summary)
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The keys of the run itself."""
+        parser.add_argument("--out", type=str, required=True, help="run folder; the same command resumes what is in it")
+        parser.add_argument("--teacher", type=str, required=True, help="hub id or folder of a Llama-like model")
+        parser.add_argument("--tokens", type=Tokens, default=Tokens("1B"), help="budget of all stages, e.g. 80M, 1B")
+        parser.add_argument("--seed", type=int, default=0, help="of the student's new weights")
+        parser.add_argument("--checkpoint_every", type=Tokens, default=Tokens("20M"), help="tokens between checkpoints")
+        parser.add_argument("--validate_every", type=Tokens, default=Tokens("20M"), help="tokens between validations")
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """One group for each part of a run."""
+        parser.add_class_arguments(StudentFactory, "student", instantiate=False)
+        for name, stage in STAGES.items():
+            parser.add_class_arguments(stage, name, skip={"student", "teacher"}, instantiate=False)
+        parser.add_class_arguments(ChunkDataModule, "data", instantiate=False)
+        ours = set(inspect.signature(Trainer).parameters) - TRAINER_KEYS
+        parser.add_class_arguments(Trainer, "trainer", skip=ours, instantiate=False, fail_untyped=False)
+
+    def _set_seed(self) -> None:
+        """Nothing global is random: whatever needs a seed is given `seed`."""
+
+    def instantiate_classes(self) -> None:
+        """Left to the commands: a stage is made when the one before it is done."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        config = self.config[subcommand]
+        command = self.commands[subcommand]
+        if command is fit:
+            for where_from in ("config", "__default_config__"):
+                config.pop(where_from, None)
+            fit(config)
+        else:
+            command(**config.as_dict())
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point: bad input is one line and exit code 2."""
+    try:
+        DistillCLI(args)
+    except ArgumentError as error:
+        sys.exit(_refuse(_readable(str(error)), InputError.exit_code))
+    except (InputError, Diverged) as error:
+        sys.exit(_refuse(str(error), error.exit_code))
+
+
+def _refuse(text: str, code: int) -> int:
+    print(f"distill-pl: {text}", file=sys.stderr)
+    return code
+
+
+def _readable(message: str) -> str:
+    """jsonargparse's complaint in one line, with the nearest key where one was misspelt."""
+    return " ".join(message.split())
+
+
+if __name__ == "__main__":
+    main()

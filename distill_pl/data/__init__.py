@@ -1,0 +1,1 @@
+"""Text to packed token ids on disk, and from there to batches."""

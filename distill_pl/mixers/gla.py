@@ -1,0 +1,50 @@
+"""Gated linear attention (Yang et al., 2024): a decay per key channel, from the token itself.
+
+g = logsigmoid(W2 W1 x + b) / 16;  after A v: RMSNorm per head, times silu(W_g x), o_proj.
+"""
+
+import math
+
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid, silu
+from transformers import initialization
+
+from distill_pl.mixers.mixer import RMSNorm, SequenceMixer
+from distill_pl.ops import channel_decay
+
+TEMPERATURE = 16  # of the gate's logsigmoid: the original's, so that a moderate bias already forgets slowly
+RANK = 16  # of the gate's projection
+
+
+class GLA(SequenceMixer):
+    """GLA with as many key channels as the teacher's heads have, so that q, k, v and o can be copied whole."""
+
+    op = channel_decay
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        width = self.heads * self.head_dim
+        self.decay_proj = nn.Sequential(nn.Linear(config.hidden_size, RANK, bias=False), nn.Linear(RANK, width))
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def start(self, config) -> None:
+        """The bias at which a fresh gate retains `config.retention` of the state a token (section 3.1)."""
+        keep = config.retention**TEMPERATURE
+        initialization.constant_(self.decay_proj[1].bias, math.log(keep / (1 - keep)))
+
+    def log_decay(self, hidden: Tensor) -> Tensor:
+        """g <= 0, [B, T, H, K] in fp32."""
+        return logsigmoid(self.decay_proj(hidden).float()).unflatten(-1, (self.heads, -1)) / TEMPERATURE
+
+    def inputs(self, hidden, position, mask, state):
+        """q, k, v without RoPE, g; a padded key is zero."""
+        q, k, v = self.qkv(hidden)
+        if mask is not None:
+            k = k * mask[:, :, None, None]
+        k, v = self.repeat_kv(k), self.repeat_kv(v)
+        return {"q": q, "k": k, "v": v, "g": self.log_decay(hidden), "scale": self.scale, "backend": self.backend}
+
+    def output(self, mixed, hidden):
+        """Head norm, swish gate, o_proj."""
+        return self.o_proj(self.norm(mixed).flatten(2) * silu(self.gate_proj(hidden)))

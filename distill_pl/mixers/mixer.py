@@ -1,0 +1,114 @@
+"""The contract of a mixer: the projections around one op, standing where a Transformer layer has its attention.
+
+A mixer owns everything about attention that has weights: the projections before the op and, after A v, head norm, gate and
+output projection. It is called as transformers' decoder layers call their `self_attn`, so the layer around it is the
+teacher's own code.
+"""
+
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm
+
+from distill_pl.student.cache import MixerState
+
+Position = tuple[Tensor, Tensor]  # cos and sin of RoPE, [B, T, K]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, computed in fp32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., size] -> [..., size], in the dtype of x."""
+        return rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+def rotate(x: Tensor, position: Position) -> Tensor:
+    """RoPE as in Llama: x [B, T, H, K], position (cos, sin) [B, T, K]."""
+    cos, sin = (p.unsqueeze(2).to(x.dtype) for p in position)
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-right, left], dim=-1) * sin
+
+
+class SequenceMixer(nn.Module):
+    """Base of all mixers: q, k, v and o projections in the shape of the teacher's heads, around `op`.
+
+    A subclass names its `op`, says in `copies` which of q, k, v, o it takes from a teacher (Table 1), adds what weights it
+    needs in `__init__` and `start` and implements `inputs` and, where more than o_proj follows A v, `output`.
+    """
+
+    op: ClassVar[ModuleType]
+    copies: ClassVar[tuple[str, ...]] = ("q", "k", "v", "o")
+    kv_heads: ClassVar[str] = "expanded"  # default of student.kv_heads
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.scale = self.head_dim**-0.5
+        self.backend = config.backend
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        query, key = self.heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(hidden, query, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(hidden, key, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(hidden, key, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(query, hidden, bias=config.o_bias)
+        self.q_norm = RMSNorm(self.head_dim, eps) if config.qk_norm else nn.Identity()  # Qwen3 has these
+        self.k_norm = RMSNorm(self.head_dim, eps) if config.qk_norm else nn.Identity()
+
+    def start(self, config) -> None:
+        """Set the start values that are this mixer's own (section 3.1: decay gates). Linears are already random."""
+
+    def inputs(self, hidden: Tensor, position: Position, mask: Tensor | None, state: MixerState | None) -> dict[str, Any]:
+        """The op's keyword arguments, v among them; tensors [B, T, heads, ...].
+
+        hidden [B, T, D] (after the layer's norm); mask bool [B, T], False where padded: such a token must leave no trace
+        in what follows; state: this layer's memory while generating, for mixers that keep more than the op's state.
+        """
+        raise NotImplementedError
+
+    def output(self, mixed: Tensor, hidden: Tensor) -> Tensor:
+        """What follows A v. mixed [B, T, H, V], hidden [B, T, D] -> [B, T, D]."""
+        return self.o_proj(mixed.flatten(2))
+
+    def qkv(self, hidden: Tensor, position: Position | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, T, H, K], k and v [B, T, kv_heads, K] as the teacher makes them, rotated where a position is given."""
+        q, k, v = (proj(hidden).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = self.q_norm(q), self.k_norm(k)
+        return (q, k, v) if position is None else (rotate(q, position), rotate(k, position), v)
+
+    def repeat_kv(self, x: Tensor) -> Tensor:
+        """[B, T, kv_heads, X] -> [B, T, H, X]: each kv head serves consecutive query heads, as in the teacher."""
+        return x.repeat_interleave(self.heads // x.shape[2], dim=2)
+
+    def matrix(self, hidden: Tensor, position: Position) -> Tensor:
+        """The mixing matrix A [B, H, T, T] of Eq. 7."""
+        inputs = self.inputs(hidden, position, None, None)
+        return self.op.matrix(**{name: x for name, x in inputs.items() if name != "v"})
+
+    def forward(self, hidden_states: Tensor, position_embeddings: Position, attention_mask: Tensor | None = None,
+                past_key_values=None, **unused) -> tuple[Tensor, None]:  # fmt: skip
+        """[B, T, D] -> [B, T, D], None: the signature of a transformers attention module.
+
+        attention_mask bool [B, T]; past_key_values a StudentCache, read and updated.
+        """
+        memory = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        inputs = self.inputs(hidden_states, position_embeddings, attention_mask, memory)
+        if memory is None:
+            mixed, _ = self.op.mix(**inputs)
+        elif hidden_states.shape[1] == 1:
+            inputs = {name: x[:, 0] if isinstance(x, Tensor) else x for name, x in inputs.items()}
+            mixed, state = self.op.step(**inputs, state=memory.op)
+            mixed = mixed[:, None]
+            memory.update(state, tokens=1)
+        else:
+            mixed, state = self.op.mix(**inputs, state=memory.op)
+            memory.update(state, tokens=hidden_states.shape[1])
+        return self.output(mixed, hidden_states), None

@@ -1,0 +1,16 @@
+"""Softmax attention (paper, Eq. 1): the Llama-Llama control. Everything copied, it is its teacher."""
+
+from distill_pl.mixers.mixer import SequenceMixer
+from distill_pl.ops import softmax
+
+
+class Softmax(SequenceMixer):
+    """The teacher's attention, position by RoPE, as one more mixer."""
+
+    op = softmax
+    kv_heads = "grouped"
+
+    def inputs(self, hidden, position, mask, state):
+        """q, k (rotated), v and the padding as the op's key mask."""
+        q, k, v = self.qkv(hidden, position)
+        return {"q": q, "k": k, "v": v, "scale": self.scale, "key_mask": mask}

@@ -1,0 +1,80 @@
+"""Linear attention that forgets per key channel: GLA, and by other gates HGRN2 and MetaLA.
+
+    S_t = diag(e^{g_t}) S_{t-1} + k_t v_t^T         y_t = scale * S_t^T q_t
+    A_ij = scale * sum_c q_ic k_jc e^{G_ic - G_jc}  with G the cumulative sum of the log decay g <= 0
+
+The textbook factorisation (q e^G)(k e^-G)^T overflows fp32 within a few hundred tokens. Splitting the triangle in two,
+again and again, cannot: between a left and a right half, G is measured from the border, and no exponent is positive.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from distill_pl.ops import Backend, promoted, use_fla
+
+CHUNK = 64  # tokens mixed through their matrix; chunks exchange only the K x V state
+
+
+def _triangle(q: Tensor, k: Tensor, g: Tensor) -> Tensor:
+    """A without its scale, by binary splitting. q, k, g [..., T, K], T a power of two -> [..., T, T]."""
+    blocks = (q * k).sum(-1)[..., None, None]  # [..., T, 1, 1]: the diagonal, where nothing has decayed
+    while (size := blocks.shape[-1]) < q.shape[-2]:
+        halves = (x.unflatten(-2, (-1, 2, size)).unbind(-3) for x in (q, k, g))  # each [..., T / 2 size, size, K]
+        (_, q_right), (k_left, _), (g_left, g_right) = halves
+        until_border = g_left.flip(-2).cumsum(-2).flip(-2) - g_left
+        lower = (q_right * g_right.cumsum(-2).exp()) @ (k_left * until_border.exp()).mT
+        top = torch.cat([blocks[..., 0::2, :, :], torch.zeros_like(lower)], -1)
+        blocks = torch.cat([top, torch.cat([lower, blocks[..., 1::2, :, :]], -1)], -2)
+    return blocks.squeeze(-3)
+
+
+def _heads_first(length: int, *tensors: Tensor) -> list[Tensor]:
+    """[B, T, H, X] -> [B, H, length, X] in fp32, zeros after T: a token with k = 0 and g = 0 changes nothing."""
+    return [pad(x.transpose(1, 2), (0, 0, 0, length - x.shape[1])) for x in promoted(*tensors)]
+
+
+def matrix(q: Tensor, k: Tensor, g: Tensor, scale: float, backend: Backend = "auto") -> Tensor:
+    """q, k and log decay g [B, T, H, K] -> A [B, H, T, T], fp32; O(T K log T) exponentials."""
+    length = q.shape[1]
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, g = _heads_first(1 << (length - 1).bit_length(), q, k, g)
+        return _triangle(q, k, g)[..., :length, :length] * scale
+
+
+def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, backend: Backend = "auto",
+        state: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """q, k, g [B, T, H, K], v [B, T, H, V], state [B, H, K, V] fp32 -> y [B, T, H, V], state."""
+    if use_fla(backend, q.device):
+        from fla.ops.gla import chunk_gla
+
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        return chunk_gla(q, k, v, g.float(), scale=scale, initial_state=state, output_final_state=True)
+
+    length, dtype = q.shape[1], v.dtype
+    size = min(CHUNK, 1 << (length - 1).bit_length())
+    with torch.autocast(q.device.type, enabled=False):
+        padded = _heads_first(-(-length // size) * size, q, k, v, g)
+        q, k, v, g = (x.unflatten(2, (-1, size)) for x in padded)  # [B, H, chunks, size, K or V]
+        decay = g.cumsum(-2)
+        total = decay[..., -1:, :]
+        added = (k * (total - decay).exp()).mT @ v  # [B, H, chunks, K, V]: what a chunk leaves behind
+        if state is None:
+            state = added.new_zeros(added[:, :, 0].shape)
+        before = []
+        for chunk in range(q.shape[2]):
+            before.append(state)
+            state = total[:, :, chunk].exp().mT * state + added[:, :, chunk]
+        y = _triangle(q, k, g) @ v + (q * decay.exp()) @ torch.stack(before, 2)
+        return (y.flatten(2, 3)[:, :, :length] * scale).transpose(1, 2).to(dtype), state
+
+
+def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, backend: Backend = "auto",
+         state: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """q, k, g [B, H, K], v [B, H, V], state [B, H, K, V] fp32 -> y [B, H, V], state: the recurrence itself."""
+    dtype = v.dtype
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, v, g = promoted(q, k, v, g)
+        added = k[..., :, None] * v[..., None, :]
+        state = added if state is None else g.exp()[..., None] * state + added
+        return (torch.einsum("bhk,bhkv->bhv", q, state) * scale).to(dtype), state

@@ -1,0 +1,154 @@
+"""The run folder: the only state of a run. What is in it says what is done, begun, or yet to do.
+
+    out/config.yaml
+    out/1_matrix_mixing/   last.ckpt while it runs; student.safetensors when it is done
+    out/2_hidden_align/    ...
+    out/3_kd/              ...
+    out/student/           the Hugging Face folder
+
+Every file is written aside and renamed, so a kill at any moment leaves the old one or the new one, whole.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from jsonargparse import Namespace
+from lightning.fabric.plugins import TorchCheckpointIO
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model, save_model
+
+from distill_pl.errors import InputError
+from distill_pl.student.modeling import Student
+from distill_pl.tokens import Tokens
+
+# keys that may differ between a run's start and its resumption: they change where and how visibly it runs, not its result
+FREE = {"out", "data.cache", "student.backend", "checkpoint_every", "validate_every"}
+BOUND_TRAINER_KEYS = {"trainer.precision", "trainer.limit_val_batches"}
+
+
+class Leg(NamedTuple):
+    """One stage of a run: where it lives, and which chunks it consumes."""
+
+    name: str
+    folder: Path
+    first: int  # chunk
+    steps: int
+
+    @property
+    def weights(self) -> Path:
+        """The student as this stage left it; there when the stage is done."""
+        return self.folder / "student.safetensors"
+
+    @property
+    def checkpoint(self) -> Path:
+        """Lightning's checkpoint, there while the stage runs."""
+        return self.folder / "last.ckpt"
+
+
+def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a file next to `path`, then put it in its place. Raises InputError where the disk refuses."""
+    aside = path.with_name(path.name + ".new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(aside)
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+        aside.unlink(missing_ok=True)
+        raise InputError(
+            f"cannot write {path} ({str(error).splitlines()[0]}): free some space or permit it; "
+            "what was there before is intact, run the same command again to go on"
+        ) from error
+
+
+class AsideCheckpointIO(TorchCheckpointIO):
+    """Lightning's own writes through the system's temporary folder, from where a move can be cut short."""
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
+        """Write the checkpoint aside, then rename it."""
+        write_aside(Path(path), lambda aside: torch.save(checkpoint, aside))
+
+
+def plain(config: Namespace | dict) -> dict[str, Any]:
+    """A configuration as nested dicts of what YAML can hold; it reads back as `--config`."""
+    items = config.as_dict() if isinstance(config, Namespace) else config
+    return {key: plain(value) if isinstance(value, dict) else str(value) if isinstance(value, Tokens | Path) else value
+            for key, value in items.items()}  # fmt: skip
+
+
+def flat(config: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in config.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves
+
+
+def check_run_folder(config: Namespace) -> None:
+    """Raise InputError unless `out` is new or belongs to this very configuration, and can be written to."""
+    out = Path(config.out)
+    home = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not home.is_dir() or not os.access(home, os.W_OK):
+        raise InputError(f"out {str(out)!r} cannot be written: {home} is no folder or not permitted; choose another out")
+    saved = out / "config.yaml"
+    if not saved.is_file():
+        if out.exists() and any(out.iterdir()):
+            raise InputError(f"out {str(out)!r} exists and is no run folder (no config.yaml in it): choose another out")
+        return
+    before, now = flat(yaml.safe_load(saved.read_text())), flat(plain(config))
+    differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    bound = [key for key in differing if key in BOUND_TRAINER_KEYS or not key.startswith(("trainer.", *FREE))]
+    if bound:
+        changes = ", ".join(f"{key} {before.get(key)} -> {now.get(key)}" for key in bound)
+        raise InputError(f"out {str(out)!r} belongs to another configuration ({changes}): undo that, or choose another out")
+
+
+def write_config(config: Namespace) -> None:
+    """Record the whole configuration, every default included."""
+    text = yaml.safe_dump(plain(config), sort_keys=False)
+    write_aside(Path(config.out) / "config.yaml", lambda aside: aside.write_text(text))
+
+
+def read_config(out: Path) -> dict[str, Any]:
+    """The configuration a run was made with, nested."""
+    return yaml.safe_load((out / "config.yaml").read_text())
+
+
+def check_leg(leg: Leg) -> None:
+    """Raise InputError, naming the file and what to delete, where weights or checkpoint were cut short."""
+    if leg.weights.is_file():
+        read_metrics(leg)
+    elif leg.checkpoint.is_file():
+        try:
+            torch.load(leg.checkpoint, mmap=True, weights_only=True, map_location="cpu")
+        except Exception as error:  # pickle, zip and torch each have their own for a file cut short
+            raise InputError(f"{leg.checkpoint} is damaged: delete it, and {leg.name} starts over") from error
+
+
+def save_student(student: Student, leg: Leg, metrics: dict[str, float]) -> None:
+    """The student as a finished stage leaves it, with its held-out losses in nats a token; then drop the checkpoint."""
+    note = {"metrics": json.dumps(metrics)}
+    write_aside(leg.weights, lambda aside: save_model(student, str(aside), metadata=note))
+    leg.checkpoint.unlink(missing_ok=True)
+
+
+def read_metrics(leg: Leg) -> dict[str, float]:
+    """The held-out losses that a finished stage ended with. Raises InputError for a damaged file."""
+    try:
+        with safe_open(leg.weights, framework="pt") as file:
+            return json.loads(file.metadata()["metrics"])
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{leg.weights} is damaged ({error}): delete {leg.folder} and the stage folders after it, then run again"
+        ) from error
+
+
+def load_student(student: Student, leg: Leg) -> None:
+    """The weights that a finished stage left, every tensor of them."""
+    load_model(student, str(leg.weights), strict=True)

@@ -1,0 +1,108 @@
+"""Stage 1, matrix mixing (paper, section 3.1, Eq. 7): each mixing matrix is pulled to the teacher's attention matrix."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from distill_pl.losses import matrix_distance
+from distill_pl.mixers import SequenceMixer
+from distill_pl.ops import softmax
+from distill_pl.optim import warmup_stable_decay
+from distill_pl.stages.stage import Stage
+from distill_pl.teacher import Layer
+
+
+class MatrixMixingStage(Stage):
+    """Student layer l sees the teacher's input of layer l; only what its mixing matrix depends on trains.
+
+    Args:
+        decay: share of the steps, at the end, in which the learning rate falls.
+        estimator: `exact` builds both T x T matrices, one sequence of the batch at a time; `probe` never does: for random
+            signs z, E |(A_t - A_s) z|^2 = |A_t - A_s|_F^2, and both products are one fast pass.
+        norm: `frobenius`, the norm itself, or `mse`, the mean squared error over the matrix (Appendix B).
+        probes: columns of z; more estimate better.
+    """
+
+    name = "matrix_mixing"
+
+    def __init__(
+        self,
+        student,
+        teacher,
+        *,
+        lr: float = 2e-4,
+        decay: float = 0.1,
+        estimator: Literal["exact", "probe"] = "probe",
+        norm: Literal["frobenius", "mse"] = "frobenius",
+        probes: int = 64,
+        **kwargs,
+    ):
+        super().__init__(student, teacher, lr=lr, **kwargs)
+        self.decay, self.estimator, self.norm, self.probes = decay, estimator, norm, probes
+
+    def trained(self) -> list[torch.nn.Parameter]:
+        """What the mixing matrices depend on."""
+        return [parameter for mixer in self.student.mixers for parameter in mixing_parameters(mixer)]
+
+    @property
+    def part_names(self) -> list[str]:
+        """One a layer."""
+        return self.layer_names()
+
+    def share_of_lr(self, step: int, steps: int) -> float:
+        """Warm-up, stable, decay (section 4.3)."""
+        return warmup_stable_decay(step, steps, self.warmup, self.decay)
+
+    def losses(self, tokens: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Mean over layers of Eq. 7's distances."""
+        distances = []
+        for student_layer, layer in zip(self.student.model.layers, self.teacher.layers(tokens), strict=True):
+            hidden = student_layer.input_layernorm(layer.input)
+            if self.estimator == "exact":
+                squared = squared_distance(student_layer.self_attn, hidden, layer)
+            else:
+                generator = torch.Generator().manual_seed(seed)
+                signs = torch.randint(0, 2, (1, tokens.shape[1], 1, self.probes), generator=generator) * 2 - 1
+                squared = probed_distance(student_layer.self_attn, hidden, layer, signs.to(hidden))
+            distances.append(matrix_distance(squared, tokens.shape[1], self.norm))
+        parts = torch.stack(distances)
+        return parts.mean(), parts.detach()
+
+
+def squared_distance(mixer: SequenceMixer, hidden: Tensor, layer: Layer) -> Tensor:
+    """|A_teacher - A_student|_F^2, [B, H], both matrices built for one sequence at a time, in the backward pass again."""
+    position = layer.position
+
+    def one(hidden: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        difference = softmax.matrix(query, key, layer.scale) - mixer.matrix(hidden, position)
+        return difference.square().sum((-2, -1))
+
+    rows = zip(hidden.split(1), layer.query.split(1), layer.key.split(1), strict=True)
+    return torch.cat([checkpoint(one, *row, use_reentrant=False, preserve_rng_state=False) for row in rows])
+
+
+def probed_distance(mixer: SequenceMixer, hidden: Tensor, layer: Layer, signs: Tensor) -> Tensor:
+    """An unbiased estimate of |A_teacher - A_student|_F^2, [B, H], from probes signs [1, T, 1, P] of +1 and -1."""
+
+    def values(like: Tensor) -> Tensor:
+        return signs.expand(*like.shape[:3], -1)  # the same probe for every sequence and head
+
+    inputs = mixer.inputs(hidden, layer.position, None, None)
+    student, _ = mixer.op.mix(**inputs | {"v": values(inputs["v"])})
+    teacher, _ = softmax.mix(layer.query, layer.key, values(layer.key).to(layer.query), layer.scale)
+    return (teacher.float() - student.float()).square().sum(1).mean(-1)
+
+
+def mixing_parameters(mixer: SequenceMixer) -> list[torch.nn.Parameter]:
+    """The parameters that A depends on, found by asking: those that a matrix of four tokens has a gradient for."""
+    parameters = list(mixer.requires_grad_(True).parameters())
+    device = parameters[0].device
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 4, mixer.q_proj.in_features, generator=generator).to(device)
+    angle = torch.randn(1, 4, mixer.head_dim, generator=generator).to(device)
+    with torch.enable_grad():
+        total = mixer.matrix(hidden, (angle.cos(), angle.sin())).square().sum()
+        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+    return [p for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None]

@@ -1,0 +1,153 @@
+"""What the three stages share: a student, a frozen teacher, one loss made of named parts, an optimiser and a schedule."""
+
+import math
+from abc import abstractmethod
+from typing import ClassVar
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric
+
+from distill_pl.errors import Diverged, InputError
+from distill_pl.losses import next_token_losses
+from distill_pl.optim import adamw
+from distill_pl.student.modeling import Student
+from distill_pl.teacher import Teacher
+from distill_pl.tokens import Tokens
+
+
+class Stage(L.LightningModule):
+    """One objective. A subclass says which `parts` its loss has, computes them, and leaves trainable what it trains.
+
+    After a training step `parts` (the last value of each part), `grad_norm` and the learning rate are there to be logged;
+    after a validation run `validation` is: `loss`, and the cross-entropy of teacher and student in nats a token.
+
+    Args:
+        tokens: budget of this stage; 0 skips it.
+        lr: maximum learning rate.
+        warmup: share of the steps in which the learning rate rises.
+        weight_decay: AdamW's, on matrices only.
+        clip: largest norm of the whole gradient.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: Teacher,
+        *,
+        tokens: Tokens | None = Tokens(0),  # noqa: B008 (an int)
+        lr: float,
+        warmup: float = 0.1,
+        weight_decay: float = 0.0,
+        clip: float = 1.0,
+    ):
+        super().__init__()
+        for key, value, good in [("lr", lr, lr > 0), ("warmup", warmup, 0 <= warmup <= 1), ("clip", clip, clip > 0)]:
+            if not good:
+                raise InputError(f"{self.name}.{key} {value} is out of range")
+        self.student = student
+        self.teacher = teacher  # no nn.Module: neither DDP nor a checkpoint sees it
+        self.lr, self.warmup, self.weight_decay, self.clip = lr, warmup, weight_decay, clip
+        self.parts: Tensor = torch.zeros(0)
+        self.grad_norm: Tensor = torch.zeros(())
+        self.validation: dict[str, float] = {}
+        self.validated_at = -1  # step
+        self.metrics = torch.nn.ModuleDict({key: MeanMetric() for key in ("loss", "teacher_ce", "student_ce")})
+
+    @property
+    @abstractmethod
+    def part_names(self) -> list[str]:
+        """What each part is called in the logs, e.g. align/layer_07."""
+
+    @abstractmethod
+    def losses(self, tokens: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """tokens [B, T] -> the loss to minimise (scalar), its parts (one value per name, detached).
+
+        Whatever is random in it comes from `seed` alone, so that a resumed run takes the same steps.
+        """
+
+    @abstractmethod
+    def share_of_lr(self, step: int, steps: int) -> float:
+        """The schedule: learning rate at `step` of `steps`, as a share of its maximum."""
+
+    def layer_names(self) -> list[str]:
+        """Part names of a loss with one part a layer."""
+        return [f"align/layer_{index:02d}" for index in range(len(self.student.mixers))]
+
+    @abstractmethod
+    def trained(self) -> list[torch.nn.Parameter]:
+        """The parameters of the student that this stage trains; all others are frozen."""
+
+    def configure_model(self) -> None:
+        """Freeze and unfreeze: before DDP wraps the module, which fixes what it reduces."""
+        trained = self.trained()
+        self.student.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+    def to_device(self) -> None:
+        """The teacher follows the student."""
+        self.teacher.to(self.device)
+
+    on_fit_start = on_validation_start = to_device
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """One step on tokens [B, T]."""
+        self.batch = batch
+        loss, self.parts = self.losses(batch, seed=self.global_step)
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        """The stage's own loss, and next-token cross-entropy of both models, on held-out tokens [B, T]."""
+        loss, _ = self.losses(batch, seed=batch_idx)
+        self.metrics["loss"].update(loss, len(batch))
+        for key, model, head in [("teacher_ce", self.teacher, self.teacher.head),
+                                 ("student_ce", self.student, self.student.lm_head)]:  # fmt: skip
+            ce, _ = next_token_losses(batch, model.hidden_states(batch), head)
+            self.metrics[key].update(ce, len(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        """Gather the means over all ranks."""
+        self.validated_at = self.global_step
+        self.validation = {key: metric.compute().item() for key, metric in self.metrics.items()}
+        for metric in self.metrics.values():
+            metric.reset()
+
+    def configure_optimizers(self):
+        """AdamW, and the schedule over the stage's steps."""
+        optimizer = adamw(self.student.parameters(), self.lr, self.weight_decay)
+        steps = self.trainer.max_steps
+        schedule = LambdaLR(optimizer, lambda step: self.share_of_lr(min(step, steps - 1), steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer: Optimizer, *args, **kwargs) -> None:
+        """Clip to `clip`; stop before the weights are touched if loss or gradient is not finite."""
+        parameters = [p for p in self.student.parameters() if p.grad is not None]
+        self.grad_norm = get_total_norm([p.grad for p in parameters])
+        if not torch.isfinite(self.grad_norm) or not torch.isfinite(self.parts).all():
+            raise Diverged(
+                f"{self.name}: not finite at step {self.global_step + 1}, {self.culprit()}; the last checkpoint is intact. "
+                f"Try a smaller {self.name}.lr (now {self.lr:g}), or look at this step's text"
+            )
+        clip_grads_with_norm_(parameters, self.clip, self.grad_norm)
+
+    @torch.no_grad()
+    def culprit(self) -> str:
+        """Where a loss or gradient first stopped being finite."""
+        hidden = self.student.model.embed_tokens(self.batch)
+        position = self.student.position(hidden)
+        for index, layer in enumerate(self.student.model.layers):
+            hidden = layer(hidden, position_embeddings=position)
+            if not torch.isfinite(hidden).all():
+                return f"in the output of layer {index}"
+        for name, value in zip(self.part_names, self.parts.tolist(), strict=True):
+            if not math.isfinite(value):
+                return f"in {name}"
+        bad = [name for name, p in self.student.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        return f"in the gradient of {bad[-1]}"  # the last: a gradient comes from above

@@ -1,0 +1,125 @@
+"""From a teacher to an initialised student (the paper's Table 1 and section 3.1)."""
+
+from typing import Literal
+
+import torch
+
+from distill_pl.errors import InputError
+from distill_pl.mixers import MIXERS
+from distill_pl.ops import Backend, use_fla
+from distill_pl.student.modeling import Student, StudentConfig
+from distill_pl.student.transfer import copy_weights
+from distill_pl.teacher import Teacher
+
+
+class StudentFactory:
+    """What stands in place of the teacher's attention, and what it starts from.
+
+    Args:
+        mixer: the sequence mixer, one of the paper's Table 1: softmax, gla.
+        init: `qkv`: embeddings, norms, MLPs and head are the teacher's, and of attention the projections (q, k, v, output)
+            that the mixer can take; `fresh`: the same with all of attention new; `scratch`: nothing is the teacher's.
+        kv_heads: `grouped`: as few k and v heads as the teacher has, each serving several query heads; `expanded`: one for
+            every query head, started as copies. Default: grouped for softmax, expanded for all others.
+        retention: share of the state that a fresh decay gate keeps from token to token (section 3.1).
+        backend: what runs the mixing: fla's Triton kernels, torch alone, or (auto) fla on a GPU that has it.
+    """
+
+    def __init__(
+        self,
+        mixer: str = "gla",
+        init: Literal["qkv", "fresh", "scratch"] = "qkv",
+        kv_heads: Literal["grouped", "expanded"] | None = None,
+        retention: float = 0.982,
+        backend: Backend = "auto",
+    ):
+        if mixer not in MIXERS:
+            raise InputError(f"student.mixer {mixer!r} is unknown: choose one of {', '.join(MIXERS)}")
+        if not 0 < retention < 1:
+            raise InputError(f"student.retention {retention} must lie between 0 and 1, e.g. 0.982")
+        if backend == "fla" and not (use_fla("auto", torch.device("cuda")) and torch.cuda.is_available()):
+            raise InputError("student.backend fla needs a GPU and fla-core: pip install distill_pl[gpu], or choose torch")
+        self.mixer, self.init, self.retention, self.backend = mixer, init, retention, backend
+        self.kv_heads = kv_heads or MIXERS[mixer].kv_heads
+
+    def config(self, teacher: Teacher) -> StudentConfig:
+        """The student's configuration, its heads shaped like the teacher's."""
+        base = teacher.config
+        attention = teacher.model.model.layers[0].self_attn
+        heads = base.num_attention_heads
+        own = base.to_diff_dict() | {"model_type": base.model_type}
+        own.pop("dtype", None)  # of the teacher's weights; the student's are its own affair
+        return StudentConfig(
+            teacher=own,
+            mixer=self.mixer,
+            retention=self.retention,
+            backend=self.backend,
+            hidden_size=base.hidden_size,
+            num_hidden_layers=base.num_hidden_layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads if self.kv_heads == "expanded" else base.num_key_value_heads,
+            head_dim=attention.head_dim,
+            rms_norm_eps=base.rms_norm_eps,
+            qkv_bias=attention.q_proj.bias is not None,
+            o_bias=attention.o_proj.bias is not None,
+            qk_norm=hasattr(attention, "q_norm"),
+            vocab_size=base.vocab_size,
+            max_position_embeddings=base.max_position_embeddings,
+            initializer_range=base.initializer_range,
+            tie_word_embeddings=base.tie_word_embeddings,
+            bos_token_id=base.bos_token_id,
+            eos_token_id=base.eos_token_id,
+            pad_token_id=base.pad_token_id,
+        )
+
+    def build(self, teacher: Teacher, seed: int) -> Student:
+        """A student in fp32 on the CPU, the same for the same seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            student = Student(self.config(teacher))
+        if self.init != "scratch":
+            copy_weights(teacher.model, student, attention=self.init == "qkv")
+        return student
+
+    @property
+    def is_teacher(self) -> bool:
+        """Whether a student fresh from this factory computes what its teacher does."""
+        return self.mixer == "softmax" and self.init == "qkv"
+
+
+def check_teacher(teacher: Teacher) -> None:
+    """Raise InputError, naming the architecture, unless the teacher is built like Llama.
+
+    First its parts must have Llama's names; then the proof: the softmax student on the teacher's own tensors must give
+    the teacher's logits. That refuses what differs elsewhere (scaled residuals, layers without RoPE, soft-capped logits).
+    """
+    name = type(teacher.model).__name__
+    refusal = f"teacher {teacher.path!r} ({name}) is not a supported decoder: its layers are not built like Llama's"
+    for module, parts in [
+        (teacher.model, ["model", "lm_head"]),
+        (getattr(teacher.model, "model", None), ["embed_tokens", "layers", "norm", "rotary_emb"]),
+    ]:
+        missing = [part for part in parts if not hasattr(module, part)]
+        if missing:
+            raise InputError(f"{refusal} (no {', '.join(missing)})")
+    layer = teacher.model.model.layers[0]
+    parts = ["input_layernorm", "self_attn", "post_attention_layernorm", "mlp"]
+    if sorted(n for n, _ in layer.named_children()) != sorted(parts):
+        raise InputError(f"{refusal} (parts {', '.join(n for n, _ in layer.named_children())})")
+    missing = [part for part in ("q_proj", "k_proj", "v_proj", "o_proj") if not hasattr(layer.self_attn, part)]
+    if missing:
+        raise InputError(f"{refusal} (attention without {', '.join(missing)})")
+
+    with torch.device("meta"):
+        student = Student(StudentFactory("softmax").config(teacher))
+    try:
+        student.load_state_dict(teacher.model.state_dict(), assign=True)
+    except RuntimeError as error:
+        raise InputError(f"{refusal} ({' '.join(str(error).split())[:160]})") from error
+    student.model.rotary_emb = teacher.model.model.rotary_emb  # its tables are no part of the state
+    tokens = torch.arange(16, device=teacher.model.device)[None] % teacher.config.vocab_size
+    with torch.no_grad():
+        expected = teacher.model(tokens, use_cache=False).logits.float()
+        error = (student.eval()(tokens, use_cache=False).logits.float() - expected).abs().max() / expected.abs().max()
+    if not error < (1e-3 if teacher.model.dtype == torch.float32 else 5e-2):
+        raise InputError(f"{refusal} (the softmax student's logits are off by {error:.2g} of the largest)")

@@ -1,0 +1,112 @@
+"""The frozen teacher: one forward pass that yields, layer by layer, what the stages align to."""
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from distill_pl.errors import InputError
+
+TAP = "distill_pl_tap"
+
+
+class Layer(NamedTuple):
+    """What one decoder layer saw and did; B, T, H, K as everywhere, D hidden."""
+
+    input: Tensor  # [B, T, D]
+    output: Tensor  # [B, T, D]: of the block, before any final norm
+    query: Tensor  # [B, T, H, K] after RoPE and q/k norms
+    key: Tensor  # [B, T, kv_heads, K], likewise, not repeated
+    scale: float
+    position: tuple[Tensor, Tensor]  # RoPE's (cos, sin)
+
+
+def _tap(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Attention as transformers' sdpa does it, leaving q and k with the module where someone asked for them."""
+    if getattr(module, "tapped", None) is not None:
+        module.tapped = (query.transpose(1, 2), key.transpose(1, 2), scaling)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+AttentionInterface.register(TAP, _tap)
+
+
+class Teacher:
+    """A frozen causal language model of transformers and its tokenizer.
+
+    Not an nn.Module on purpose: a stage may hold it without DDP wrapping it or a checkpoint saving it.
+    """
+
+    def __init__(self, path: str, dtype: torch.dtype = torch.float32):
+        """`path`: hub id or folder. Raises InputError where there is no model, no tokenizer, or no end-of-text token."""
+        self.path = path
+        if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+            raise InputError(f"teacher {path!r} has no config.json: give a Hugging Face model folder or a hub id")
+        try:
+            self.config = AutoConfig.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"teacher {path!r} is no model folder and could not be had from the hub: give a folder with config.json, "
+                f"or check the id and the network ({_first_line(error)})"
+            ) from error
+        try:
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+        except Exception as error:  # transformers raises whatever its tokenizer files made it trip over
+            raise InputError(
+                f"teacher {path!r} has no usable tokenizer: put tokenizer.json beside its weights ({_first_line(error)})"
+            ) from error
+        if not getattr(self.tokenizer, "is_fast", False) or len(self.tokenizer) == 0:
+            raise InputError(f"teacher {path!r} has no usable tokenizer: put tokenizer.json beside its weights")
+        if self.tokenizer.eos_token_id is None:
+            raise InputError(f"teacher {path!r}: its tokenizer has no eos_token, which separates documents; set one")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(
+                f"teacher {path!r} is not a supported decoder, or its weights are missing ({_first_line(error)}): "
+                "give a Llama-like causal language model"
+            ) from error
+        self.model.eval().requires_grad_(False)
+
+    def to(self, device: torch.device) -> "Teacher":
+        """Move the weights."""
+        self.model.to(device)
+        return self
+
+    @property
+    def head(self) -> torch.nn.Module:
+        """Hidden states [.., D] -> logits [.., vocab]."""
+        return self.model.lm_head
+
+    @torch.no_grad()
+    def layers(self, input_ids: Tensor) -> Iterator[Layer]:
+        """One forward pass over input_ids [B, T], a layer at a time: what was yielded before may be dropped."""
+        decoder = self.model.model
+        if self.model.config._attn_implementation != TAP:
+            self.model.set_attn_implementation(TAP)
+        hidden = decoder.embed_tokens(input_ids)
+        position = decoder.rotary_emb(hidden, torch.arange(input_ids.shape[1], device=input_ids.device)[None])
+        for layer in decoder.layers:
+            layer.self_attn.tapped = ()
+            output = layer(hidden, attention_mask=None, position_embeddings=position)
+            (query, key, scale), layer.self_attn.tapped = layer.self_attn.tapped, None
+            yield Layer(hidden, output, query, key, scale, position)
+            hidden = output
+
+    @torch.no_grad()
+    def hidden_states(self, input_ids: Tensor) -> Tensor:
+        """[B, T] -> [B, T, D] after the final norm: what the head reads."""
+        for layer in self.layers(input_ids):
+            hidden = layer.output
+        return self.model.model.norm(hidden)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

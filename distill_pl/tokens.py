@@ -1,0 +1,44 @@
+"""Amounts of text, written as people write them: 80M, 1B, 512k."""
+
+import re
+
+from jsonargparse.typing import register_type
+
+UNITS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+class Tokens(int):
+    """A number of tokens: an int that is read from and shown as `80M` (units k, M, B, T; decimal)."""
+
+    def __new__(cls, amount: "int | str") -> "Tokens":
+        if isinstance(amount, str):
+            match = re.fullmatch(r"(\d+(?:_\d+)*(?:\.\d+)?)\s*([kKMBT]?)", amount.strip())
+            if match is None:
+                raise ValueError(f"{amount!r} is not an amount of tokens: write 80M, 1B, 512k or a whole number")
+            number, unit = match.groups()
+            unit = "k" if unit == "K" else unit
+            exact = float(number) * UNITS[unit] if "." in number else int(number) * UNITS[unit]
+            if exact != int(exact):
+                raise ValueError(f"{amount!r} is not a whole number of tokens")
+            amount = int(exact)
+        if isinstance(amount, bool) or not isinstance(amount, int) or amount < 0:
+            raise ValueError(f"{amount!r} is not an amount of tokens: write 80M, 1B, 512k or a whole number")
+        return super().__new__(cls, amount)
+
+    def __str__(self) -> str:
+        """Exact, in the largest unit that it is a multiple of; this is what goes into a config file."""
+        for unit in ("T", "B", "M", "k"):
+            if self and self % UNITS[unit] == 0:
+                return f"{self // UNITS[unit]}{unit}"
+        return str(int(self))
+
+
+def short(amount: float) -> str:
+    """For reading: three digits and a unit."""
+    for unit in ("T", "B", "M", "k"):
+        if amount >= UNITS[unit]:
+            return f"{amount / UNITS[unit]:.3g}{unit}"
+    return f"{amount:.3g}"
+
+
+register_type(Tokens, serializer=str, deserializer=Tokens, deserializer_exceptions=(ValueError, TypeError))

@@ -1,0 +1,482 @@
+"""Packed text: equal to a naive reference, whatever the file format and however often it was killed on the way."""
+
+import errno
+import gzip
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import datasets
+import filelock
+import huggingface_hub
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+import distill_pl.data.chunks as chunks_module
+from distill_pl.data.chunks import Chunks
+from distill_pl.errors import InputError
+
+LENGTH = 32
+WORDS = "the quick brown fox jumps over a lazy dog while rain falls on warm grass and nobody minds".split()
+
+
+def make_documents(count: int, seed: int = 0) -> list[str]:
+    """Documents of very different length, each with a number that occurs in no other."""
+    rng = random.Random(seed)
+    return [f"No{seed}.{i}: " + " ".join(rng.choices(WORDS, k=rng.choice([1, 5, 20, 90]))) for i in range(count)]
+
+
+DOCUMENTS = make_documents(300)
+ROWS = [text for i, text in enumerate(DOCUMENTS) for text in ([None, "", text] if i % 37 == 5 else [text])]
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        [" ".join(WORDS)] * 3,
+        trainers.BpeTrainer(vocab_size=320, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+
+
+@pytest.fixture(autouse=True)
+def many_small_batches(monkeypatch):
+    monkeypatch.setattr(chunks_module, "BATCH_DOCUMENTS", 7)
+    monkeypatch.setattr(chunks_module, "SAVE_TOKENS", 1)  # after every batch
+
+
+def write(path: Path, rows: list, kind: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "parquet":
+        table = pa.table({"id": list(range(len(rows))), "text": pa.array(rows, pa.string())})
+        pq.write_table(table, path, row_group_size=23)
+    else:
+        lines = "".join(json.dumps({"text": row}) + "\n" for row in rows)
+        (gzip.open if kind == "gz" else open)(path, "wt").write(lines)
+    return path
+
+
+def write_dataset(folder: Path, kind: str) -> str:
+    """ROWS as one of the datasets a user may name; returns that name."""
+    if kind == "txt":
+        for i, text in enumerate(DOCUMENTS[:60]):
+            (folder / f"{i:03}.txt").parent.mkdir(exist_ok=True)
+            (folder / f"{i:03}.txt").write_text(text)
+        return str(folder)
+    suffix = {"gz": "jsonl.gz", "jsonl file": "jsonl", "jsonl glob": "jsonl"}.get(kind, kind)
+    if kind == "jsonl file":
+        return str(write(folder / "all.jsonl", ROWS, kind))
+    for i, first in enumerate(range(0, len(ROWS), 110)):
+        write(folder / f"part-{i}.{suffix}", ROWS[first : first + 110], kind)
+    (folder / "README.md").write_text("not data")
+    (folder / "LICENSE.md").write_text("not data")
+    return f"{folder}/*.jsonl" if kind == "jsonl glob" else str(folder)
+
+
+KINDS = ["parquet", "jsonl", "jsonl file", "jsonl glob", "gz", "txt"]
+
+
+def make(dataset, tokenizer, cache, **changes) -> Chunks:
+    options = {"sequence_length": LENGTH, "validation_chunks": 4, **changes}
+    return Chunks(dataset=str(dataset), tokenizer=tokenizer, cache=cache, **options)
+
+
+def ids_on_disk(chunks: Chunks) -> dict[str, list[int]]:
+    return {name: np.fromfile(chunks.folder / f"{name}.bin", "<u2").tolist() for name in ("validation", "train")}
+
+
+def bytes_on_disk(chunks: Chunks) -> dict[str, bytes]:
+    return {name: (chunks.folder / f"{name}.bin").read_bytes() for name in ("validation", "train")}
+
+
+def packed(documents: list[str], tokenizer) -> list[int]:
+    """The naive reference."""
+    return [id for text in documents for id in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+
+
+def documents_of(ids: list[int], tokenizer) -> list[str]:
+    return tokenizer.decode(ids).split("<eos>")[:-1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packs_like_the_naive_reference(kind, tokenizer, tmp_path):
+    chunks = make(write_dataset(tmp_path / "data", kind), tokenizer, tmp_path / "cache")
+    chunks.check()
+    assert not (tmp_path / "cache").exists()
+    chunks.prepare(10**6)
+    held = ids_on_disk(chunks)
+    assert held["validation"] + held["train"] == packed(DOCUMENTS[:60] if kind == "txt" else DOCUMENTS, tokenizer)
+    assert held["validation"][-1] == held["train"][-1] == tokenizer.eos_token_id  # cut between documents only
+    assert chunks.train.shape == (len(held["train"]) // LENGTH, LENGTH) and chunks.validation.shape == (4, LENGTH)
+    assert chunks.train.ravel().tolist() == held["train"][: chunks.train.size]
+    assert chunks.validation.ravel().tolist() == held["validation"][: 4 * LENGTH]
+    assert isinstance(chunks.train, np.memmap) and chunks.train.dtype == np.dtype("<u2")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_after_failing_at_every_save(kind, tokenizer, tmp_path, monkeypatch):
+    """Every batch border is a place to resume from; before the sidecar's replacement and after it."""
+    dataset = write_dataset(tmp_path / "data", kind)
+    whole, broken = (make(dataset, tokenizer, tmp_path / name) for name in ("whole", "broken"))
+    whole.prepare(10**6)
+
+    replace, calls = os.replace, 0
+
+    def replace_or_fail(*paths):
+        nonlocal calls
+        calls += 1
+        if calls % 3 == 0:
+            raise RuntimeError("before")
+        replace(*paths)
+        if calls % 3 == 1:
+            raise RuntimeError("after")
+
+    monkeypatch.setattr(os, "replace", replace_or_fail)
+    failures = 0
+    while True:
+        try:
+            broken.prepare(10**6)
+            break
+        except RuntimeError:
+            failures += 1
+    assert failures > (5 if kind == "txt" else 25)
+    assert bytes_on_disk(broken) == bytes_on_disk(whole)
+
+
+# Forks children that have all imports behind them and kills them, for real, at their n-th step of any kind.
+KILLER = """
+import json, os, random, signal, sys, time
+import datasets, numpy, torch, transformers
+import distill_pl.data.chunks as chunks_module
+
+dataset, tokenizer, cache, mode = sys.argv[1:]
+tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tokenizer)
+chunks_module.BATCH_DOCUMENTS, chunks_module.SAVE_TOKENS = 7, 600
+
+def child(train_chunks, steps=None):
+    if pid := os.fork():
+        return pid
+    def may_die(function):
+        def wrapper(*args, **kwargs):
+            nonlocal steps
+            steps -= 1
+            if steps == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+        return wrapper
+    if steps:
+        os.fsync, os.replace, numpy.array = may_die(os.fsync), may_die(os.replace), may_die(numpy.array)
+        json.dump, time.monotonic = may_die(json.dump), may_die(time.monotonic)
+    chunks = chunks_module.Chunks(
+        dataset=dataset, tokenizer=tokenizer, cache=cache, sequence_length=32, validation_chunks=4
+    )
+    chunks.prepare(train_chunks)
+    os._exit(0)
+
+if mode == "kill":
+    rng, kills = random.Random(1), 0
+    while os.waitstatus_to_exitcode(os.waitpid(child(10**6, rng.randrange(1, 150)), 0)[1]) == -signal.SIGKILL:
+        kills += 1
+    print(kills)
+else:
+    children = [child(train_chunks) for train_chunks in (40, 70, 40)]
+    print([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children])
+"""
+
+
+def run_killer(dataset, tokenizer, cache: Path, mode: str) -> str:
+    folder = cache.parent / "tokenizer"
+    tokenizer.save_pretrained(folder)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TOKENIZERS_PARALLELISM": "true"}
+    command = [sys.executable, "-c", KILLER, str(dataset), str(folder), str(cache), mode]
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=300).stdout
+
+
+def test_killed_again_and_again(tokenizer, tmp_path):
+    dataset = write_dataset(tmp_path / "data", "parquet")
+    whole = make(dataset, tokenizer, tmp_path / "whole")
+    whole.prepare(10**6)
+    kills = run_killer(dataset, tokenizer, tmp_path / "killed", "kill")
+    assert int(kills) >= 4
+    assert bytes_on_disk(make(dataset, tokenizer, tmp_path / "killed")) == bytes_on_disk(whole)
+
+
+def test_processes_at_once(tokenizer, tmp_path):
+    dataset = write_dataset(tmp_path / "data", "parquet")
+    whole = make(dataset, tokenizer, tmp_path / "whole")
+    whole.prepare(70)
+    assert run_killer(dataset, tokenizer, tmp_path / "cache", "together").strip() == "[0, 0, 0]"
+    assert bytes_on_disk(make(dataset, tokenizer, tmp_path / "cache")) == bytes_on_disk(whole)
+
+
+def test_who_has_to_wait_says_so(tokenizer, tmp_path, capsys):
+    chunks = make(write_dataset(tmp_path / "data", "jsonl"), tokenizer, tmp_path / "cache")
+    chunks.folder.mkdir(parents=True)
+    waiting = threading.Thread(target=chunks.prepare, args=(3,))
+    said = ""
+    with filelock.FileLock(chunks.folder / ".lock"):
+        waiting.start()
+        while "waiting for it" not in said:
+            said += capsys.readouterr().err
+        assert len(chunks.train) == 0
+    waiting.join()
+    assert len(chunks.train) >= 3
+
+
+def test_extension_appends(tokenizer, tmp_path):
+    dataset = write_dataset(tmp_path / "data", "parquet")
+    grown, at_once = (make(dataset, tokenizer, tmp_path / name) for name in ("grown", "at once"))
+    before = b""
+    for train_chunks in (0, 3, 40, 70):
+        grown.prepare(train_chunks)
+        now = bytes_on_disk(grown)["train"]
+        assert len(grown.train) >= train_chunks and now.startswith(before)
+        before = now
+    at_once.prepare(70)
+    assert bytes_on_disk(grown) == bytes_on_disk(at_once)
+    assert len(grown.train) < 100  # it stops when it has enough
+
+
+def test_nothing_is_done_twice(tokenizer, tmp_path, monkeypatch, capsys):
+    chunks = make(write_dataset(tmp_path / "data", "jsonl"), tokenizer, tmp_path / "cache")
+    chunks.prepare(10**6)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "all of the dataset" in said and str(chunks.folder) in said
+    times = {path: path.stat().st_mtime_ns for path in chunks.folder.iterdir()}
+    monkeypatch.setattr(datasets, "load_dataset", None)  # neither network nor data is needed again
+    chunks.check()
+    chunks.prepare(10**6)  # exhausted
+    chunks.prepare(2)  # more than enough
+    assert {path: path.stat().st_mtime_ns for path in chunks.folder.iterdir()} == times
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_line(tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(chunks_module, "PROGRESS_SECONDS", 0.0)
+    make(write_dataset(tmp_path / "data", "jsonl"), tokenizer, tmp_path / "cache").prepare(50)
+    first, *_ = capsys.readouterr().err.splitlines()
+    assert first.startswith("chunks: 0.0M of 0.0M tokens, ") and first.endswith(" s left")
+
+
+def test_held_out_documents_are_never_trained_on(tokenizer, tmp_path):
+    chunks = make(write_dataset(tmp_path / "data", "parquet"), tokenizer, tmp_path / "cache")
+    chunks.prepare(10**6)
+    held_out, trained = (documents_of(ids, tokenizer) for ids in ids_on_disk(chunks).values())
+    assert held_out and not set(held_out) & set(trained) and held_out + trained == DOCUMENTS
+
+
+def test_validation_split_is_used_where_there_is_one(tokenizer, tmp_path):
+    write(tmp_path / "data" / "train-0.parquet", DOCUMENTS, "parquet")
+    others = make_documents(50, seed=1)
+    write(tmp_path / "data" / "validation.parquet", others, "parquet")
+    chunks = make(tmp_path / "data", tokenizer, tmp_path / "cache")
+    chunks.prepare(10**6)
+    held = ids_on_disk(chunks)
+    assert held["train"] == packed(DOCUMENTS, tokenizer)
+    reference = packed(others, tokenizer)
+    assert held["validation"] == reference[: len(held["validation"])] and chunks.validation.shape == (4, LENGTH)
+    glob = make(tmp_path / "data" / "*.parquet", tokenizer, tmp_path / "cache")  # as it says: all of it is training text
+    glob.prepare(10**6)
+    assert glob.folder != chunks.folder and sum(map(len, ids_on_disk(glob).values())) > sum(map(len, held.values()))
+
+
+def test_a_length_limit_on_the_tokenizer_cuts_no_document(tokenizer, tmp_path):
+    dataset = write_dataset(tmp_path / "data", "jsonl file")
+    before = make(dataset, tokenizer, tmp_path / "cache")
+    folder = before.folder
+    tokenizer.backend_tokenizer.enable_truncation(8)
+    tokenizer.backend_tokenizer.enable_padding(length=8)
+    try:
+        chunks = make(dataset, tokenizer, tmp_path / "cache")
+        chunks.prepare(10**6)
+        assert chunks.folder == folder
+    finally:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    assert sum(ids_on_disk(chunks).values(), []) == packed(DOCUMENTS, tokenizer)
+
+
+def test_large_vocabularies_take_four_bytes(tmp_path):
+    vocabulary = {"<eos>": 0, "No": 1, ":": 69_999, **{f"w{i}": i for i in range(2, 200)}}  # with a gap
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="No"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    chunks = make(write_dataset(tmp_path / "data", "jsonl"), tokenizer, tmp_path / "cache", validation_chunks=0)
+    chunks.prepare(5)
+    assert chunks.train.dtype == np.dtype("<u4") and chunks.train.max() == 69_999
+    assert chunks.validation.shape == (0, LENGTH)
+
+
+def test_the_key_is_what_went_in(tokenizer, tmp_path):
+    data = tmp_path / "data"
+    dataset = write_dataset(data, "jsonl")
+    other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="!")
+
+    def folder(dataset=dataset, tokenizer=tokenizer, **changes):
+        return make(dataset, tokenizer, tmp_path, **changes).folder
+
+    first = folder()
+    assert first.name.startswith("data-") and first.parent == tmp_path
+    folders = [
+        first,
+        folder(tokenizer=other),
+        folder(sequence_length=LENGTH * 2),
+        folder(validation_chunks=5),
+        folder(text_column="content"),
+        folder("hub/data"),
+        folder("hub/data", name="sample"),
+        folder("hub/data", revision="v1"),
+    ]
+    assert len(set(folders)) == len(folders)
+    assert folder("hub/data", revision="main") == folder("hub/data")
+    assert folder(os.path.relpath(data)) == folder(f"{data}/../data/") == folder(name="ignored") == first
+    data.rename(tmp_path / "moved" if (tmp_path / "elsewhere").mkdir() else tmp_path / "elsewhere" / "data")
+    data = tmp_path / "elsewhere" / "data"
+    assert folder(data) == first
+    os.utime(data / "part-0.jsonl", ns=(1, 1))
+    assert folder(data) != first
+
+
+def test_a_hub_dataset_is_read_on_at_the_commit_it_was_begun_at(tokenizer, tmp_path, monkeypatch):
+    local = write_dataset(tmp_path / "data", "jsonl")
+    head, asked, load = "commit-1", [], datasets.load_dataset
+
+    def info(self, dataset, revision):
+        return huggingface_hub.hf_api.DatasetInfo(id=dataset, sha=head, private=False, downloads=0, likes=0, tags=[])
+
+    def load_dataset(path, name, revision, streaming):
+        asked.append((path, name, revision))
+        return load("json", data_files=f"{local}/*.jsonl", streaming=streaming)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    chunks = make("org/set", tokenizer, tmp_path / "cache", name="sample")
+    chunks.check()
+    chunks.prepare(5)
+    head = "commit-2"
+    chunks.prepare(50)
+    assert asked == [("org/set", "sample", "commit-1")] * 3
+    assert json.loads((chunks.folder / "sidecar.json").read_text())["commit"] == "commit-1"
+
+
+def test_an_unreachable_hub_is_one_line(tokenizer, tmp_path, monkeypatch):
+    def info(*_, **__):
+        raise ConnectionError("[Errno -2] Name or\nservice not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info)
+    with pytest.raises(InputError, match=r"data.dataset 'org/set' .*'sample'.* local file or folder .*not known"):
+        make("org/set", tokenizer, tmp_path, name="sample").check()
+
+
+@pytest.mark.parametrize(
+    "files, changes, message",
+    [
+        ({}, {}, "no such file or folder.*hub"),
+        ({"README.md": "hello"}, {}, "must be parquet, jsonl, json or txt, and holds .md"),
+        ({"a.txt": "hello", "b.jsonl": '{"text": "a"}\n'}, {}, "mixes json and text files"),
+        ({"a.jsonl": '{"body": "a", "id": 1}\n'}, {}, "data.text_column 'text' .* body, id"),
+        ({"a.jsonl": '{"text": 3}\n'}, {}, "data.text_column 'text' .* holds int"),
+        ({"a.jsonl": ""}, {}, "data.dataset .*"),
+        ({"a.parquet": "this is none"}, {}, "cannot be opened .*ArrowInvalid"),
+        ({"validation.jsonl": '{"text": "a"}\n'}, {}, "no train split, only validation"),
+    ],
+)
+def test_check_refuses_in_one_line(files, changes, message, tokenizer, tmp_path, capfd):
+    folder = tmp_path / "data"
+    for name, text in files.items():
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    chunks = make(folder, tokenizer, tmp_path / "cache", **changes)
+    with pytest.raises(InputError, match=message) as caught:
+        chunks.check()
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+    with pytest.raises(InputError):
+        make(folder, tokenizer, tmp_path / "cache", **changes).prepare(1)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_empty_parquet_is_refused(tokenizer, tmp_path):
+    path = write(tmp_path / "empty.parquet", [], "parquet")
+    with pytest.raises(InputError, match="empty: its train split has no rows"):
+        make(path, tokenizer, tmp_path / "cache").check()
+
+
+def test_a_tokenizer_without_eos_is_refused(tokenizer, tmp_path):
+    without = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(InputError, match="no EOS token"):
+        make(write_dataset(tmp_path / "data", "jsonl"), without, tmp_path / "cache").check()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "split"])
+def test_too_little_text_to_hold_out(kind, tokenizer, tmp_path):
+    dataset = write_dataset(tmp_path / "data", "parquet")
+    if kind == "split":
+        write(tmp_path / "data" / "train.parquet", DOCUMENTS, "parquet")
+        write(tmp_path / "data" / "validation.parquet", DOCUMENTS[:3], "parquet")
+    chunks = make(dataset, tokenizer, tmp_path / "cache", validation_chunks=10_000)
+    for _ in range(2):  # the second time from what the first left
+        with pytest.raises(InputError, match=r"data.validation_tokens asks for 320000 .* holds \d+: lower it"):
+            chunks.prepare(1)
+
+
+def test_damage_is_found_before_any_work(tokenizer, tmp_path):
+    chunks = make(write_dataset(tmp_path / "data", "jsonl"), tokenizer, tmp_path / "cache")
+    chunks.prepare(20)
+    good = (chunks.folder / "train.bin").read_bytes()
+    (chunks.folder / "train.bin").write_bytes(good[:-2])
+    for act in (chunks.check, lambda: chunks.prepare(1), lambda: chunks.train):
+        with pytest.raises(InputError, match=f"train.bin is cut short, .*delete {chunks.folder} and run again"):
+            act()
+    (chunks.folder / "train.bin").write_bytes(good)
+    chunks.check()
+    (chunks.folder / "sidecar.json").write_text("{")
+    with pytest.raises(InputError, match=f"sidecar.json is unreadable .*delete {chunks.folder} and run again"):
+        chunks.check()
+
+
+def test_a_full_disk_is_one_line_and_resumable(tokenizer, tmp_path, monkeypatch):
+    dataset = write_dataset(tmp_path / "data", "parquet")
+    chunks, whole = (make(dataset, tokenizer, tmp_path / name) for name in ("full", "whole"))
+    fsync, calls = os.fsync, 0
+
+    def fill_up(descriptor):
+        nonlocal calls
+        calls += 1
+        if calls == 8:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fill_up)
+    with pytest.raises(InputError, match="cannot write packed text to .*No space left on device.*data.cache"):
+        chunks.prepare(60)
+    chunks.prepare(60)
+    whole.prepare(60)
+    assert bytes_on_disk(chunks) == bytes_on_disk(whole)
+
+
+def test_a_cache_that_cannot_be_is_one_line(tokenizer, tmp_path):
+    (tmp_path / "file").write_text("a file where the cache should be")  # also refused to root, unlike a mode
+    with pytest.raises(InputError, match="cannot write packed text to .*data.cache"):
+        make(write_dataset(tmp_path / "data", "jsonl"), tokenizer, tmp_path / "file").prepare(1)
+
+
+def test_a_dataset_that_breaks_on_the_way_keeps_what_was_packed(tokenizer, tmp_path):
+    write(tmp_path / "data" / "a.parquet", DOCUMENTS, "parquet")
+    whole = (tmp_path / "data" / "a.parquet").read_bytes()
+    (tmp_path / "data" / "b.parquet").write_bytes(whole[:100])
+    chunks = make(tmp_path / "data", tokenizer, tmp_path / "cache")
+    with pytest.raises(InputError, match="cannot be read .*what is packed is kept"):
+        chunks.prepare(10**6)
+    assert len(chunks.train) > 50

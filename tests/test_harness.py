@@ -1,0 +1,134 @@
+import json
+import math
+import os
+
+import datasets
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from distill_pl.errors import InputError
+from distill_pl.harness import check_tasks, run_tasks
+
+LETTERS = ["A", "B", "C"]
+QUESTIONS = ["What melts?", "Which one flies high?", "Who lives in water?", "What bends least?"]
+CHOICES = [["ice", "a stone", "iron"], ["pig", "a small bird", "cow"], ["fish", "an ox", "cats"], ["rod", "ink", "x"]]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = {token: index for index, token in enumerate(["<eos>", *alphabet])}
+    byte_level = Tokenizer(models.BPE(vocab=tokens, merges=[]))
+    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=byte_level, eos_token="<eos>")
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    # initializer_range is large so that the choices' log-likelihoods lie far apart
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=257, max_position_embeddings=256, initializer_range=0.3, **sizes))
+
+
+def write(folder, task, rows):
+    file = folder / f"{task}.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def arc_rows(answers):
+    return [
+        {"id": question, "question": question, "choices": {"text": choices, "label": LETTERS}, "answerKey": answer}
+        for question, choices, answer in zip(QUESTIONS, CHOICES, answers, strict=True)
+    ]
+
+
+@torch.no_grad()
+def loglikelihood(model, tokenizer, context, continuation):
+    start = len(tokenizer(context)["input_ids"])
+    ids = torch.tensor([tokenizer(context + continuation)["input_ids"]])
+    logprobs = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+    return logprobs[start - 1 :].sum().item()
+
+
+def model_answers(model, tokenizer):
+    scores = [
+        [loglikelihood(model, tokenizer, f"Question: {question}\nAnswer:", f" {choice}") for choice in choices]
+        for question, choices in zip(QUESTIONS, CHOICES, strict=True)
+    ]
+    return [LETTERS[max(range(3), key=row.__getitem__)] for row in scores]
+
+
+def other(letter):
+    return LETTERS[(LETTERS.index(letter) + 1) % 3]
+
+
+def test_accuracy_equals_a_hand_computation_and_follows_the_file(model, tokenizer, tmp_path):
+    answers = model_answers(model.eval(), tokenizer)
+    file = write(tmp_path, "arc_easy", arc_rows([*answers[:3], other(answers[3])]))
+    scores = run_tasks(model, tokenizer, ["arc_easy"], data=tmp_path, batch_size=3)["arc_easy"]
+    assert (scores["acc"], scores["n"], scores["version"]) == (0.75, 4, 1.0)
+    assert scores["acc_stderr"] == pytest.approx(0.25)
+    assert {"acc_norm", "acc_norm_stderr"} < scores.keys()
+    assert tokenizer.pad_token is None
+
+    # same size and time stamp as before, so that only the content tells
+    before = file.stat()
+    write(tmp_path, "arc_easy", arc_rows([other(answer) for answer in answers]))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+    assert run_tasks(model, tokenizer, ["arc_easy"], data=str(tmp_path))["arc_easy"]["acc"] == 0
+
+
+def test_limit_holds_for_every_task(model, tokenizer, tmp_path):
+    write(tmp_path, "arc_easy", arc_rows("ABCA"))
+    write(tmp_path, "piqa", [{"goal": f"cut {n}", "sol1": "saw it", "sol2": "hum", "label": n % 2} for n in range(4)])
+    pair = {"option1": "Ann", "option2": "Eve"}
+    write(tmp_path, "winogrande", [{"sentence": f"{n} times _ won.", **pair, "answer": "2"} for n in range(4)])
+    write(tmp_path, "lambada_openai", [{"text": f"there were {n} more of the birds"} for n in range(4)])
+    scene = {"activity_label": "Cooking", "ctx_a": "He stirs.", "ctx_b": "he", "endings": ["eats.", "flies.", "a", "b"]}
+    write(tmp_path, "hellaswag", [{**scene, "label": str(n)} for n in range(4)])
+    tasks = ["hellaswag", "arc_easy", "piqa", "winogrande", "lambada_openai"]
+    scores = run_tasks(model, tokenizer, tasks, data=tmp_path, limit=2)
+    assert list(scores) == tasks
+    for row in scores.values():
+        assert row["n"] == 2
+        assert 0 <= row["acc"] <= 1 and math.isfinite(row["acc_stderr"])
+    assert scores["lambada_openai"]["perplexity"] > 1 and scores["lambada_openai"]["perplexity_stderr"] >= 0
+    assert math.isnan(run_tasks(model, tokenizer, ["piqa"], data=tmp_path, limit=1)["piqa"]["acc_stderr"])
+
+
+def test_bad_names_and_files_are_refused(tmp_path):
+    write(tmp_path, "piqa", [{"goal": "cut"}])
+    write(tmp_path, "arc_easy", [])
+    check_tasks(["piqa"], tmp_path)
+    check_tasks(["lambada", "mmlu"], None)
+    refused = [
+        ([], None, "at least one"),
+        (["arc_esy"], None, "tasks=arc_esy.*arc_easy"),
+        (["piqa"], tmp_path / "absent", "no such folder"),
+        (["piqa", "winogrande"], tmp_path, "winogrande.jsonl is missing or empty.* rows for piqa$"),
+        (["arc_easy"], tmp_path, "arc_easy.jsonl is missing or empty"),
+        (["lambada"], tmp_path, "tasks=lambada.*name single tasks"),
+    ]
+    for tasks, data, message in refused:
+        with pytest.raises(InputError, match=message):
+            check_tasks(tasks, data)
+
+
+def test_rows_that_cannot_be_loaded_end_in_one_line(model, tokenizer, tmp_path, monkeypatch):
+    write(tmp_path, "piqa", [{"prompt": "cut", "label": 0}])
+    with pytest.raises(InputError, match=r"tasks=piqa.*give piqa.jsonl in data=.* the columns") as caught:
+        run_tasks(model, tokenizer, ["piqa"], data=tmp_path)
+    assert "\n" not in str(caught.value)
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("Couldn't reach the Hub\nat all")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(InputError, match=r"tasks=piqa.*Couldn't reach the Hub at all.*--data FOLDER"):
+        run_tasks(model, tokenizer, ["piqa"])
