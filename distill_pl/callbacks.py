@@ -44,12 +44,14 @@ class Monitor(Callback):
 
     def __init__(self, tokens_before: int, tokens_per_step: int, expected_ce: float | str | None):
         self.tokens_before, self.tokens_per_step, self.expected_ce = tokens_before, tokens_per_step, expected_ce
+        self.first_step = self.logged_step = 0
+        self.began = self.logged_at = self.paused_at = 0.0
+        self.spoke_at = -math.inf
 
     def on_train_start(self, trainer: L.Trainer, stage: Stage) -> None:
         """Start the clocks."""
         self.first_step = self.logged_step = trainer.global_step
         self.began = self.logged_at = time.monotonic()
-        self.spoke_at = -math.inf
 
     def on_train_batch_end(self, trainer: L.Trainer, stage: Stage, outputs, batch, batch_idx: int) -> None:
         """Write to TensorBoard every `trainer.log_every_n_steps` steps, to the console every few seconds."""
@@ -90,9 +92,8 @@ class Monitor(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, stage: Stage) -> None:
         """Report held-out loss and perplexities; at step 0, compare with what was expected."""
-        if trainer.training and not trainer.sanity_checking:
-            paused = time.monotonic() - self.paused_at
-            self.began, self.logged_at = self.began + paused, self.logged_at + paused
+        paused = time.monotonic() - self.paused_at
+        self.began, self.logged_at = self.began + paused, self.logged_at + paused
         found = stage.validation
         teacher, student = perplexity(found["teacher_ce"]), perplexity(found["student_ce"])
         self.write(trainer, {"validation/loss": found["loss"], "validation/teacher_perplexity": teacher,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # its own warning about forks is noise here: nothing forks
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -75,6 +75,23 @@ class DistillCLI(LightningCLI):
         ours = set(inspect.signature(Trainer).parameters) - TRAINER_KEYS
         parser.add_class_arguments(Trainer, "trainer", skip=ours, instantiate=False, fail_untyped=False)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str] | None) -> None:
+        """Parse, with the parser's complaints in one line and the nearest key where one was misspelt."""
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            text = " ".join(str(error).split())
+            unknown = re.search(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)", text)
+            if unknown:
+                keys = {action.dest for own in self._subcommand_parsers.values() for action in own._actions}
+                near = difflib.get_close_matches(unknown[1], keys, n=1)
+                hint = f"did you mean {near[0]}?" if near else "see distill-pl fit --help"
+                raise InputError(f"unknown key {unknown[1]}: {hint}") from error
+            text = re.sub(r'^Parser key "([\w.]+)": ', r"\1: ", text)
+            text = re.sub(r"(?:a )?<class '(\w+)'>", r"\1", text).replace("typing.", "")
+            text = re.sub(r"arguments are required: (?:fit|evaluate|generate)\.", "arguments are required: ", text)
+            raise InputError(text) from error
+
     def _set_seed(self) -> None:
         """Nothing global is random: whatever needs a seed is given `seed`."""
 
@@ -96,20 +113,9 @@ def main(args: Sequence[str] | None = None) -> None:
     """Entry point: bad input is one line and exit code 2."""
     try:
         DistillCLI(args)
-    except ArgumentError as error:
-        sys.exit(_refuse(_readable(str(error)), InputError.exit_code))
     except (InputError, Diverged) as error:
-        sys.exit(_refuse(str(error), error.exit_code))
-
-
-def _refuse(text: str, code: int) -> int:
-    print(f"distill-pl: {text}", file=sys.stderr)
-    return code
-
-
-def _readable(message: str) -> str:
-    """jsonargparse's complaint in one line, with the nearest key where one was misspelt."""
-    return " ".join(message.split())
+        print(f"distill-pl: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

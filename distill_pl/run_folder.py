@@ -110,7 +110,9 @@ def check_run_folder(config: Namespace) -> None:
 
 
 def write_config(config: Namespace) -> None:
-    """Record the whole configuration, every default included."""
+    """Record the whole configuration, every default included, when a run begins."""
+    if (Path(config.out) / "config.yaml").is_file():
+        return
     text = yaml.safe_dump(plain(config), sort_keys=False)
     write_aside(Path(config.out) / "config.yaml", lambda aside: aside.write_text(text))
 

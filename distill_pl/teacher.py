@@ -45,8 +45,8 @@ class Teacher:
     def __init__(self, path: str, dtype: torch.dtype = torch.float32):
         """`path`: hub id or folder. Raises InputError where there is no model, no tokenizer, or no end-of-text token."""
         self.path = path
-        if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-            raise InputError(f"teacher {path!r} has no config.json: give a Hugging Face model folder or a hub id")
+        if (Path(path).is_dir() or path[:1] in "./~") and not (Path(path) / "config.json").is_file():
+            raise InputError(f"teacher {path!r} is no folder with a config.json: give a Hugging Face model folder or a hub id")
         try:
             self.config = AutoConfig.from_pretrained(path)
         except (OSError, ValueError) as error:

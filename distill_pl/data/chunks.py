@@ -126,8 +126,8 @@ class Chunks:
         """Where the packed files lie, or will: a readable name and 16 hex digits of what decides their bytes."""
         if self._files:  # not the absolute path: the same files are the same dataset wherever they are seen from
             stats = [(file.relative_to(self._root).as_posix(), file.stat()) for file in self._files]
-            source = {"files": [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]}
-            source["splits by name"] = self._is_folder
+            files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+            source: dict = {"files": files, "splits by name": self._is_folder}
             readable = self._files[0].name if len(self._files) == 1 else self._root.name
         else:
             source = {"dataset": self.dataset, "name": self.name, "revision": self.revision or "main"}
@@ -199,7 +199,10 @@ class Chunks:
         if len(kinds) > 1:
             mix = " and ".join(sorted(kinds))
             raise InputError(f"data.dataset {self.dataset!r} mixes {mix} files: choose one kind, as in '*.txt'")
-        return [file for file in files if _kind(file)]
+        data = [file for file in files if _kind(file)]
+        if not any(file.stat().st_size for file in data):
+            raise InputError(f"data.dataset {self.dataset!r} is empty: every file in it has 0 bytes")
+        return data
 
     def _splits(self, commit: str | None) -> tuple[dict, str | None]:
         """The streams to read, {"train": ..., and "validation" where offered and asked for}, and the hub's commit.
@@ -280,8 +283,10 @@ class Chunks:
 
     def _done(self, need: dict[str, int]) -> bool:
         sidecar = self._sidecar()
-        short = [name for name in FILES if sidecar and sidecar["tokens"][name] < need[name]]
-        return bool(sidecar) and (not short or short == ["train"] and sidecar["exhausted"])
+        if not sidecar:
+            return False
+        short = [name for name in FILES if sidecar["tokens"][name] < need[name]]
+        return not short or (short == ["train"] and sidecar["exhausted"])
 
     def _pack(self, need: dict[str, int]) -> None:
         """Append to the files until they hold the tokens needed or the dataset ends. The caller holds the lock."""
@@ -304,7 +309,7 @@ class Chunks:
                     for encoding in encodings:  # into the first file not full; the rest of a batch into the last
                         name = names[0] if tokens[names[0]] < need[names[0]] else names[-1]
                         ids = np.array([*encoding.ids, self.tokenizer.eos_token_id], self._dtype)
-                        files[name].write(ids)
+                        files[name].write(ids.data)
                         tokens[name] += len(ids)
                     position[split] = after
                     if all(tokens[name] >= need[name] for name in names):
@@ -348,7 +353,7 @@ class Chunks:
         try:
             sidecar = json.loads(path.read_bytes())
             held = {self.folder / f"{name}.bin": sidecar["tokens"][name] * self._dtype.itemsize for name in FILES}
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is unreadable ({_line(error)}): {remedy}") from error

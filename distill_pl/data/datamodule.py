@@ -15,10 +15,11 @@ from distill_pl.tokens import Tokens, short
 
 
 class ChunkDataModule(L.LightningDataModule):
-    """Text from the hub or from files, packed once into chunks of `sequence_length` tokens, read by memory map.
+    """The text, from the hub or from files.
 
-    A stage owns a span of consecutive chunks; of each step's `batch_size` chunks every rank takes its slice. So any number of
-    ranks, also after a restart with another number, sees every chunk once and in the same order.
+    It is packed once into chunks of `sequence_length` tokens and read by memory map. A stage owns a span of consecutive
+    chunks; of each step's `batch_size` chunks every rank takes its slice. So any number of ranks, also after a restart with
+    another number, sees every chunk once and in the same order.
 
     Args:
         dataset: hub id, or a local file, folder or glob of parquet, jsonl or txt.
@@ -46,6 +47,7 @@ class ChunkDataModule(L.LightningDataModule):
         cache: str = "~/.cache/distill_pl",
     ):
         super().__init__()
+        validation_tokens = Tokens(validation_tokens)  # 256k where it comes from a run's config.yaml
         for key, value in [("sequence_length", sequence_length), ("batch_size", batch_size)]:
             if value < (2 if key == "sequence_length" else 1):
                 raise InputError(f"data.{key} {value} is too small")

@@ -9,7 +9,9 @@ from distill_pl.stages.stage import Stage
 
 
 class HiddenAlignStage(Stage):
-    """Student block l gets the teacher's input of block l and is compared with the teacher's output of block l.
+    """Stage 2, hidden-to-hidden alignment: each block's output is pulled to the teacher's (Eq. 8).
+
+    Student block l gets the teacher's input of block l and is compared with the teacher's output of block l.
 
     The mixers train; the norms and MLPs around them stay the teacher's until the last stage.
 

@@ -11,7 +11,10 @@ from distill_pl.tokens import Tokens
 
 
 class KDStage(Stage):
-    """Cross-entropy on the text plus alpha times KL(teacher || student); everything trains.
+    """Stage 3, knowledge distillation, end to end (Eqs. 5 and 6).
+
+    Cross-entropy on the text plus alpha times KL(teacher || student); everything
+    trains.
 
     Args:
         tokens: budget of this stage; default: what the others leave of the run's `tokens`; 0 skips it.

@@ -15,7 +15,9 @@ from distill_pl.teacher import Layer
 
 
 class MatrixMixingStage(Stage):
-    """Student layer l sees the teacher's input of layer l; only what its mixing matrix depends on trains.
+    """Stage 1, matrix mixing: each layer's mixing matrix is pulled to the teacher's attention matrix (Eq. 7).
+
+    Student layer l sees the teacher's input of layer l; only what its mixing matrix depends on trains.
 
     Args:
         decay: share of the steps, at the end, in which the learning rate falls.

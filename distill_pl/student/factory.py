@@ -13,7 +13,7 @@ from distill_pl.teacher import Teacher
 
 
 class StudentFactory:
-    """What stands in place of the teacher's attention, and what it starts from.
+    """The student: what stands in place of the teacher's attention, and what it starts from.
 
     Args:
         mixer: the sequence mixer, one of the paper's Table 1: softmax, gla.

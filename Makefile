@@ -1,0 +1,38 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint typecheck tensorboard clean-quickstart
+
+help:  ## what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(BIN)/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+quickstart: $(BIN)/.installed  ## set up, train a tiny teacher, distil it into GLA, compare the two (CPU, minutes)
+	$(BIN)/python experiments/quickstart.py
+	$(BIN)/distill-pl fit --config experiments/quickstart_teacher.yaml
+	$(BIN)/distill-pl fit --config experiments/quickstart.yaml
+	$(BIN)/distill-pl evaluate runs/quickstart/gla
+	@echo; echo "the teacher writes:"
+	@$(BIN)/distill-pl generate runs/quickstart/teacher --prompt "The following functions are"
+	@echo; echo "the student writes:"
+	@$(BIN)/distill-pl generate runs/quickstart/gla --prompt "The following functions are"
+
+clean-quickstart:  ## forget the quickstart's runs, to do it again
+	rm -rf runs/quickstart
+
+test: $(BIN)/.installed  ## set up and run all tests
+	$(BIN)/python -m pytest -q
+
+lint: $(BIN)/.installed  ## style
+	$(BIN)/ruff check .
+
+typecheck: $(BIN)/.installed  ## types
+	$(BIN)/mypy
+
+tensorboard: $(BIN)/.installed  ## the curves of all runs
+	$(BIN)/tensorboard --logdir runs

@@ -1,0 +1,148 @@
+"""A tiny tokenizer, teacher and corpus, and a maker of other small teachers: no test needs a network."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from distill_pl.teacher import Teacher
+
+torch.set_num_threads(1)  # tiny tensors: threads only wait for each other, ten times slower beside another process
+
+EOS = "<|endoftext|>"
+SUBJECTS = "a fox|the miller|her aunt|some sailor|the old clock|a lost dog|my teacher|the tall reed".split("|")
+VERBS = "sees|carries|forgets|paints|follows|answers|repairs|hides".split("|")
+OBJECTS = "the river|a red door|seven stones|the last letter|warm bread|a quiet song|the north wind".split("|")
+ENDS = "at dawn|in the rain|without a word|before supper|near the mill|for the third time|as it should".split("|")
+
+# sizes and, by name, what each variant changes; with head_dim 16 all heads together are wider than the hidden state
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.2,  # large, so that attention is far from uniform
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+VARIANTS = {
+    "llama": {"model_type": "llama"},
+    "llama_mha": {"model_type": "llama", "num_key_value_heads": 4},
+    "llama_mqa": {"model_type": "llama", "num_key_value_heads": 1},
+    "llama_bias": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "llama_untied": {"model_type": "llama", "tie_word_embeddings": False},
+    "llama_wide_heads": {"model_type": "llama", "head_dim": 16},
+    "llama_scaled_rope": {"model_type": "llama", "rope_parameters": LLAMA3_ROPE},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "mistral": {"model_type": "mistral", "tie_word_embeddings": False},
+}
+
+
+def make_documents(count: int, seed: int = 0) -> list[str]:
+    """Short texts of one to nine sentences, no two alike."""
+    rng = random.Random(seed)
+
+    def sentence() -> str:
+        return " ".join(rng.choice(words) for words in (SUBJECTS, VERBS, OBJECTS, ENDS)).capitalize() + "."
+
+    return [f"Story {i}. " + " ".join(sentence() for _ in range(rng.randint(1, 9))) for i in range(count)]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE: any text round-trips."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=[EOS], initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    backend.train_from_iterator(make_documents(50), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS)
+
+
+@pytest.fixture(scope="session")
+def save_model(tokenizer, tmp_path_factory) -> Callable[..., Path]:
+    """`save_model(model_type, seed=0, randomise=False, **config)` -> folder of a random model, with the tokenizer.
+
+    Its sizes are SIZES where `config` does not say otherwise.
+    `randomise` also draws biases and norm weights, which transformers starts at 0 and 1: a forgotten copy shows.
+    """
+
+    def save(model_type: str, seed: int = 0, randomise: bool = False, **changes) -> Path:
+        special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
+        config = AutoConfig.for_model(model_type, **SIZES | {"vocab_size": len(tokenizer)} | special | changes)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config)
+            if randomise:
+                randomise_vectors(model)
+        folder = tmp_path_factory.mktemp(model_type)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@torch.no_grad()
+def randomise_vectors(model: PreTrainedModel) -> None:
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter += 0.3 * torch.randn_like(parameter)
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(save_model) -> Path:
+    """A Hugging Face folder with a tiny random Llama (grouped kv heads, tied head) and its tokenizer."""
+    return save_model("llama")
+
+
+@pytest.fixture(scope="session")
+def teacher(teacher_folder) -> Teacher:
+    return Teacher(str(teacher_folder))
+
+
+@pytest.fixture(scope="session")
+def variant(save_model) -> Callable[[str], Teacher]:
+    """`variant(name)` -> one of VARIANTS as a teacher, every bias and norm weight random; each is made once."""
+    made: dict[str, Teacher] = {}
+
+    def get(name: str) -> Teacher:
+        if name not in made:
+            made[name] = Teacher(str(save_model(seed=1, randomise=True, **VARIANTS[name])))
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(params=VARIANTS)
+def any_teacher(request, variant) -> Teacher:
+    """Each of VARIANTS in turn."""
+    return variant(request.param)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A folder with train.jsonl: 400 short documents, column `text`."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rows = [json.dumps({"text": text}) for text in make_documents(400, seed=1)]
+    (folder / "train.jsonl").write_text("\n".join(rows) + "\n")
+    return folder

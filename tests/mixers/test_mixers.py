@@ -1,0 +1,145 @@
+"""The contract of every mixer in MIXERS: whole or token by token the same, and what its matrix depends on."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from distill_pl.mixers import MIXERS, SequenceMixer
+from distill_pl.stages.matrix_mixing import mixing_parameters
+from distill_pl.student.cache import StudentCache
+from distill_pl.student.factory import StudentFactory
+from distill_pl.student.modeling import Student
+from distill_pl.teacher import Teacher
+
+LENGTH = 21
+
+
+@pytest.fixture(params=MIXERS)
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=["grouped", "expanded"])
+def kv_heads(request) -> str:
+    return request.param
+
+
+def fresh(teacher: Teacher, name: str, kv_heads: str | None = None, **options) -> Student:
+    """A student with all of attention new."""
+    factory = StudentFactory(name, init="fresh", kv_heads=kv_heads, **options)
+    return factory.build(teacher, seed=0).eval().requires_grad_(False)
+
+
+def some_hidden(width: int, length: int = LENGTH, seed: int = 1) -> Tensor:
+    return torch.randn(2, length, width, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    assert value.shape == expected.shape
+    return ((value - expected).abs().max() / expected.abs().max()).item()
+
+
+def first(student: Student) -> tuple[SequenceMixer, Tensor, tuple[Tensor, Tensor]]:
+    """The first mixer, a hidden state for it, RoPE's tables."""
+    hidden = some_hidden(student.config.hidden_size)
+    return student.mixers[0], hidden, student.position(hidden)
+
+
+def test_matrix_is_causal(teacher, name, kv_heads):
+    mixer, hidden, position = first(fresh(teacher, name, kv_heads))
+    a = mixer.matrix(hidden, position)
+    assert a.shape == (2, teacher.config.num_attention_heads, LENGTH, LENGTH)
+    assert a.dtype == torch.float32
+    assert (a.triu(1) == 0).all()
+    assert a.diagonal(-1, dim1=-2, dim2=-1).abs().min() > 0
+
+
+def test_a_token_changes_no_output_before_it(teacher, name, kv_heads):
+    mixer, hidden, position = first(fresh(teacher, name, kv_heads))
+    changed = hidden.clone()
+    changed[:, 13] += 1
+    (before, _), (after, _) = mixer(hidden, position), mixer(changed, position)
+    assert torch.equal(before[:, :13], after[:, :13])
+    assert ((before - after)[:, 13:].abs().amax(-1) > 0).all()
+
+
+def test_forward_is_the_output_of_matrix_times_v(teacher, name, kv_heads):
+    mixer, hidden, position = first(fresh(teacher, name, kv_heads))
+    v = mixer.repeat_kv(mixer.inputs(hidden, position, None, None)["v"])
+    product = torch.einsum("bhij,bjhv->bihv", mixer.matrix(hidden, position), v)
+    assert relative_error(mixer(hidden, position)[0], mixer.output(product, hidden)) < 1e-5
+
+
+@pytest.mark.parametrize("pieces", [[1] * LENGTH, [8] + [1] * 13, [1, 1, 19], [5, 1, 8, 7]], ids=str)
+def test_with_a_cache_pieces_are_the_whole(teacher, name, kv_heads, pieces):
+    student = fresh(teacher, name, kv_heads)
+    mixer, hidden, position = first(student)
+    cache, outputs = StudentCache(len(student.mixers)), []
+    for times in torch.arange(LENGTH).split(pieces):
+        part = tuple(table[:, times] for table in position)
+        outputs.append(mixer(hidden[:, times], part, past_key_values=cache)[0])
+    assert cache.get_seq_length() == LENGTH
+    assert relative_error(torch.cat(outputs, 1), mixer(hidden, position)[0]) < 1e-5
+
+
+def test_padding_on_the_left_leaves_no_trace(teacher, name, kv_heads):
+    student, padding = fresh(teacher, name, kv_heads), 6
+    mixer, hidden, position = first(student)
+    position = tuple(table.expand(2, -1, -1) for table in position)
+    padded = torch.cat([some_hidden(hidden.shape[-1], padding, seed=2), hidden], 1)
+    late = tuple(torch.cat([table[:, :1].expand(-1, padding, -1), table], 1) for table in position)
+    mask = torch.arange(padding + LENGTH).expand(2, -1) >= padding
+    expected, _ = mixer(hidden, position)
+    output, _ = mixer(padded, late, attention_mask=mask)
+    assert relative_error(output[:, padding:], expected) < 1e-5
+
+    cache = StudentCache(len(student.mixers))
+    for times in torch.arange(padding + LENGTH).split([padding + 3] + [1] * (LENGTH - 3)):
+        part = tuple(table[:, times] for table in late)
+        output, _ = mixer(padded[:, times], part, attention_mask=mask[:, times], past_key_values=cache)
+    assert relative_error(output[:, 0], expected[:, -1]) < 1e-5
+
+
+@pytest.mark.parametrize("retention", [0.982, 0.9])
+@pytest.mark.parametrize("name", [name for name, mixer in MIXERS.items() if hasattr(mixer, "log_decay")])
+def test_fresh_decay_gates_retain_what_was_asked(teacher, name, retention):
+    student = fresh(teacher, name, retention=retention)
+    hidden = 0.01 * some_hidden(student.config.hidden_size)
+    for mixer in student.mixers:
+        log_decay = mixer.log_decay(hidden)
+        assert log_decay.dtype == torch.float32
+        assert (log_decay <= 0).all()
+        assert log_decay.exp().mean().item() == pytest.approx(retention, abs=0.005)
+
+
+@pytest.mark.parametrize("shape", ["llama", "llama_bias", "qwen3"])
+def test_mixing_parameters_are_those_that_change_the_matrix(variant, shape, name, kv_heads):
+    mixer, hidden, position = first(fresh(variant(shape), name, kv_heads))
+    mixing = {id(parameter) for parameter in mixing_parameters(mixer)}
+    mixer.requires_grad_(False)
+    before = mixer.matrix(hidden, position)
+    changing = set()
+    for parameter_name, parameter in mixer.named_parameters():
+        start = parameter.clone()
+        parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+        changes = not torch.equal(mixer.matrix(hidden, position), before)
+        parameter.copy_(start)
+        assert changes == (id(parameter) in mixing), parameter_name
+        changing |= {parameter_name} if changes else set()
+    assert changing >= {f"{part}_proj.weight" for part in mixer.copies if part in "qk"}
+    assert not any(parameter_name.startswith(("v_proj.", "o_proj.")) for parameter_name in changing)
+
+
+def test_state_size_is_independent_of_length(teacher, name, kv_heads):
+    student = fresh(teacher, name, kv_heads)
+    tokens = torch.randint(0, teacher.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(4))
+    cache = StudentCache(len(student.mixers))
+    sizes = {}
+    for time, token in enumerate(tokens.unbind(1), start=1):
+        student(token[:, None], past_key_values=cache)
+        sizes[time] = cache.nbytes()
+    assert sizes[1] > 0
+    if name == "softmax":
+        assert sizes[40] == 4 * sizes[10]
+    else:
+        assert len(set(sizes.values())) == 1

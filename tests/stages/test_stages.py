@@ -1,0 +1,373 @@
+"""Each stage's loss is its equation, is zero for a student that is the teacher, and falls where it is trained."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+from distill_pl.errors import Diverged, InputError
+from distill_pl.mixers import MIXERS
+from distill_pl.optim import adamw
+from distill_pl.stages import STAGES, HiddenAlignStage, KDStage, MatrixMixingStage, Stage
+from distill_pl.stages.matrix_mixing import mixing_parameters, probed_distance, squared_distance
+from distill_pl.student.factory import StudentFactory
+from distill_pl.teacher import Teacher
+
+LENGTH = 16
+
+
+@pytest.fixture(params=MIXERS)
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def tokens(teacher) -> Tensor:
+    generator = torch.Generator().manual_seed(11)
+    return torch.randint(0, teacher.config.vocab_size, (2, LENGTH), generator=generator)
+
+
+def make(stage: type[Stage], teacher: Teacher, name: str, init: str = "fresh", **options) -> Stage:
+    made = stage(StudentFactory(name, init=init).build(teacher, seed=0), teacher, **options)
+    made.configure_model()
+    return made
+
+
+def loss_of(stage: Stage, tokens: Tensor, seed: int = 0) -> float:
+    with torch.no_grad():
+        return stage.losses(tokens, seed)[0].item()
+
+
+# ---- the equations
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "mse"])
+@pytest.mark.parametrize("shape", ["llama", "qwen3"])
+def test_matrix_mixing_is_equation_7(variant, tokens, name, norm, shape):
+    teacher = variant(shape)
+    stage = make(MatrixMixingStage, teacher, name, estimator="exact", norm=norm)
+    eager = AutoModelForCausalLM.from_pretrained(teacher.path, attn_implementation="eager").eval()
+    distances = []
+    with torch.no_grad():
+        theirs = eager(tokens, output_attentions=True, output_hidden_states=True)
+        for index, attention in enumerate(theirs.attentions):
+            hidden = theirs.hidden_states[index]
+            position = eager.model.rotary_emb(hidden, torch.arange(LENGTH)[None])
+            normed = eager.model.layers[index].input_layernorm(hidden)
+            difference = attention - stage.student.mixers[index].matrix(normed, position)
+            if norm == "mse":
+                distances.append(difference.square().mean())
+            else:
+                distances.append(difference.square().sum((-2, -1)).sqrt().mean())
+        loss, parts = stage.losses(tokens, seed=0)
+    torch.testing.assert_close(parts, torch.stack(distances), rtol=1e-4, atol=0)
+    torch.testing.assert_close(loss, torch.stack(distances).mean(), rtol=1e-4, atol=0)
+
+
+def test_hidden_alignment_is_equation_8(variant, tokens, name):
+    """Blocks from transformers' own hooks: the last hidden_states of a model is after the final norm."""
+    teacher = variant("qwen3")
+    stage = make(HiddenAlignStage, teacher, name)
+    model = AutoModelForCausalLM.from_pretrained(teacher.path).eval()
+    distances = []
+
+    def compare(index):
+        def hook(block, inputs, output):
+            with torch.no_grad():
+                position = model.model.rotary_emb(output, torch.arange(LENGTH)[None])
+                student = stage.student.model.layers[index](inputs[0], position_embeddings=position)
+            distances.append(torch.linalg.vector_norm(student - output, dim=-1).mean())
+
+        return hook
+
+    for index, block in enumerate(model.model.layers):
+        block.register_forward_hook(compare(index))
+    with torch.no_grad():
+        model(tokens)
+        loss, parts = stage.losses(tokens, seed=0)
+    torch.testing.assert_close(parts, torch.stack(distances), rtol=1e-4, atol=0)
+    torch.testing.assert_close(loss, torch.stack(distances).mean(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_distillation_is_equations_5_and_6(variant, tokens, name, temperature):
+    teacher = variant("llama_untied")
+    stage = make(KDStage, teacher, name, alpha=0.7, temperature=temperature)
+    model = AutoModelForCausalLM.from_pretrained(teacher.path).eval()
+    with torch.no_grad():
+        student, expected = (network(tokens).logits[:, :-1] for network in (stage.student, model))
+        loss, parts = stage.losses(tokens, seed=0)
+    ce = cross_entropy(student.flatten(0, 1), tokens[:, 1:].flatten())
+    p, q = ((logits / temperature).log_softmax(-1) for logits in (expected, student))
+    kl = (p.exp() * (p - q)).sum(-1).mean() * temperature**2
+    torch.testing.assert_close(parts, torch.stack([ce, kl]), rtol=1e-4, atol=0)
+    torch.testing.assert_close(loss, ce + 0.7 * kl, rtol=1e-4, atol=0)
+
+
+def test_without_alpha_there_is_no_teacher(teacher, tokens, name):
+    stage = make(KDStage, teacher, name, alpha=0.0)
+    stage.teacher = None
+    loss, parts = stage.losses(tokens, seed=0)
+    expected = stage.student(tokens, labels=tokens).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    assert stage.part_names == ["train/ce"] and parts.shape == (1,)
+
+
+# ---- a student that is the teacher
+
+
+@pytest.mark.parametrize("estimator", ["exact", "probe"])
+def test_a_student_that_is_the_teacher_has_no_matrix_distance(any_teacher, tokens, estimator):
+    assert loss_of(make(MatrixMixingStage, any_teacher, "softmax", "qkv", estimator=estimator), tokens) < 5e-6
+    assert loss_of(make(MatrixMixingStage, any_teacher, "softmax", "fresh", estimator=estimator), tokens) > 0.1
+
+
+def test_a_student_that_is_the_teacher_has_no_hidden_distance(any_teacher, tokens):
+    assert loss_of(make(HiddenAlignStage, any_teacher, "softmax", "qkv"), tokens) < 5e-5
+    assert loss_of(make(HiddenAlignStage, any_teacher, "softmax", "fresh"), tokens) > 0.1
+
+
+def test_a_student_that_is_the_teacher_has_its_cross_entropy(any_teacher, tokens):
+    stage = make(KDStage, any_teacher, "softmax", "qkv", temperature=2.0)
+    ce, kl = stage.losses(tokens, seed=0)[1].tolist()
+    with torch.no_grad():
+        logits = any_teacher.model(tokens).logits[:, :-1]
+    assert ce == pytest.approx(cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item(), rel=1e-5)
+    assert abs(kl) < 1e-6
+    assert make(KDStage, any_teacher, "softmax", "fresh").losses(tokens, seed=0)[1][1] > 0.1
+
+
+# ---- the probe
+
+
+def test_probe_is_an_unbiased_estimate(teacher, tokens, name):
+    stage = make(MatrixMixingStage, teacher, name, estimator="probe", norm="mse", probes=8)
+    exact = loss_of(make(MatrixMixingStage, teacher, name, estimator="exact", norm="mse"), tokens)
+    estimates = torch.tensor([loss_of(stage, tokens, seed) for seed in range(200)], dtype=torch.float64)
+    error = estimates.std() / math.sqrt(len(estimates))
+    assert error < 0.05 * exact
+    assert abs(estimates.mean() - exact) < 4 * error
+
+
+@pytest.mark.parametrize("shape", ["llama", "qwen3"])
+def test_probe_is_exact_where_its_signs_are_orthogonal(variant, tokens, name, shape):
+    """With a Hadamard matrix for z, the mean of z z^T over the columns is the identity."""
+    teacher = variant(shape)
+    mixer = StudentFactory(name, init="fresh").build(teacher, seed=0).mixers[0]
+    hadamard = torch.ones(1, 1)
+    while len(hadamard) < LENGTH:
+        hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
+    layer = next(teacher.layers(tokens))
+    with torch.no_grad():
+        exact = squared_distance(mixer, layer.input, layer)
+        probed = probed_distance(mixer, layer.input, layer, hadamard[None, :, None, :])
+    torch.testing.assert_close(probed, exact, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "mse"])
+def test_gradient_of_the_probe_points_where_the_exact_one_does(teacher, tokens, name, norm):
+    gradients = []
+    for estimator in ("exact", "probe"):
+        stage = make(MatrixMixingStage, teacher, name, estimator=estimator, norm=norm, probes=512)
+        stage.losses(tokens, seed=0)[0].backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in stage.student.parameters() if p.requires_grad]))
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.98
+    assert gradients[1].norm() / gradients[0].norm() == pytest.approx(1, abs=0.1)
+
+
+def test_the_seed_makes_the_probe(teacher, tokens, name):
+    stage = make(MatrixMixingStage, teacher, name, estimator="probe", probes=4)
+    start = torch.get_rng_state()
+    first, again, other = (loss_of(stage, tokens, seed) for seed in (3, 3, 4))
+    assert first == again != other
+    assert torch.equal(torch.get_rng_state(), start)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "probe"])
+def test_sequences_are_judged_one_by_one(teacher, tokens, name, estimator):
+    """A batch is the mean of its rows: what makes a global batch independent of how many ranks share it."""
+    for stage in (make(MatrixMixingStage, teacher, name, estimator=estimator), make(HiddenAlignStage, teacher, name),
+                  make(KDStage, teacher, name)):  # fmt: skip
+        rows = [loss_of(stage, row[None]) for row in tokens]
+        assert loss_of(stage, tokens) == pytest.approx(sum(rows) / len(rows), rel=1e-4)
+
+
+# ---- training
+
+
+def names_of(stage: Stage) -> set[str]:
+    return {key for key, parameter in stage.student.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("shape", ["llama", "qwen3"])
+def test_each_stage_trains_its_own_parameters(variant, name, shape):
+    teacher = variant(shape)
+    student = StudentFactory(name).build(teacher, seed=0)
+    everything = {key for key, _ in student.named_parameters()}
+    attention = {key for key in everything if ".self_attn." in key}
+    wanted = {id(p) for mixer in student.mixers for p in mixing_parameters(mixer)}
+    mixing = {key for key, parameter in student.named_parameters() if id(parameter) in wanted}
+    assert {"model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.q_proj.weight"} <= mixing
+    assert mixing < attention < everything
+    expected = [(MatrixMixingStage, mixing), (HiddenAlignStage, attention), (KDStage, everything)]
+    for kind, trained in expected + expected[::-1]:  # whatever the stage before it left
+        stage = kind(student, teacher)
+        stage.configure_model()
+        assert names_of(stage) == trained
+
+
+@pytest.mark.parametrize("kind", STAGES.values(), ids=STAGES)
+def test_gradients_reach_what_trains_and_nothing_else(teacher, tokens, name, kind):
+    stage = make(kind, teacher, name)
+    stage.losses(tokens, seed=0)[0].backward()
+    for key, parameter in stage.student.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, key
+        else:
+            assert parameter.grad is None, key
+    assert all(parameter.grad is None for parameter in teacher.model.parameters())
+
+
+TRAINED = {
+    "exact frobenius": (MatrixMixingStage, {"estimator": "exact", "norm": "frobenius"}),
+    "exact mse": (MatrixMixingStage, {"estimator": "exact", "norm": "mse"}),
+    "probe frobenius": (MatrixMixingStage, {"estimator": "probe", "norm": "frobenius"}),
+    "hidden": (HiddenAlignStage, {}),
+    "kl": (KDStage, {"alpha": 10.0}),  # else the random tokens themselves are learnt
+}
+
+
+@pytest.mark.parametrize("objective", TRAINED)
+def test_training_lowers_the_loss(teacher, tokens, name, objective):
+    kind, options = TRAINED[objective]
+    stage = make(kind, teacher, name, **options)
+    frozen = {key: p.clone() for key, p in stage.student.named_parameters() if not p.requires_grad}
+    optimizer = adamw(stage.student.parameters(), lr=1e-2, weight_decay=0.0)
+
+    def value() -> float:
+        loss, parts = stage.losses(tokens, seed=1000)
+        return (parts[1] if kind is KDStage else loss).item()
+
+    before = value()
+    for step in range(60):
+        loss, _ = stage.losses(tokens, seed=step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert value() < before / 2
+    assert all(torch.equal(p, frozen[key]) for key, p in stage.student.named_parameters() if key in frozen)
+
+
+def test_part_names_fit_the_parts(teacher, tokens, name):
+    for kind in STAGES.values():
+        stage = make(kind, teacher, name)
+        _, parts = stage.losses(tokens, seed=0)
+        assert parts.shape == (len(stage.part_names),)
+        assert not parts.requires_grad
+        assert len(set(stage.part_names)) == len(stage.part_names)
+
+
+def test_the_teacher_is_no_part_of_the_module(teacher):
+    stage = make(KDStage, teacher, "gla")
+    own = {id(parameter) for parameter in stage.parameters()}
+    assert own == {id(parameter) for parameter in stage.student.parameters()}
+    assert not any("teacher" in key for key in stage.state_dict() if not key.startswith("metrics."))
+
+
+def test_validation_reports_both_models(teacher, tokens, name):
+    stage = make(MatrixMixingStage, teacher, name, estimator="exact")
+    other = tokens.flip(0, 1)[:1]
+    with torch.no_grad():
+        for index, batch in enumerate((tokens, other)):
+            stage.validation_step(batch, index)
+    stage.on_validation_epoch_end()
+    every = torch.cat([tokens, other])
+    with torch.no_grad():
+        for key, model in [("teacher_ce", teacher.model), ("student_ce", stage.student)]:
+            logits = model(every).logits[:, :-1]
+            expected = cross_entropy(logits.flatten(0, 1), every[:, 1:].flatten()).item()
+            assert stage.validation[key] == pytest.approx(expected, rel=1e-4)
+    assert stage.validation["loss"] == pytest.approx(loss_of(stage, every), rel=1e-4)
+    with torch.no_grad():
+        stage.validation_step(tokens, 0)
+    stage.on_validation_epoch_end()
+    assert stage.validation["loss"] == pytest.approx(loss_of(stage, tokens), rel=1e-4)  # nothing of the run before
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("kind", STAGES.values(), ids=STAGES)
+def test_a_loss_that_is_not_finite_names_stage_and_layer(teacher, tokens, name, kind, layer):
+    stage = make(kind, teacher, name)
+    stage.batch = tokens
+    with torch.no_grad():
+        stage.student.mixers[layer].q_proj.weight[3, 4] = float("nan")
+    loss, stage.parts = stage.losses(tokens, seed=0)
+    loss.backward()
+    start = [p.clone() for p in stage.student.parameters()]
+    with pytest.raises(Diverged, match=f"{kind.name}: .*layer.{layer}") as error:
+        stage.configure_gradient_clipping(None)
+    assert "\n" not in str(error.value)
+    for parameter, before in zip(stage.student.parameters(), start, strict=True):
+        assert torch.equal(parameter.nan_to_num(), before.nan_to_num())
+
+
+def test_gradients_are_clipped_together(teacher, tokens):
+    stage = make(HiddenAlignStage, teacher, "gla", clip=0.01)
+    loss, stage.parts = stage.losses(tokens, seed=0)
+    loss.backward()
+    before = [p.grad.clone() for p in stage.student.parameters() if p.grad is not None]
+    norm = torch.cat([gradient.flatten() for gradient in before]).norm()
+    assert norm > 0.01
+    stage.configure_gradient_clipping(None)
+    torch.testing.assert_close(stage.grad_norm, norm)
+    after = [p.grad for p in stage.student.parameters() if p.grad is not None]
+    for gradient, start in zip(after, before, strict=True):
+        torch.testing.assert_close(gradient, start * 0.01 / norm, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("kind", STAGES.values(), ids=STAGES)
+@pytest.mark.parametrize(
+    "option", [{"lr": 0.0}, {"lr": -1e-4}, {"warmup": 1.5}, {"warmup": -0.1}, {"clip": 0.0}], ids=str
+)
+def test_bad_options_are_refused(teacher, kind, option):
+    [(key, value)] = option.items()
+    with pytest.raises(InputError, match=f"{kind.name}.{key} {value}"):
+        kind(StudentFactory("gla").build(teacher, seed=0), teacher, **option)
+
+
+@pytest.mark.parametrize("option", [{"alpha": -1.0}, {"temperature": 0.0}], ids=str)
+def test_bad_distillation_options_are_refused(teacher, option):
+    with pytest.raises(InputError, match=f"kd.{next(iter(option))}"):
+        KDStage(StudentFactory("gla").build(teacher, seed=0), teacher, **option)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "probe"])
+def test_a_bf16_teacher_and_autocast_change_little(teacher, teacher_folder, tokens, name, estimator):
+    """What a GPU run does: weights of the student in fp32, of the teacher in bf16, autocast around both."""
+    half = Teacher(str(teacher_folder), torch.bfloat16)
+    for kind, options in [(MatrixMixingStage, {"estimator": estimator}), (HiddenAlignStage, {}), (KDStage, {})]:
+        expected = loss_of(make(kind, teacher, name, **options), tokens)
+        stage = make(kind, half, name, **options)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = stage.losses(tokens, seed=0)
+        loss.backward()
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(expected, rel=0.05)
+        for key, parameter in stage.student.named_parameters():
+            assert not parameter.requires_grad or parameter.grad.isfinite().all(), key
+
+
+@pytest.mark.parametrize("estimator", ["exact", "probe"])
+def test_under_bf16_the_teacher_still_has_a_small_matrix_distance(teacher, tokens, estimator):
+    distances = {}
+    for init in ("qkv", "fresh"):
+        stage = make(MatrixMixingStage, teacher, "softmax", init, estimator=estimator)
+        with torch.autocast("cpu", torch.bfloat16):
+            distances[init] = loss_of(stage, tokens)
+    assert distances["qkv"] < 0.02 * distances["fresh"]

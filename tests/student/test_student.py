@@ -1,0 +1,358 @@
+"""The student is its teacher where it should be, and a model of transformers in every other respect."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from distill_pl.errors import InputError
+from distill_pl.mixers import MIXERS
+from distill_pl.stages import KDStage
+from distill_pl.student.cache import StudentCache
+from distill_pl.student.factory import StudentFactory, check_teacher
+from distill_pl.student.modeling import Student
+from distill_pl.student.transfer import as_transformer
+from distill_pl.teacher import Teacher
+
+ATTENTION = ".self_attn."
+
+
+@pytest.fixture(params=MIXERS)
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=["grouped", "expanded"])
+def kv_heads(request) -> str:
+    return request.param
+
+
+def build(teacher: Teacher, name: str, seed: int = 0, **options) -> Student:
+    return StudentFactory(name, **options).build(teacher, seed).eval().requires_grad_(False)
+
+
+def some_tokens(teacher: Teacher, rows: int = 2, length: int = 20, seed: int = 5) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, teacher.config.vocab_size, (rows, length), generator=generator)
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    assert value.shape == expected.shape
+    return ((value.float() - expected).abs().max() / expected.abs().max()).item()
+
+
+@torch.no_grad()
+def logits_of(model, tokens: Tensor, **options) -> Tensor:
+    return model(tokens, **options).logits
+
+
+# ---- the teacher's weights
+
+
+@pytest.mark.parametrize("length", [1, 100])
+def test_softmax_student_is_its_teacher(any_teacher, kv_heads, length):
+    student, tokens = build(any_teacher, "softmax", kv_heads=kv_heads), some_tokens(any_teacher, length=length)
+    expected = logits_of(any_teacher.model, tokens)
+    assert relative_error(logits_of(student, tokens), expected) < 1e-5
+    fresh = build(any_teacher, "softmax", init="fresh", kv_heads=kv_heads)
+    assert relative_error(logits_of(fresh, tokens), expected) > 0.05
+
+
+def test_supported_teachers_are_accepted(any_teacher):
+    check_teacher(any_teacher)
+
+
+REFUSED = {  # class name -> configuration
+    "Gemma2ForCausalLM": {"model_type": "gemma2"},
+    "Gemma3ForCausalLM": {"model_type": "gemma3_text", "layer_types": ["full_attention"] * 2},
+    "Phi3ForCausalLM": {"model_type": "phi3"},
+    "GPT2LMHeadModel": {"model_type": "gpt2"},
+    "Olmo2ForCausalLM": {"model_type": "olmo2"},
+    "SmolLM3ForCausalLM": {"model_type": "smollm3", "no_rope_layers": [1, 0]},
+    "GraniteForCausalLM": {"model_type": "granite", "attention_multiplier": 8**-0.5, "embedding_multiplier": 3.0},
+}
+ACCEPTED = {  # the same architectures where they compute what Llama does; a layer's own scaling is the teacher's code
+    "SmolLM3ForCausalLM": {"model_type": "smollm3", "no_rope_layers": [1, 1]},
+    "GraniteForCausalLM": {"model_type": "granite", "attention_multiplier": 8**-0.5, "residual_multiplier": 0.5},
+}
+
+
+@pytest.mark.parametrize("class_name", REFUSED)
+def test_other_architectures_are_refused_by_name(save_model, class_name):
+    folder = save_model(**REFUSED[class_name])
+    with pytest.raises(InputError, match=class_name) as refusal:
+        check_teacher(Teacher(str(folder)))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("class_name", ACCEPTED)
+def test_it_is_the_arithmetic_that_is_refused_and_not_the_name(save_model, class_name):
+    teacher = Teacher(str(save_model(**ACCEPTED[class_name])))
+    assert type(teacher.model).__name__ == class_name
+    check_teacher(teacher)
+    tokens = some_tokens(teacher)
+    expected = logits_of(teacher.model, tokens)
+    assert relative_error(logits_of(build(teacher, "softmax"), tokens), expected) < 1e-5
+    assert relative_error(teacher.head(teacher.hidden_states(tokens)), expected) < 1e-5
+
+
+def test_a_sliding_window_is_refused_or_obeyed(save_model):
+    teacher = Teacher(str(save_model("mistral", sliding_window=32)))
+    tokens = some_tokens(teacher, length=100)
+    expected = logits_of(teacher.model, tokens)
+    try:
+        check_teacher(teacher)
+    except InputError:
+        return
+    assert relative_error(logits_of(build(teacher, "softmax"), tokens), expected) < 1e-5
+    hidden = teacher.hidden_states(tokens)
+    assert relative_error(teacher.head(hidden), expected) < 1e-5
+
+
+def test_a_student_that_is_no_transformer_is_refused_as_teacher(teacher, tokenizer, tmp_path):
+    build(teacher, "gla").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError):
+        check_teacher(Teacher(str(tmp_path)))
+
+
+@pytest.mark.parametrize("init", ["qkv", "fresh", "scratch"])
+def test_init_copies_what_it_says(any_teacher, name, kv_heads, init):
+    student = build(any_teacher, name, init=init, kv_heads=kv_heads)
+    teacher = any_teacher.model.state_dict()
+    heads, kept = any_teacher.config.num_attention_heads, any_teacher.config.num_key_value_heads
+    for key, tensor in student.state_dict().items():
+        expected = teacher.get(key)
+        if ATTENTION in key:
+            part = key.split(ATTENTION)[1].split("_")[0]
+            copied = init == "qkv" and part in MIXERS[name].copies and ("_proj." in key or part in "qk")
+        else:
+            copied = init != "scratch"
+        if expected is not None and expected.shape != tensor.shape:
+            by_head = expected.unflatten(0, (kept, -1))
+            expected = torch.cat([by_head[head * kept // heads] for head in range(heads)])
+        assert (expected is not None and torch.equal(tensor, expected)) == copied, key
+
+
+def test_grouped_and_expanded_kv_heads_start_as_one_model(variant, name):
+    if not {"k", "v"} <= set(MIXERS[name].copies):
+        pytest.skip("k or v is not the teacher's")
+    teacher = variant("llama_bias")
+    grouped, expanded = (build(teacher, name, kv_heads=kind) for kind in ("grouped", "expanded"))
+    target = expanded.state_dict()
+    for key, tensor in grouped.state_dict().items():
+        if tensor.shape == target[key].shape:
+            target[key].copy_(tensor)
+    tokens = some_tokens(teacher)
+    assert relative_error(logits_of(expanded, tokens), logits_of(grouped, tokens)) < 1e-5
+
+
+@pytest.mark.parametrize("init", ["qkv", "fresh", "scratch"])
+def test_the_seed_makes_the_student(teacher, name, init):
+    start = torch.get_rng_state()
+    first, again, other = (build(teacher, name, seed, init=init).state_dict() for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), start)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    drawn = {key for key in first if not torch.equal(first[key], other[key])}
+    if init == "scratch":
+        assert {key for key in first if key.endswith("proj.weight")} <= drawn
+    elif init == "fresh":
+        assert {key for key in first if ATTENTION in key and key.endswith("proj.weight")} <= drawn
+    assert (not drawn) == (name == "softmax" and init == "qkv")
+
+
+def test_bad_options_are_refused():
+    for key, option in [("mixer", "hgrn3"), ("retention", 1.0), ("retention", 0.0), ("backend", "fla")]:
+        if (key, torch.cuda.is_available()) == ("backend", True):
+            continue
+        with pytest.raises(InputError, match=f"student.{key} {option!r}|student.{key} {option}"):
+            StudentFactory(**{key: option})
+
+
+# ---- transformers' interface
+
+
+@pytest.mark.parametrize("shape", ["llama", "llama_untied", "qwen3", "llama_scaled_rope"])
+def test_saved_and_loaded_is_identical(variant, name, kv_heads, shape, tmp_path):
+    teacher = variant(shape)
+    student, tokens = build(teacher, name, init="fresh", kv_heads=kv_heads), some_tokens(teacher, length=100)
+    generator = torch.Generator().manual_seed(8)
+    for parameter in student.parameters():  # no start value may be taken for a saved one
+        parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    student.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is Student
+    assert loaded.dtype == torch.float32
+    saved = student.state_dict()
+    assert all(torch.equal(tensor, saved.pop(key)) for key, tensor in loaded.state_dict().items()) and not saved
+    assert torch.equal(logits_of(loaded, tokens), logits_of(student, tokens))
+    tied = loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert tied == teacher.config.tie_word_embeddings
+
+
+def test_bf16_is_fp32_to_rounding(teacher, name, tmp_path):
+    student, tokens = build(teacher, name), some_tokens(teacher)
+    student.save_pretrained(tmp_path)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    expected = logits_of(student, tokens)
+    assert relative_error(logits_of(half, tokens), expected) < 0.05
+    cache, outputs = StudentCache(len(half.mixers)), []
+    for token in tokens.unbind(1):
+        outputs.append(logits_of(half, token[:, None], past_key_values=cache))
+    assert relative_error(torch.cat(outputs, 1), expected) < 0.05
+
+
+def generate(student: Student, tokens: Tensor, mask: Tensor | None = None, **options):
+    return student.generate(
+        tokens, attention_mask=torch.ones_like(tokens) if mask is None else mask, do_sample=False, pad_token_id=0,
+        max_new_tokens=12, min_new_tokens=12, return_dict_in_generate=True, output_logits=True, output_scores=True,
+        **options,
+    )  # fmt: skip
+
+
+def test_greedy_generation_with_a_cache_is_that_without(teacher, name, kv_heads):
+    student, tokens = build(teacher, name, kv_heads=kv_heads), some_tokens(teacher, rows=3, length=9)
+    cached, uncached = (generate(student, tokens, use_cache=use_cache) for use_cache in (True, False))
+    assert isinstance(cached.past_key_values, StudentCache)
+    assert cached.past_key_values.get_seq_length() == 9 + 12 - 1
+    assert uncached.get("past_key_values") is None
+    assert cached.sequences.shape == (3, 21)
+    assert torch.equal(cached.sequences, uncached.sequences)
+    assert relative_error(torch.stack(cached.logits), torch.stack(uncached.logits)) < 1e-5
+    whole = logits_of(student, cached.sequences)[:, 8:-1]
+    assert relative_error(torch.stack(cached.logits, 1), whole) < 1e-5
+
+
+def test_beam_search_with_a_cache_is_that_without(teacher, name, kv_heads):
+    student, tokens = build(teacher, name, kv_heads=kv_heads), some_tokens(teacher, rows=3, length=9)
+    cached, uncached = (generate(student, tokens, num_beams=3, use_cache=use_cache) for use_cache in (True, False))
+    assert torch.equal(cached.sequences, uncached.sequences)
+    assert relative_error(cached.sequences_scores, uncached.sequences_scores) < 1e-5
+    came_from = cached.beam_indices[cached.beam_indices >= 0].unique()
+    assert len(came_from) > 3  # else no row was ever reordered
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_left_padding_changes_nothing(teacher, name, kv_heads, beams):
+    student = build(teacher, name, kv_heads=kv_heads)
+    rows = [some_tokens(teacher, 1, length, seed=length)[0] for length in (3, 12, 7)]
+    longest = max(len(row) for row in rows)
+    batch = torch.stack([torch.cat([row.new_full((longest - len(row),), 9), row]) for row in rows])
+    mask = torch.stack([torch.arange(longest) >= longest - len(row) for row in rows]).long()
+    logits = logits_of(student, batch, attention_mask=mask)
+    together = generate(student, batch, mask, num_beams=beams)
+    for index, row in enumerate(rows):
+        alone = generate(student, row[None], num_beams=beams)
+        assert relative_error(logits[index, longest - len(row) :], logits_of(student, row[None])[0]) < 1e-5
+        assert torch.equal(together.sequences[index, longest:], alone.sequences[0, len(row) :])
+    unmasked = logits_of(student, batch)
+    assert relative_error(unmasked[0, longest - 3 :], logits[0, longest - 3 :]) > 1e-2  # the padding is no empty one
+
+
+def test_labels_give_the_shifted_cross_entropy(teacher, name):
+    student, tokens = build(teacher, name), some_tokens(teacher)
+    labels = tokens.clone()
+    labels[0, :7] = labels[1, 12] = -100
+    output = student(tokens, labels=labels)
+    picked = [(row, time) for row in range(2) for time in range(19) if labels[row, time + 1] != -100]
+    losses = [cross_entropy(output.logits[row, time], tokens[row, time + 1]) for row, time in picked]
+    assert output.loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+
+
+def test_logits_to_keep(teacher, name):
+    student, tokens = build(teacher, name), some_tokens(teacher)
+    whole = logits_of(student, tokens)
+    last, chosen = (logits_of(student, tokens, logits_to_keep=keep) for keep in (3, torch.tensor([2, 11])))
+    torch.testing.assert_close(last, whole[:, -3:])
+    torch.testing.assert_close(chosen, whole[:, [2, 11]])
+
+
+def test_embeddings_may_stand_for_tokens(teacher, name):
+    student, tokens = build(teacher, name), some_tokens(teacher)
+    embeddings = student.get_input_embeddings()(tokens)
+    assert torch.equal(student(inputs_embeds=embeddings).logits, logits_of(student, tokens))
+
+
+def test_cache_is_made_for_inference_only(teacher, name):
+    student, tokens = build(teacher, name), some_tokens(teacher)
+    assert student(tokens).past_key_values.get_seq_length() == 20
+    assert student(tokens, use_cache=False).past_key_values is None
+    assert student.train()(tokens).past_key_values is None
+
+
+@pytest.mark.parametrize("shape", ["llama", "qwen3", "llama_bias"])
+def test_distillation_reaches_every_parameter(variant, name, kv_heads, shape):
+    teacher = variant(shape)
+    student = build(teacher, name, init="fresh", kv_heads=kv_heads).train()
+    stage = KDStage(student, teacher)
+    stage.configure_model()
+    loss, _ = stage.losses(some_tokens(teacher), seed=0)
+    loss.backward()
+    for key, parameter in student.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, key
+        assert parameter.grad.isfinite().all(), key
+
+
+def test_generation_state_stays_constant(teacher):
+    student = build(teacher, "gla")
+    sizes = {}
+    for length in (10, 40):
+        cache = student(some_tokens(teacher, length=length)).past_key_values
+        sizes[length] = cache.nbytes()
+    heads, head_dim = teacher.config.num_attention_heads, teacher.config.head_dim
+    assert sizes[10] == sizes[40] == 2 * 2 * heads * head_dim * head_dim * 4  # rows, layers, fp32
+
+
+def test_cache_rows_follow_the_beams(teacher, name):
+    student, tokens = build(teacher, name), some_tokens(teacher, rows=3)
+    following = some_tokens(teacher, rows=3, length=1, seed=6)
+
+    def continued(change, rows: list[int]) -> tuple[Tensor, Tensor]:
+        cache = student(tokens).past_key_values
+        change(cache)
+        got = logits_of(student, following[rows], past_key_values=cache)
+        return got, logits_of(student, torch.cat([tokens, following], 1))[rows][:, -1:]
+
+    for change, rows in [
+        (lambda cache: None, [0, 1, 2]),
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([2, 0])), [2, 0]),
+        (lambda cache: cache.reorder_cache(torch.tensor([0, 1, 2])), [0, 1, 2]),
+    ]:
+        got, expected = continued(change, rows)
+        assert relative_error(got, expected) < 1e-5
+    cache = student(tokens).past_key_values
+    cache.reorder_cache(torch.tensor([2, 2, 0]))
+    got = logits_of(student, following[:1].expand(3, 1), past_key_values=cache)
+    history = torch.cat([tokens[[2, 2, 0]], following[:1].expand(3, 1)], 1)
+    assert relative_error(got, logits_of(student, history)[:, -1:]) < 1e-5
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.nbytes() == 0
+
+
+# ---- a student that is softmax throughout
+
+
+def test_softmax_student_becomes_its_teachers_class(any_teacher, kv_heads):
+    student = build(any_teacher, "softmax", init="fresh", kv_heads=kv_heads)
+    tokens = some_tokens(any_teacher, length=100)
+    model = as_transformer(student).eval()
+    assert type(model) is type(any_teacher.model)
+    assert relative_error(logits_of(model, tokens), logits_of(student, tokens)) < 1e-5
+
+
+@pytest.mark.parametrize("shape", ["llama", "llama_untied"])
+def test_softmax_student_is_exported_as_a_llama(variant, kv_heads, shape, tmp_path):
+    teacher = variant(shape)
+    student = build(teacher, "softmax", init="fresh", kv_heads=kv_heads)
+    tokens = some_tokens(teacher, length=100)
+    as_transformer(student).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is LlamaForCausalLM
+    assert relative_error(logits_of(loaded, tokens), logits_of(student, tokens)) < 1e-5
+
+
+def test_any_other_student_stays_what_it_is(teacher, name):
+    student = build(teacher, name)
+    assert (as_transformer(student) is student) == (name != "softmax")

@@ -1,0 +1,69 @@
+"""Weights arrive where they should: kv heads are repeated whole, and nothing is left out silently."""
+
+import pytest
+import torch
+
+from distill_pl.mixers import GLA, MIXERS
+from distill_pl.student.factory import StudentFactory
+from distill_pl.student.transfer import copy_weights, expand_kv
+
+HEADS = [(4, 1), (4, 2), (4, 4), (6, 2), (15, 5)]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+@pytest.mark.parametrize("rest", [(7,), ()], ids=["weight", "bias"])
+@pytest.mark.parametrize("head_dim", [1, 8])
+def test_query_head_reads_its_kv_head(heads, kv_heads, rest, head_dim):
+    projection = torch.randn(kv_heads * head_dim, *rest, generator=torch.Generator().manual_seed(0))
+    expanded = expand_kv(projection, heads, kv_heads)
+    assert expanded.shape == (heads * head_dim, *rest)
+    for head in range(heads):
+        source = head * kv_heads // heads
+        rows = slice(source * head_dim, (source + 1) * head_dim)
+        assert torch.equal(expanded[head * head_dim : (head + 1) * head_dim], projection[rows])
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [shape for shape in HEADS if 1 < shape[1] < shape[0]])
+def test_repeating_rows_instead_of_heads_is_something_else(heads, kv_heads):
+    """What published codes do: they repeat each row, or the whole projection."""
+    projection = torch.randn(kv_heads * 8, 7, generator=torch.Generator().manual_seed(0))
+    expanded, times = expand_kv(projection, heads, kv_heads), heads // kv_heads
+    for wrong in (projection.repeat_interleave(times, dim=0), projection.repeat(times, 1)):
+        assert wrong.shape == expanded.shape
+        assert (wrong == expanded).all(-1).float().mean() < 0.7
+
+
+def test_expanding_nothing_is_a_copy():
+    projection = torch.randn(32, 7)
+    assert torch.equal(expand_kv(projection, 4, 4), projection)
+
+
+@pytest.mark.parametrize("attention", [True, False])
+@pytest.mark.parametrize("name", MIXERS)
+def test_names_returned_are_the_tensors_that_changed(any_teacher, name, attention):
+    student = StudentFactory(name, init="scratch").build(any_teacher, seed=3)
+    before = {key: tensor.clone() for key, tensor in student.state_dict().items()}
+    copied = copy_weights(any_teacher.model, student, attention)
+    changed = {key for key, tensor in student.state_dict().items() if not torch.equal(tensor, before[key])}
+    assert set(copied) == changed
+    assert len(copied) == len(set(copied))
+    assert any(".self_attn." in key for key in changed) == attention
+
+
+def test_a_tensor_of_another_shape_is_an_error(variant):
+    student = StudentFactory("gla").build(variant("llama_mha"), seed=0)
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj\.weight"):
+        copy_weights(variant("llama_wide_heads").model, student, attention=True)
+
+
+def test_a_tensor_that_is_missing_is_an_error(variant):
+    student = StudentFactory("gla").build(variant("llama_bias"), seed=0)
+    with pytest.raises((KeyError, ValueError), match=r"model\.layers\.0\.[a-z_.]+\.bias"):
+        copy_weights(variant("llama").model, student, attention=True)
+
+
+def test_a_mixer_gets_only_what_it_says_it_can_take(teacher, monkeypatch):
+    monkeypatch.setattr(GLA, "copies", ("q", "v"))
+    student = StudentFactory("gla", init="scratch").build(teacher, seed=0)
+    copied = {key.split(".self_attn.")[1] for key in copy_weights(teacher.model, student, True) if "self_attn" in key}
+    assert copied == {"q_proj.weight", "v_proj.weight"}

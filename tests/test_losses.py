@@ -1,0 +1,147 @@
+"""The losses are the paper's equations, computed here from whole tensors at once."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import distill_pl.losses
+from distill_pl.losses import hidden_distance, matrix_distance, next_token_losses
+
+ROWS, LENGTH, HIDDEN, VOCAB = 3, 9, 8, 23
+
+
+def make(seed: int = 0) -> tuple[Tensor, Tensor, nn.Linear, Tensor, nn.Linear]:
+    """Tokens; hidden state and head of a student and of a teacher with another width."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokens = torch.randint(0, VOCAB, (ROWS, LENGTH))
+        student, teacher = torch.randn(ROWS, LENGTH, HIDDEN), torch.randn(ROWS, LENGTH, 2 * HIDDEN)
+        heads = nn.Linear(HIDDEN, VOCAB, bias=False), nn.Linear(2 * HIDDEN, VOCAB, bias=False)
+    return tokens, student.requires_grad_(True), heads[0], teacher, heads[1].requires_grad_(False)
+
+
+def whole(tokens: Tensor, student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Eqs. 5 and 6 with [B, T, V] in memory."""
+    ce = cross_entropy(student_logits[:, :-1].transpose(1, 2), tokens[:, 1:])
+    p = (teacher_logits[:, :-1] / temperature).softmax(-1)
+    q = (student_logits[:, :-1] / temperature).softmax(-1)
+    kl = (p * (p / q).log()).sum(-1).mean() * temperature**2
+    return ce, kl
+
+
+@pytest.mark.parametrize("at_once", [1, 5, 8, 24, 1024])  # there are 24 predictions
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_losses_and_gradients_are_those_of_whole_logits(monkeypatch, at_once, temperature):
+    monkeypatch.setattr(distill_pl.losses, "TOKENS_AT_ONCE", at_once)
+    tokens, student, head, teacher, teacher_head = make()
+    expected = whole(tokens, head(student), teacher_head(teacher), temperature)
+    got = next_token_losses(tokens, student, head, teacher, teacher_head, temperature)
+    for value, reference in zip(got, expected, strict=True):
+        assert reference > 0.1
+        torch.testing.assert_close(value, reference, rtol=1e-5, atol=0)
+        leaves = [student, head.weight]
+        gradients = [torch.autograd.grad(loss, leaves, retain_graph=True) for loss in (value, reference)]
+        for gradient, correct in zip(*gradients, strict=True):
+            torch.testing.assert_close(gradient, correct, rtol=1e-5, atol=1e-7)
+    with torch.no_grad():
+        for value, reference in zip(
+            next_token_losses(tokens, student, head, teacher, teacher_head, temperature), expected, strict=True
+        ):
+            torch.testing.assert_close(value, reference, rtol=1e-5, atol=0)
+
+
+def test_logits_of_all_tokens_never_exist(monkeypatch):
+    monkeypatch.setattr(distill_pl.losses, "TOKENS_AT_ONCE", 5)
+    tokens, student, head, teacher, teacher_head = make()
+    seen = []
+    for module in (head, teacher_head):
+        module.register_forward_hook(lambda module, inputs, logits: seen.append(logits.shape))
+    sum(next_token_losses(tokens, student, head, teacher, teacher_head)).backward()
+    assert seen and all(shape.numel() <= 5 * VOCAB for shape in seen)
+
+
+def test_without_a_teacher_there_is_cross_entropy_alone():
+    tokens, student, head, teacher, teacher_head = make()
+    ce, kl = next_token_losses(tokens, student, head)
+    assert kl == 0
+    torch.testing.assert_close(ce, next_token_losses(tokens, student, head, teacher, teacher_head)[0])
+    assert torch.autograd.grad(ce + kl, head.weight)[0].abs().max() > 0
+
+
+def distributions(*rows: list[float]) -> Tensor:
+    """Hidden states that are log probabilities already [1, len(rows) + 1, V]; nothing is predicted from the last."""
+    return torch.tensor([[*rows, [1 / len(rows[0])] * len(rows[0])]]).log()
+
+
+def test_kl_is_of_the_teacher_from_the_student():
+    sure, even = [0.9, 0.1], [0.5, 0.5]
+    tokens, head = torch.zeros(1, 2, dtype=torch.long), nn.Identity()
+    _, kl = next_token_losses(tokens, distributions(even), head, distributions(sure), head)
+    assert kl.item() == pytest.approx(0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5), rel=1e-5)
+    _, reverse = next_token_losses(tokens, distributions(sure), head, distributions(even), head)
+    assert reverse.item() == pytest.approx(0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1), rel=1e-5)
+
+
+def test_each_position_predicts_the_next_token():
+    head = nn.Identity()
+    certain = distributions([1 - 2e-6, 1e-6, 1e-6], [1e-6, 1 - 2e-6, 1e-6])
+    right, wrong = torch.tensor([[2, 0, 1]]), torch.tensor([[0, 1, 2]])
+    assert next_token_losses(right, certain, head)[0].item() < 1e-5
+    assert next_token_losses(wrong, certain, head)[0].item() > 10
+
+
+def test_kl_of_equals_is_zero_with_a_zero_gradient():
+    _, _, _, hidden, head = make()
+    tokens = torch.randint(0, VOCAB, (ROWS, LENGTH))
+    student = hidden.clone().requires_grad_(True)
+    _, kl = next_token_losses(tokens, student, head, hidden, head, temperature=2.0)
+    assert abs(kl.item()) < 1e-6
+    assert torch.autograd.grad(kl, student)[0].abs().max() < 1e-6
+
+
+def test_losses_are_means_over_tokens():
+    tokens, student, head, teacher, teacher_head = make()
+    once = next_token_losses(tokens, student, head, teacher, teacher_head)
+    twice = [x.repeat(2, *[1] * (x.ndim - 1)) for x in (tokens, student, teacher)]
+    again = next_token_losses(twice[0], twice[1], head, twice[2], teacher_head)
+    for value, expected in zip(again, once, strict=True):
+        torch.testing.assert_close(value, expected)
+
+
+def test_bf16_is_summed_in_fp32():
+    tokens, student, head, teacher, teacher_head = make()
+    expected = next_token_losses(tokens, student, head, teacher, teacher_head)
+    half = next_token_losses(tokens, student.bfloat16(), head.bfloat16(), teacher.bfloat16(), teacher_head.bfloat16())
+    for value, reference in zip(half, expected, strict=True):
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, reference, rtol=0.02, atol=0)
+
+
+def test_matrix_distance():
+    difference = torch.randn(2, 3, 7, 7, generator=torch.Generator().manual_seed(0))
+    squared = difference.square().sum((-2, -1))
+    norms = torch.stack([torch.linalg.matrix_norm(difference[b, h]) for b in range(2) for h in range(3)])
+    torch.testing.assert_close(matrix_distance(squared, 7, "frobenius"), norms.mean())
+    torch.testing.assert_close(matrix_distance(squared, 7, "mse"), difference.square().mean())
+
+
+def test_hidden_distance():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 2, 5, 8, generator=generator).unbind(0)
+    norms = [torch.linalg.vector_norm(student[b, t] - teacher[b, t]) for b in range(2) for t in range(5)]
+    torch.testing.assert_close(hidden_distance(student, teacher), torch.stack(norms).mean())
+    assert hidden_distance(student.bfloat16(), teacher.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "mse"])
+def test_gradients_are_finite_where_student_and_teacher_are_equal(norm):
+    a = torch.randn(2, 3, 7, 7, generator=torch.Generator().manual_seed(0))
+    same = a.clone().requires_grad_(True)
+    loss = matrix_distance((a - same).square().sum((-2, -1)), 7, norm)
+    assert torch.autograd.grad(loss, same)[0].abs().max() == 0
+    loss = hidden_distance(same, a)
+    assert torch.autograd.grad(loss, same)[0].abs().max() == 0
+    assert loss < 1e-5
