@@ -60,7 +60,7 @@ class Monitor(Callback):
             self.logged_step, self.logged_at = step, now
             self.began = now
         last = step == steps
-        if step % trainer.log_every_n_steps == 0 or last:
+        if step % trainer.log_every_n_steps == 0 or last:  # type: ignore[attr-defined]
             loss = outputs["loss"].item()
             scalars = {"train/loss": loss, "train/lr": trainer.optimizers[0].param_groups[0]["lr"]}
             scalars |= {"train/grad_norm": stage.grad_norm.item()}
@@ -110,8 +110,10 @@ class Monitor(Callback):
         found = stage.validation["student_ce"]
         if not math.isfinite(found):
             raise InputError(f"{stage.name}: the student's held-out loss is {found} before the first step")
-        expected = stage.validation["teacher_ce"] if self.expected_ce == "teacher" else self.expected_ce
-        if expected is not None and abs(found - expected) > 0.01 * max(1.0, abs(expected)):
+        if self.expected_ce is None:
+            return
+        expected = float(stage.validation["teacher_ce"] if self.expected_ce == "teacher" else self.expected_ce)
+        if abs(found - expected) > 0.01 * max(1.0, expected):
             raise InputError(
                 f"{stage.name}: the student starts at {found:.4f} nats a token, expected {expected:.4f}: the weights it "
                 "should start from did not arrive; delete this run's stage folders from here on and run again"

@@ -70,10 +70,9 @@ def fit(config: Namespace) -> None:
     stages = [STAGES[leg.name](student, teacher, **config[leg.name]) for leg in legs]
     describe(config, teacher, student, legs)
     data.prepare(legs[-1].first + legs[-1].steps * config.data.batch_size)
-    if rank_zero_only.rank == 0:
-        write_config(config)
+    write_config(config)
 
-    expected = "teacher" if factory.is_teacher else None
+    expected: float | str | None = "teacher" if factory.is_teacher else None
     for leg, stage in zip(legs, stages, strict=True):
         if leg.weights.is_file():
             say(f"{leg.name} is done: {leg.weights}")
@@ -81,8 +80,7 @@ def fit(config: Namespace) -> None:
             run_stage(config, leg, stage, data, expected)
         load_student(student, leg)
         expected = read_metrics(leg)["student_ce"]
-    if rank_zero_only.rank == 0:
-        export(student, teacher, exported)
+    export(student, teacher, exported)
     found = read_metrics(legs[-1])
     say(
         f"done: the student is in {exported}; held-out perplexity {perplexity(found['student_ce']):.4g}, "
@@ -114,7 +112,9 @@ def plan(config: Namespace) -> list[Leg]:
         legs.append(Leg(name, Path(config.out) / f"{number}_{name}", first, steps))
         first += steps * config.data.batch_size
     if not legs:
-        raise InputError(f"no stage has a budget: set kd.tokens above 0, or leave it out to get what is left of {config.tokens}")
+        raise InputError(
+            f"no stage has a budget: set kd.tokens above 0, or leave it out to get what is left of {config.tokens}"
+        )
     return legs
 
 
@@ -150,8 +150,7 @@ def run_stage(config: Namespace, leg: Leg, stage: Stage, data: ChunkDataModule, 
         raise SystemExit(f"{leg.name} was stopped at step {trainer.global_step:,}: run the same command again to go on")
     if stage.validated_at != leg.steps:
         trainer.validate(stage, datamodule=data, verbose=False)
-    if trainer.is_global_zero:
-        save_student(stage.student, leg, stage.validation)
+    save_student(stage.student, leg, stage.validation)
     trainer.strategy.barrier()
 
 
@@ -178,8 +177,13 @@ def precision(config: Namespace) -> str:
     """`trainer.precision`, by default bf16-mixed on a GPU that has bf16 (weights and Adam stay fp32), else fp32."""
     if config.trainer.precision is not None:
         return str(config.trainer.precision)
+    return "bf16-mixed" if device(config).type == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def device(config: Namespace) -> torch.device:
+    """The kind of device that `trainer.accelerator` stands for here."""
     gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return "bf16-mixed" if gpu and torch.cuda.is_bf16_supported() else "32-true"
+    return torch.device("cuda" if gpu else "cpu")
 
 
 def describe(config: Namespace, teacher: Teacher, student: Student, legs: list[Leg]) -> None:
@@ -187,24 +191,30 @@ def describe(config: Namespace, teacher: Teacher, student: Student, legs: list[L
     count = sum(p.numel() for p in student.parameters())
     base = teacher.config
     own = sum(p.numel() for p in teacher.model.parameters())
-    device = torch.device("cuda" if "bf16" in precision(config) or torch.cuda.is_available() else "cpu")
-    copied = {"scratch": "nothing copied", "fresh": "all but attention copied", "qkv": "all but attention copied, and of it "
-              + ", ".join(student.mixers[0].copies)}[config.student.init]  # fmt: skip
+    copied = {
+        "scratch": "nothing copied",
+        "fresh": "all but attention copied",
+        "qkv": f"all but attention copied, and of it {', '.join(student.mixers[0].copies)}",
+    }[config.student.init]
     batch = config.data.batch_size * config.data.sequence_length
     say(
-        f"teacher  {config.teacher}: {type(teacher.model).__name__}, {short(own)} parameters, {base.num_hidden_layers} layers of "
-        f"{base.num_attention_heads} heads ({base.num_key_value_heads} kv)\n"
+        f"teacher  {config.teacher}: {type(teacher.model).__name__}, {short(own)} parameters, "
+        f"{base.num_hidden_layers} layers of {base.num_attention_heads} heads ({base.num_key_value_heads} kv)\n"
         f"student  {config.student.mixer}: {short(count)} parameters, {copied}; "
-        f"mixing by {'fla kernels' if use_fla(config.student.backend, device) else 'torch'}, {precision(config)}\n"
+        f"mixing by {'fla kernels' if use_fla(config.student.backend, device(config)) else 'torch'}, {precision(config)}\n"
         f"text     {config.data.dataset}, chunks of {config.data.sequence_length}, {config.data.batch_size} a step\n"
-        f"stages   " + ", then ".join(f"{leg.name} {short(leg.steps * batch)} tokens" for leg in legs) + f"\nout      {config.out}"
+        f"stages   "
+        + ", then ".join(f"{leg.name} {short(leg.steps * batch)} tokens" for leg in legs)
+        + f"\nout      {config.out}"
     )
 
 
+@rank_zero_only
 def export(student: Student, teacher: Teacher, folder: Path) -> None:
     """The Hugging Face folder, written aside and renamed. A student that is all softmax becomes its teacher's own class."""
     aside = folder.with_name("student.new")
     shutil.rmtree(aside, ignore_errors=True)
+    student.config.backend = "auto"  # of this machine; the next one chooses for itself
     as_transformer(student).save_pretrained(aside)
     teacher.tokenizer.save_pretrained(aside)
     aside.rename(folder)

@@ -2,13 +2,10 @@
 
 import difflib
 import inspect
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # its own warning about forks is noise here: nothing forks
 
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import Trainer
@@ -38,7 +35,7 @@ class DistillCLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             parser_kwargs={"prog": "distill-pl", "description": sys.modules["distill_pl"].__doc__, "exit_on_error": False},
-            args=args,
+            args=None if args is None else list(args),
         )
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs) -> None:

@@ -113,7 +113,7 @@ def load(path: str) -> tuple[PreTrainedModel, Any]:
             f"model {path!r} cannot be loaded ({str(error).strip().splitlines()[0][:200]}): give a run folder, "
             "a Hugging Face model folder with its tokenizer, or a hub id"
         ) from error
-    return model.to("cuda" if gpu else "cpu").eval(), tokenizer
+    return model.to("cuda" if gpu else "cpu").eval(), tokenizer  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 
@@ -109,6 +110,7 @@ def check_run_folder(config: Namespace) -> None:
         raise InputError(f"out {str(out)!r} belongs to another configuration ({changes}): undo that, or choose another out")
 
 
+@rank_zero_only
 def write_config(config: Namespace) -> None:
     """Record the whole configuration, every default included, when a run begins."""
     if (Path(config.out) / "config.yaml").is_file():
@@ -133,6 +135,7 @@ def check_leg(leg: Leg) -> None:
             raise InputError(f"{leg.checkpoint} is damaged: delete it, and {leg.name} starts over") from error
 
 
+@rank_zero_only
 def save_student(student: Student, leg: Leg, metrics: dict[str, float]) -> None:
     """The student as a finished stage leaves it, with its held-out losses in nats a token; then drop the checkpoint."""
     note = {"metrics": json.dumps(metrics)}

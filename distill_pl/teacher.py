@@ -77,7 +77,7 @@ class Teacher:
 
     def to(self, device: torch.device) -> "Teacher":
         """Move the weights."""
-        self.model.to(device)
+        self.model.to(device)  # type: ignore[arg-type]
         return self
 
     @property

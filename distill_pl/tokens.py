@@ -11,6 +11,7 @@ class Tokens(int):
     """A number of tokens: an int that is read from and shown as `80M` (units k, M, B, T; decimal)."""
 
     def __new__(cls, amount: "int | str") -> "Tokens":
+        """Raises ValueError for anything but a whole number, of a unit or not."""
         if isinstance(amount, str):
             match = re.fullmatch(r"(\d+(?:_\d+)*(?:\.\d+)?)\s*([kKMBT]?)", amount.strip())
             if match is None:

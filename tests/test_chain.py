@@ -6,7 +6,6 @@ import os
 import random
 import re
 import signal
-import time
 from contextlib import redirect_stderr
 from pathlib import Path
 
@@ -79,7 +78,11 @@ def weights(out: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 def assert_same(out: Path, other: Path) -> None:
     ours, theirs = weights(out), weights(other)
-    assert sorted(ours) == sorted(theirs) == sorted([*(f"{name}/student.safetensors" for name in LAST), "student/model.safetensors"])
+    assert (
+        sorted(ours)
+        == sorted(theirs)
+        == sorted([*(f"{name}/student.safetensors" for name in LAST), "student/model.safetensors"])
+    )
     for file, tensors in ours.items():
         assert tensors.keys() == theirs[file].keys()
         for name, tensor in tensors.items():
@@ -131,7 +134,9 @@ def test_finished_run(finished, arguments, capsys):
     assert student.generate(**inputs, max_new_tokens=5, pad_token_id=0).shape[1] == inputs["input_ids"].shape[1] + 5
     config = yaml.safe_load((finished / "config.yaml").read_text())
     assert config["matrix_mixing"]["tokens"] == str(4 * STEP) and config["kd"]["tokens"] is None
-    for number, (folder, parts) in enumerate(zip(LAST, [["align/layer_00", "align/layer_01"]] * 2 + [["train/ce", "train/kl"]], strict=True)):
+    for number, (folder, parts) in enumerate(
+        zip(LAST, [["align/layer_00", "align/layer_01"]] * 2 + [["train/ce", "train/kl"]], strict=True)
+    ):
         events = EventAccumulator(str(finished / folder))
         events.Reload()
         first, steps = [(0, 4), (4, 5), (9, 6)][number]

@@ -113,11 +113,12 @@ def test_losses_are_means_over_tokens():
 
 def test_bf16_is_summed_in_fp32():
     tokens, student, head, teacher, teacher_head = make()
-    expected = next_token_losses(tokens, student, head, teacher, teacher_head)
-    half = next_token_losses(tokens, student.bfloat16(), head.bfloat16(), teacher.bfloat16(), teacher_head.bfloat16())
+    student, teacher, head, teacher_head = (x.bfloat16() for x in (student, teacher, head, teacher_head))
+    expected = whole(tokens, head(student).float(), teacher_head(teacher).float(), temperature=2.0)
+    half = next_token_losses(tokens, student, head, teacher, teacher_head, temperature=2.0)
     for value, reference in zip(half, expected, strict=True):
         assert value.dtype == torch.float32
-        torch.testing.assert_close(value, reference, rtol=0.02, atol=0)
+        torch.testing.assert_close(value, reference, rtol=1e-5, atol=0)
 
 
 def test_matrix_distance():

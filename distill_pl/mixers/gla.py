@@ -31,7 +31,7 @@ class GLA(SequenceMixer):
     def start(self, config) -> None:
         """The bias at which a fresh gate retains `config.retention` of the state a token (section 3.1)."""
         keep = config.retention**TEMPERATURE
-        initialization.constant_(self.decay_proj[1].bias, math.log(keep / (1 - keep)))
+        initialization.constant_(self.decay_proj.get_parameter("1.bias"), math.log(keep / (1 - keep)))
 
     def log_decay(self, hidden: Tensor) -> Tensor:
         """g <= 0, [B, T, H, K] in fp32."""

@@ -46,7 +46,9 @@ def mix(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None =
     if key_mask is None:
         key_mask = torch.ones(batch, length, dtype=torch.bool, device=q.device)
     if state is not None:
-        k, v, key_mask = (torch.cat(pair, dim=-2 if pair[0].ndim == 4 else -1) for pair in zip(state, (k, v, key_mask), strict=True))
+        k, v, key_mask = (
+            torch.cat(pair, dim=-2 if pair[0].ndim == 4 else -1) for pair in zip(state, (k, v, key_mask), strict=True)
+        )
     visible = _visible(length, key_mask) if padded else None
     y = scaled_dot_product_attention(
         q, k, v, attn_mask=visible, is_causal=visible is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]

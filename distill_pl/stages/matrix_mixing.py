@@ -67,7 +67,7 @@ class MatrixMixingStage(Stage):
             else:
                 generator = torch.Generator().manual_seed(seed)
                 signs = torch.randint(0, 2, (1, tokens.shape[1], 1, self.probes), generator=generator) * 2 - 1
-                squared = probed_distance(student_layer.self_attn, hidden, layer, signs.to(hidden))
+                squared = probed_distance(student_layer.self_attn, hidden, layer, signs.to(hidden.device))
             distances.append(matrix_distance(squared, tokens.shape[1], self.norm))
         parts = torch.stack(distances)
         return parts.mean(), parts.detach()
@@ -89,11 +89,11 @@ def probed_distance(mixer: SequenceMixer, hidden: Tensor, layer: Layer, signs: T
     """An unbiased estimate of |A_teacher - A_student|_F^2, [B, H], from probes signs [1, T, 1, P] of +1 and -1."""
 
     def values(like: Tensor) -> Tensor:
-        return signs.expand(*like.shape[:3], -1)  # the same probe for every sequence and head
+        return signs.to(like.dtype).expand(*like.shape[:3], -1)  # the same probe for every sequence and head
 
     inputs = mixer.inputs(hidden, layer.position, None, None)
     student, _ = mixer.op.mix(**inputs | {"v": values(inputs["v"])})
-    teacher, _ = softmax.mix(layer.query, layer.key, values(layer.key).to(layer.query), layer.scale)
+    teacher, _ = softmax.mix(layer.query, layer.key, values(layer.key), layer.scale)
     return (teacher.float() - student.float()).square().sum(1).mean(-1)
 
 

@@ -107,8 +107,11 @@ class Stage(L.LightningModule):
         """The stage's own loss, and next-token cross-entropy of both models, on held-out tokens [B, T]."""
         loss, _ = self.losses(batch, seed=batch_idx)
         self.metrics["loss"].update(loss, len(batch))
-        for key, model, head in [("teacher_ce", self.teacher, self.teacher.head),
-                                 ("student_ce", self.student, self.student.lm_head)]:  # fmt: skip
+        models: list[tuple[str, Teacher | Student, torch.nn.Module]] = [
+            ("teacher_ce", self.teacher, self.teacher.head),
+            ("student_ce", self.student, self.student.lm_head),
+        ]
+        for key, model, head in models:
             ce, _ = next_token_losses(batch, model.hidden_states(batch), head)
             self.metrics[key].update(ce, len(batch))
 

@@ -50,6 +50,7 @@ class StudentConfig(PreTrainedConfig):
 class Student(PreTrainedModel, GenerationMixin):
     """A causal language model: tokens [B, T] -> logits [B, T, vocab]."""
 
+    config: StudentConfig
     config_class = StudentConfig
     base_model_prefix = "model"
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -83,7 +84,7 @@ class Student(PreTrainedModel, GenerationMixin):
             position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
         return self.model.rotary_emb(hidden, position_ids)
 
-    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+    def hidden_states(self, input_ids: Tensor | None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
                       cache: StudentCache | None = None, inputs_embeds: Tensor | None = None) -> Tensor:  # fmt: skip
         """[B, T] -> [B, T, D] after the final norm: what the head reads. attention_mask bool [B, T]."""
         hidden = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -121,7 +122,7 @@ class Student(PreTrainedModel, GenerationMixin):
 
 def teacher_config(config: StudentConfig) -> PreTrainedConfig:
     """The teacher's configuration that a student's carries."""
-    return AutoConfig.for_model(**config.teacher)
+    return AutoConfig.for_model(**(config.teacher or {}))
 
 
 AutoConfig.register(StudentConfig.model_type, StudentConfig)

@@ -110,6 +110,11 @@ def test_fresh_decay_gates_retain_what_was_asked(teacher, name, retention):
         assert log_decay.dtype == torch.float32
         assert (log_decay <= 0).all()
         assert log_decay.exp().mean().item() == pytest.approx(retention, abs=0.005)
+        # 0.982 and its neighbours in bf16 are 4e-3 apart
+        half = mixer.bfloat16().log_decay(hidden.bfloat16())
+        assert half.dtype == torch.float32
+        with torch.autocast("cpu", torch.bfloat16):
+            assert mixer.float().log_decay(hidden).dtype == torch.float32
 
 
 @pytest.mark.parametrize("shape", ["llama", "llama_bias", "qwen3"])

@@ -339,6 +339,7 @@ def test_softmax_student_becomes_its_teachers_class(any_teacher, kv_heads):
     tokens = some_tokens(any_teacher, length=100)
     model = as_transformer(student).eval()
     assert type(model) is type(any_teacher.model)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == any_teacher.config.tie_word_embeddings
     assert relative_error(logits_of(model, tokens), logits_of(student, tokens)) < 1e-5
 
 
