@@ -59,11 +59,12 @@ def fit(config: Namespace) -> None:
     bf16 = precision(config).startswith("bf16")
     teacher = Teacher(config.teacher, torch.bfloat16 if bf16 else torch.float32)
     check_teacher(teacher)
-    positions = teacher.config.max_position_embeddings
-    if config.data.sequence_length > positions:
-        raise InputError(
-            f"data.sequence_length {config.data.sequence_length} is beyond the teacher's {positions} positions: lower it"
-        )
+    length, positions = config.data.sequence_length, teacher.config.max_position_embeddings
+    if length > positions:
+        raise InputError(f"data.sequence_length {length} is beyond the teacher's {positions} positions: lower it")
+    window = getattr(teacher.config, "sliding_window", None)
+    if window is not None and length > window:  # within it, attention is plain causal attention
+        raise InputError(f"data.sequence_length {length} is beyond the teacher's sliding window of {window}: lower it")
     data = ChunkDataModule(**config.data)
     data.open(teacher.tokenizer)
     student = factory.build(teacher, config.seed)

@@ -104,7 +104,7 @@ def check_run_folder(config: Namespace) -> None:
         return
     before, now = flat(yaml.safe_load(saved.read_text())), flat(plain(config))
     differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    bound = [key for key in differing if key in BOUND_TRAINER_KEYS or not key.startswith(("trainer.", *FREE))]
+    bound = [key for key in differing if key in BOUND_TRAINER_KEYS or not (key in FREE or key.startswith("trainer."))]
     if bound:
         changes = ", ".join(f"{key} {before.get(key)} -> {now.get(key)}" for key in bound)
         raise InputError(f"out {str(out)!r} belongs to another configuration ({changes}): undo that, or choose another out")

@@ -71,9 +71,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=[EOS], initial_alphabet=sorted(alphabet), show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=[EOS], initial_alphabet=sorted(alphabet), show_progress=False)
     backend.train_from_iterator(make_documents(50), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS)
 

@@ -332,9 +332,7 @@ def test_gradients_are_clipped_together(teacher, tokens):
 
 
 @pytest.mark.parametrize("kind", STAGES.values(), ids=STAGES)
-@pytest.mark.parametrize(
-    "option", [{"lr": 0.0}, {"lr": -1e-4}, {"warmup": 1.5}, {"warmup": -0.1}, {"clip": 0.0}], ids=str
-)
+@pytest.mark.parametrize("option", [{"lr": 0.0}, {"lr": -1e-4}, {"warmup": 1.5}, {"warmup": -0.1}, {"clip": 0.0}], ids=str)
 def test_bad_options_are_refused(teacher, kind, option):
     [(key, value)] = option.items()
     with pytest.raises(InputError, match=f"{kind.name}.{key} {value}"):
@@ -358,7 +356,7 @@ def test_a_bf16_teacher_and_autocast_change_little(teacher, teacher_folder, toke
             loss, _ = stage.losses(tokens, seed=0)
         loss.backward()
         assert loss.dtype == torch.float32
-        assert loss.item() == pytest.approx(expected, rel=0.05)
+        assert loss.item() == pytest.approx(expected, rel=0.02)
         for key, parameter in stage.student.named_parameters():
             assert not parameter.requires_grad or parameter.grad.isfinite().all(), key
 

@@ -196,11 +196,11 @@ def test_bf16_is_fp32_to_rounding(teacher, name, tmp_path):
     student.save_pretrained(tmp_path)
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
     expected = logits_of(student, tokens)
-    assert relative_error(logits_of(half, tokens), expected) < 0.05
+    assert relative_error(logits_of(half, tokens), expected) < 0.1
     cache, outputs = StudentCache(len(half.mixers)), []
     for token in tokens.unbind(1):
         outputs.append(logits_of(half, token[:, None], past_key_values=cache))
-    assert relative_error(torch.cat(outputs, 1), expected) < 0.05
+    assert relative_error(torch.cat(outputs, 1), expected) < 0.1
 
 
 def generate(student: Student, tokens: Tensor, mask: Tensor | None = None, **options):

@@ -1,0 +1,77 @@
+"""`distill-pl evaluate` and `generate` on a finished run."""
+
+import json
+import math
+
+import pytest
+import torch
+import yaml
+
+from distill_pl.cli import main
+from distill_pl.errors import InputError
+from distill_pl.evaluate import evaluate, generate, table
+from distill_pl.teacher import Teacher
+
+
+@pytest.fixture(scope="module")
+def run(teacher_folder, corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    keys = {
+        "out": folder, "teacher": teacher_folder, "data.dataset": corpus, "data.cache": folder.parent / "cache",
+        "tokens": 256, "data.sequence_length": 32, "data.batch_size": 4, "data.validation_tokens": 320,
+        "trainer.accelerator": "cpu",
+    }  # fmt: skip
+    main(["fit", *(f"--{key}={value}" for key, value in keys.items())])
+    return folder
+
+
+def test_perplexity_of_both_models_on_the_held_out_text(run, teacher_folder, capsys):
+    evaluate(str(run))
+    printed = capsys.readouterr().out
+    found = {name: json.loads((run / "eval" / f"{name}.json").read_text())["results"] for name in ("teacher", "student")}
+    # by hand, for the teacher
+    from distill_pl.data.datamodule import ChunkDataModule
+
+    teacher = Teacher(str(teacher_folder))
+    chunks = ChunkDataModule(**yaml.safe_load((run / "config.yaml").read_text())["data"]).open(teacher.tokenizer).validation
+    tokens = torch.from_numpy(chunks.astype("int64"))
+    expected = math.exp(teacher.model(tokens, labels=tokens).loss.item())
+    assert found["teacher"]["held-out"]["perplexity"] == pytest.approx(expected, rel=1e-5)
+    assert f"{expected:.4g}" in printed and f"{found['student']['held-out']['perplexity']:.4g}" in printed
+
+
+def test_tasks_from_files_for_a_run_and_for_a_plain_model(run, teacher_folder, tmp_path, monkeypatch, capsys):
+    rows = [{"goal": "to dry", "sol1": "use a towel.", "sol2": "use a lake.", "label": 0}] * 3
+    (tmp_path / "piqa.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    evaluate(str(run), tasks="piqa", data=str(tmp_path), limit=2)
+    assert json.loads((run / "eval" / "student.json").read_text())["results"]["piqa"]["n"] == 2
+    monkeypatch.chdir(tmp_path)
+    evaluate(str(teacher_folder), tasks="piqa", data=str(tmp_path))
+    report = json.loads((tmp_path / "eval" / teacher_folder.name / f"{teacher_folder.name}.json").read_text())
+    assert report["results"]["piqa"]["n"] == 3 and "held-out" not in report["results"]
+
+
+@pytest.mark.parametrize("keys", [{}, {"beams": 2}, {"temperature": 1.0, "seed": 3}])
+def test_generate_continues_the_prompt(run, capsys, keys):
+    generate(str(run), prompt="Story 1.", max_new_tokens=8, **keys)
+    first = capsys.readouterr().out
+    assert first.startswith("Story 1.") and len(first) > len("Story 1.\n")
+    generate(str(run), prompt="Story 1.", max_new_tokens=8, **keys)
+    assert capsys.readouterr().out == first
+
+
+def test_refusals(run, tmp_path):
+    with pytest.raises(InputError, match="cannot be loaded"):
+        generate("/nowhere")
+    with pytest.raises(InputError, match="give --tasks"):
+        evaluate("/nowhere")
+    with pytest.raises(InputError, match="no token long"):
+        generate(str(run), prompt="")
+    (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
+    with pytest.raises(InputError, match="not finished"):
+        evaluate(str(tmp_path))
+
+
+def test_table_aligns():
+    text = table({"teacher": {"piqa": {"acc": 0.5, "acc_stderr": 0.1}}, "student": {"piqa": {"acc": 0.25, "acc_stderr": 0.1}}})
+    assert text.splitlines() == ["          teacher        student", "piqa (%)  50.00 ± 10.00  25.00 ± 10.00"]
