@@ -7,8 +7,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from distill_pl.errors import InputError
 
@@ -34,6 +42,7 @@ def _tap(module, query, key, value, attention_mask, scaling=None, **kwargs):
 
 
 AttentionInterface.register(TAP, _tap)
+AttentionMaskInterface.register(TAP, sdpa_mask)
 
 
 class Teacher:
@@ -67,12 +76,17 @@ class Teacher:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+                self.model, loading = AutoModelForCausalLM.from_pretrained(
+                    path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+                )
         except (OSError, ValueError, KeyError) as error:
             raise InputError(
                 f"teacher {path!r} is not a supported decoder, or its weights are missing ({_first_line(error)}): "
                 "give a Llama-like causal language model"
             ) from error
+        if loading["missing_keys"]:  # transformers would make them up
+            missing = sorted(loading["missing_keys"])
+            raise InputError(f"teacher {path!r} lacks {len(missing)} of its weights ({missing[0]}, ...): get the whole model")
         self.model.eval().requires_grad_(False)
 
     def to(self, device: torch.device) -> "Teacher":

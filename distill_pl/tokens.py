@@ -1,6 +1,7 @@
 """Amounts of text, written as people write them: 80M, 1B, 512k."""
 
 import re
+from decimal import Decimal
 
 from jsonargparse.typing import register_type
 
@@ -18,7 +19,7 @@ class Tokens(int):
                 raise ValueError(f"{amount!r} is not an amount of tokens: write 80M, 1B, 512k or a whole number")
             number, unit = match.groups()
             unit = "k" if unit == "K" else unit
-            exact = float(number) * UNITS[unit] if "." in number else int(number) * UNITS[unit]
+            exact = Decimal(number) * UNITS[unit]
             if exact != int(exact):
                 raise ValueError(f"{amount!r} is not a whole number of tokens")
             amount = int(exact)

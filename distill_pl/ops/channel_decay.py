@@ -22,11 +22,15 @@ def _triangle(q: Tensor, k: Tensor, g: Tensor) -> Tensor:
     while (size := blocks.shape[-1]) < q.shape[-2]:
         halves = (x.unflatten(-2, (-1, 2, size)).unbind(-3) for x in (q, k, g))  # each [..., T / 2 size, size, K]
         (_, q_right), (k_left, _), (g_left, g_right) = halves
-        until_border = g_left.flip(-2).cumsum(-2).flip(-2) - g_left
-        lower = (q_right * g_right.cumsum(-2).exp()) @ (k_left * until_border.exp()).mT
+        lower = (q_right * g_right.cumsum(-2).exp()) @ (k_left * _sum_after(g_left).exp()).mT
         top = torch.cat([blocks[..., 0::2, :, :], torch.zeros_like(lower)], -1)
         blocks = torch.cat([top, torch.cat([lower, blocks[..., 1::2, :, :]], -1)], -2)
     return blocks.squeeze(-3)
+
+
+def _sum_after(g: Tensor) -> Tensor:
+    """[..., T, K]: of all later tokens. Summed from the end: a difference of sums from the start loses digits."""
+    return g.flip(-2).cumsum(-2).flip(-2) - g
 
 
 def _heads_first(length: int, *tensors: Tensor) -> list[Tensor]:
@@ -58,7 +62,7 @@ def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, backend: Backe
         q, k, v, g = (x.unflatten(2, (-1, size)) for x in padded)  # [B, H, chunks, size, K or V]
         decay = g.cumsum(-2)
         total = decay[..., -1:, :]
-        added = (k * (total - decay).exp()).mT @ v  # [B, H, chunks, K, V]: what a chunk leaves behind
+        added = (k * _sum_after(g).exp()).mT @ v  # [B, H, chunks, K, V]: what a chunk leaves behind
         if state is None:
             state = added.new_zeros(added[:, :, 0].shape)
         before = []

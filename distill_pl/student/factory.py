@@ -7,7 +7,7 @@ import torch
 from distill_pl.errors import InputError
 from distill_pl.mixers import MIXERS
 from distill_pl.ops import Backend, use_fla
-from distill_pl.student.modeling import Student, StudentConfig
+from distill_pl.student.modeling import DECODER_PARTS, Student, StudentConfig
 from distill_pl.student.transfer import copy_weights
 from distill_pl.teacher import Teacher
 
@@ -91,13 +91,13 @@ def check_teacher(teacher: Teacher) -> None:
     """Raise InputError, naming the architecture, unless the teacher is built like Llama.
 
     First its parts must have Llama's names; then the proof: the softmax student on the teacher's own tensors must give
-    the teacher's logits. That refuses what differs elsewhere (scaled residuals, layers without RoPE, soft-capped logits).
+    the teacher's logits. That refuses what differs elsewhere (scaled embeddings, layers without RoPE, soft-capped logits).
     """
     name = type(teacher.model).__name__
     refusal = f"teacher {teacher.path!r} ({name}) is not a supported decoder: its layers are not built like Llama's"
     for module, parts in [
         (teacher.model, ["model", "lm_head"]),
-        (getattr(teacher.model, "model", None), ["embed_tokens", "layers", "norm", "rotary_emb"]),
+        (getattr(teacher.model, "model", None), DECODER_PARTS),
     ]:
         missing = [part for part in parts if not hasattr(module, part)]
         if missing:
@@ -110,11 +110,11 @@ def check_teacher(teacher: Teacher) -> None:
     if missing:
         raise InputError(f"{refusal} (attention without {', '.join(missing)})")
 
-    with torch.device("meta"):
-        student = Student(StudentFactory("softmax").config(teacher))
     try:
+        with torch.device("meta"):
+            student = Student(StudentFactory("softmax").config(teacher))
         student.load_state_dict(teacher.model.state_dict(), assign=True)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise InputError(f"{refusal} ({' '.join(str(error).split())[:160]})") from error
     student.model.rotary_emb = teacher.model.model.rotary_emb  # its tables are no part of the state
     tokens = torch.arange(16, device=teacher.model.device)[None] % teacher.config.vocab_size

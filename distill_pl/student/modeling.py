@@ -16,6 +16,9 @@ from distill_pl.mixers import MIXERS, SequenceMixer
 from distill_pl.student.cache import StudentCache
 
 
+DECODER_PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
+
+
 class StudentConfig(PreTrainedConfig):
     """A teacher's configuration and what stands in place of its attention."""
 
@@ -58,9 +61,11 @@ class Student(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: StudentConfig):
         super().__init__(config)
-        self.model = AutoModel.from_config(teacher_config(config))
-        for index, layer in enumerate(self.model.layers):
+        decoder = AutoModel.from_config(teacher_config(config))
+        for index, layer in enumerate(decoder.layers):
             layer.self_attn = MIXERS[config.mixer](config, index)
+        # its parts, not the decoder itself, whose own forward knows nothing of padding masks and states for mixers
+        self.model = nn.ModuleDict({part: getattr(decoder, part) for part in DECODER_PARTS})
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -68,10 +73,12 @@ class Student(PreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # `forward` makes a StudentCache
 
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, SequenceMixer):  # after its linears: transformers goes from the leaves up
-            module.start(self.config)
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Random linears, then each mixer's own start. What was loaded stays: `start` sets through transformers' init."""
+        super().initialize_weights()
+        for mixer in self.mixers:
+            mixer.start(self.config)
 
     @property
     def mixers(self) -> list[SequenceMixer]:

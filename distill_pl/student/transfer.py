@@ -51,8 +51,6 @@ def as_transformer(student: Student) -> PreTrainedModel:
         return student
     config = teacher_config(student.config)
     config.num_key_value_heads = student.config.num_key_value_heads
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(student.state_dict(), assign=True)
-    model.tie_weights()
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(student.state_dict())
     return model
