@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -76,7 +77,7 @@ class Teacher:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                self.model, loading = AutoModelForCausalLM.from_pretrained(
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
                     path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
                 )
         except (OSError, ValueError, KeyError) as error:
@@ -84,10 +85,10 @@ class Teacher:
                 f"teacher {path!r} is not a supported decoder, or its weights are missing ({_first_line(error)}): "
                 "give a Llama-like causal language model"
             ) from error
-        if loading["missing_keys"]:  # transformers would make them up
-            missing = sorted(loading["missing_keys"])
+        model, loading = loaded
+        if missing := sorted(loading["missing_keys"]):  # transformers would make them up
             raise InputError(f"teacher {path!r} lacks {len(missing)} of its weights ({missing[0]}, ...): get the whole model")
-        self.model.eval().requires_grad_(False)
+        self.model: PreTrainedModel = model.eval().requires_grad_(False)
 
     def to(self, device: torch.device) -> "Teacher":
         """Move the weights."""

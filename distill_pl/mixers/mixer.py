@@ -64,8 +64,9 @@ class SequenceMixer(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, eps) if config.qk_norm else nn.Identity()
 
     def start(self, config) -> None:
-        """Set the start values that are this mixer's own (section 3.1: decay gates), by `transformers.initialization`, which leaves
-        loaded weights alone. Linears are already random.
+        """Set the start values that are this mixer's own (section 3.1: decay gates); the linears are random already.
+
+        By `transformers.initialization`, which leaves loaded weights alone.
         """
 
     def inputs(self, hidden: Tensor, position: Position, mask: Tensor | None, state: MixerState | None) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from distill_pl.mixers import MIXERS, SequenceMixer
 from distill_pl.student.cache import StudentCache
 
-
 DECODER_PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
 
 
