@@ -32,6 +32,12 @@ def perplexity(cross_entropy: float) -> float:
     return math.exp(cross_entropy) if cross_entropy < 700 else math.inf
 
 
+def perplexities(losses: dict[str, float]) -> str:
+    """Of a stage's held-out losses, as in `perplexity 172 (teacher 176)`."""
+    teacher = f" (teacher {perplexity(losses['teacher_ce']):.4g})" if "teacher_ce" in losses else ""
+    return f"perplexity {perplexity(losses['student_ce']):.4g}{teacher}"
+
+
 class Monitor(Callback):
     """Reports a stage, and checks at its first validation that it starts from where the one before it ended.
 
@@ -95,12 +101,12 @@ class Monitor(Callback):
         paused = time.monotonic() - self.paused_at
         self.began, self.logged_at = self.began + paused, self.logged_at + paused
         found = stage.validation
-        teacher, student = perplexity(found["teacher_ce"]), perplexity(found["student_ce"])
-        self.write(trainer, {"validation/loss": found["loss"], "validation/teacher_perplexity": teacher,
-                           "validation/student_perplexity": student})  # fmt: skip
+        models = [key.removesuffix("_ce") for key in found if key.endswith("_ce")]
+        scalars = {f"validation/{model}_perplexity": perplexity(found[f"{model}_ce"]) for model in models}
+        self.write(trainer, {"validation/loss": found["loss"]} | scalars)
         say(
             f"{stage.name}  step {trainer.global_step:,}/{trainer.max_steps:,} held-out: loss {found['loss']:.4f}  "
-            f"perplexity {student:.4g} (teacher {teacher:.4g})"
+            f"{perplexities(found)}"
         )
         if trainer.sanity_checking:
             self.check_start(stage)
@@ -110,9 +116,10 @@ class Monitor(Callback):
         found = stage.validation["student_ce"]
         if not math.isfinite(found):
             raise InputError(f"{stage.name}: the student's held-out loss is {found} before the first step")
-        if self.expected_ce is None:
+        expected = stage.validation.get("teacher_ce") if self.expected_ce == "teacher" else self.expected_ce
+        if expected is None:
             return
-        expected = float(stage.validation["teacher_ce"] if self.expected_ce == "teacher" else self.expected_ce)
+        expected = float(expected)
         if abs(found - expected) > 0.01 * max(1.0, expected):
             raise InputError(
                 f"{stage.name}: the student starts at {found:.4f} nats a token, expected {expected:.4f}: the weights it "

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
-from distill_pl.callbacks import Monitor, perplexity, say
+from distill_pl.callbacks import Monitor, perplexities, say
 from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.errors import InputError
 from distill_pl.ops import use_fla
@@ -82,11 +82,7 @@ def fit(config: Namespace) -> None:
         load_student(student, leg)
         expected = read_metrics(leg)["student_ce"]
     export(student, teacher, exported)
-    found = read_metrics(legs[-1])
-    say(
-        f"done: the student is in {exported}; held-out perplexity {perplexity(found['student_ce']):.4g}, "
-        f"teacher {perplexity(found['teacher_ce']):.4g}"
-    )
+    say(f"done: the student is in {exported}; held-out {perplexities(read_metrics(legs[-1]))}")
 
 
 def plan(config: Namespace) -> list[Leg]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
+import transformers
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -42,6 +43,7 @@ def main() -> None:
     untrained = FOLDER / "untrained"
     if untrained.is_dir():
         return
+    transformers.utils.logging.disable_progress_bar()
     FOLDER.mkdir(parents=True, exist_ok=True)
     texts = documents()
     with open(FOLDER / "text.jsonl", "w") as file:

@@ -164,6 +164,19 @@ def test_softmax_exports_its_teachers_class_and_starts_as_its_teacher(arguments,
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")) is LlamaForCausalLM
 
 
+def test_plain_training_has_no_teacher_to_compare_with(arguments, tmp_path, capsys):
+    keys = {
+        "student.mixer": "softmax",
+        "student.init": "scratch",
+        "kd.alpha": 0,
+        "matrix_mixing.tokens": 0,
+        "hidden_align.tokens": 0,
+    }
+    fit_here(arguments(**keys, tokens=2 * STEP))
+    printed = capsys.readouterr().out
+    assert "nothing copied" in printed and "(teacher" not in printed and "held-out perplexity" in printed
+
+
 def refused(args: list[str]) -> str:
     """The one line that `distill-pl` ends with, exit code 2."""
     with redirect_stderr(io.StringIO()) as error, pytest.raises(SystemExit) as exit:

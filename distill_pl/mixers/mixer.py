@@ -6,13 +6,14 @@ teacher's own code.
 """
 
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
-from distill_pl.student.cache import MixerState
+if TYPE_CHECKING:
+    from distill_pl.student.cache import MixerState
 
 Position = tuple[Tensor, Tensor]  # cos and sin of RoPE, [B, T, K]
 
@@ -69,7 +70,7 @@ class SequenceMixer(nn.Module):
         By `transformers.initialization`, which leaves loaded weights alone.
         """
 
-    def inputs(self, hidden: Tensor, position: Position, mask: Tensor | None, state: MixerState | None) -> dict[str, Any]:
+    def inputs(self, hidden: Tensor, position: Position, mask: Tensor | None, state: "MixerState | None") -> dict[str, Any]:
         """The op's keyword arguments, v among them; tensors [B, T, heads, ...].
 
         hidden [B, T, D] (after the layer's norm); mask bool [B, T], False where padded: such a token must leave no trace

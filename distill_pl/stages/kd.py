@@ -31,6 +31,8 @@ class KDStage(Stage):
             if not good:
                 raise InputError(f"kd.{key} {value} is out of range")
         self.alpha, self.temperature = alpha, temperature
+        if not alpha:
+            del self.metrics["teacher_ce"]
 
     def trained(self) -> list[torch.nn.Parameter]:
         """Everything."""

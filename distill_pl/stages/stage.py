@@ -112,8 +112,9 @@ class Stage(L.LightningModule):
             ("student_ce", self.student, self.student.lm_head),
         ]
         for key, model, head in models:
-            ce, _ = next_token_losses(batch, model.hidden_states(batch), head)
-            self.metrics[key].update(ce, len(batch))
+            if key in self.metrics:
+                ce, _ = next_token_losses(batch, model.hidden_states(batch), head)
+                self.metrics[key].update(ce, len(batch))
 
     def on_validation_epoch_end(self) -> None:
         """Gather the means over all ranks."""

@@ -56,7 +56,6 @@ class Student(PreTrainedModel, GenerationMixin):
     config_class = StudentConfig
     base_model_prefix = "model"
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
-    _supports_sdpa = True
 
     def __init__(self, config: StudentConfig):
         super().__init__(config)

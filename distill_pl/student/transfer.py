@@ -32,7 +32,7 @@ def copy_weights(teacher: PreTrainedModel, student: Student, attention: bool) ->
         for index, mixer in enumerate(student.mixers):
             prefix = f"model.layers.{index}{ATTENTION}"
             parts = [f"{part}_proj." for part in mixer.copies] + [f"{part}_norm." for part in mixer.copies if part in "qk"]
-            wanted += [name for name in target if name.removeprefix(prefix).startswith(tuple(parts)) and prefix in name]
+            wanted += [name for name in target if name.startswith(tuple(prefix + part for part in parts))]
     heads = student.config.num_attention_heads
     kv_heads = teacher.config.num_key_value_heads
     for name in wanted:
