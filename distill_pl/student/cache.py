@@ -10,7 +10,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class MixerState(CacheLayerMixin):
-    """One layer's memory: `op`, the state its op returned last, every tensor of it [B, ...]; None before the first token."""
+    """One layer's memory: `op`, the state its op returned last, and by name the `tails` of its short convolutions.
+
+    Every tensor is [B, ...]; there is nothing before the first token.
+    """
 
     is_compileable = False
     is_sliding = False
@@ -19,6 +22,7 @@ class MixerState(CacheLayerMixin):
     def __init__(self):
         super().__init__()
         self.op = None
+        self.tails: dict[str, Tensor] = {}
         self.seen = 0  # tokens of each row, padding included
 
     def update(self, op, tokens: int) -> None:
@@ -45,11 +49,11 @@ class MixerState(CacheLayerMixin):
         return self.seen + query_length, 0
 
     def _map(self, change) -> None:
-        self.op = tree_map(lambda x: change(x) if isinstance(x, Tensor) else x, self.op)
+        self.op, self.tails = tree_map(lambda x: change(x) if isinstance(x, Tensor) else x, (self.op, self.tails))
 
     def reset(self) -> None:
         """Forget everything."""
-        self.op, self.seen, self.is_initialized = None, 0, False
+        self.op, self.tails, self.seen, self.is_initialized = None, {}, 0, False
 
     def crop(self, *args) -> None:
         """Refused: a recurrent state cannot be wound back."""
@@ -83,4 +87,4 @@ class StudentCache(Cache):
 
     def nbytes(self) -> int:
         """Bytes of all states: independent of the tokens seen, for every mixer but softmax."""
-        return sum(x.nbytes for layer in self.layers for x in tree_leaves(layer.op) if isinstance(x, Tensor))
+        return sum(x.nbytes for layer in self.layers for x in tree_leaves((layer.op, layer.tails)) if isinstance(x, Tensor))

@@ -1,0 +1,45 @@
+"""The short causal convolution that Mamba2, MetaLA and DeltaNet put before their op."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv1d, silu
+from transformers import initialization
+
+if TYPE_CHECKING:
+    from distill_pl.student.cache import MixerState
+
+
+class ShortConv(nn.Module):
+    """Depthwise causal convolution over the last `width` tokens, then silu where `activate`.
+
+    Starts as the identity (its last tap 1, all others 0), so that a copied projection comes through unchanged.
+    """
+
+    def __init__(self, channels: int, width: int = 4, activate: bool = True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(channels, width))
+        self.activate = activate
+
+    def start(self) -> None:
+        """The identity tap."""
+        identity = torch.zeros_like(self.weight)
+        identity[:, -1] = 1
+        initialization.copy_(self.weight, identity)
+
+    def forward(self, x: Tensor, mask: Tensor | None, state: "MixerState | None", name: str) -> Tensor:
+        """x [B, T, C] -> [B, T, C]. Padded tokens (mask False) count as before the start.
+
+        While generating, `state.tails[name]` [B, C, width - 1] holds the tokens before x.
+        """
+        if mask is not None:
+            x = x * mask[:, :, None]
+        x = x.transpose(1, 2)
+        width = self.weight.shape[1]
+        tail = None if state is None else state.tails.get(name)
+        x = torch.cat([x.new_zeros(*x.shape[:2], width - 1) if tail is None else tail, x], dim=-1)
+        if state is not None:
+            state.tails[name] = x[:, :, x.shape[-1] - (width - 1) :]
+        y = conv1d(x, self.weight[:, None].to(x.dtype), groups=x.shape[1]).transpose(1, 2)
+        return silu(y) if self.activate else y
