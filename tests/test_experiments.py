@@ -1,14 +1,49 @@
-"""Every experiment file parses, and spends what section 4 says."""
+"""Every experiment file parses, is what its name says, spends what section 4 says, and builds its student."""
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill_pl.chain import plan
 from distill_pl.cli import DistillCLI
+from distill_pl.mixers import MIXERS
+from distill_pl.student.factory import StudentFactory
+from distill_pl.student.modeling import Student
 
 FOLDER = Path(__file__).parent.parent / "experiments"
 STUDY = [file for file in sorted(FOLDER.glob("*.yaml")) if not file.stem.startswith("quickstart")]
+TABLE_1 = ("softmax", "mlstm", "gla", "hgrn2", "retnet", "mamba2", "metala", "delta_net", "rebased", "hedgehog")
+
+D, H, KV_HEADS, K = 960, 15, 5, 64  # SmolLM-360M's
+W = H * K
+PARAMETERS = {  # of one layer's mixer
+    "softmax": 2 * D * W + 2 * D * KV_HEADS * K,
+    "mlstm": 5 * D * W + 2 * (D + 1) * H + K,  # q, k, v, gate, o; input and forget gate; head norm
+    "gla": 5 * D * W + 16 * D + (16 + 1) * W + K,  # q, k, v, gate, o; decay of rank 16; head norm
+    "hgrn2": 4 * D * W + W + W,  # q, f, v, o; f's bias; norm
+    "retnet": 5 * D * W + K,  # q, k, v, gate, o; head norm
+    "mamba2": 5 * D * W + 3 * 4 * W + (D + 1) * H + 2 * H + K,  # C, B, x, z, out; convs of width 4; dt; A and D; head norm
+    "metala": 5 * D * W + 2 * W + 4 * D + W,  # q, k, v, gate, o; biases of k and gate; conv of width 4; augmentation
+    "delta_net": 4 * D * W + 3 * 4 * W + D * H + K,  # q, k, v, o; convs of width 4; beta; head norm
+    "rebased": 4 * D * W + 2 * K,  # q, k, v, o; gamma and beta
+    "hedgehog": 4 * D * W + 2 * H * (K + 1) * K,  # q, k, v, o; features of q and of k
+}
+
+
+@pytest.fixture(scope="module")
+def smollm() -> SimpleNamespace:
+    """What a student's configuration is read from: SmolLM-360M, without a download and without memory."""
+    config = LlamaConfig(
+        hidden_size=D, num_hidden_layers=32, num_attention_heads=H, num_key_value_heads=KV_HEADS, head_dim=K,
+        intermediate_size=2560, vocab_size=49152, tie_word_embeddings=True, max_position_embeddings=2048, rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return SimpleNamespace(config=config, model=LlamaForCausalLM(config))
 
 
 def parse(monkeypatch, *args):
@@ -21,9 +56,12 @@ def parse(monkeypatch, *args):
 @pytest.mark.parametrize("file", STUDY, ids=lambda file: file.stem)
 def test_experiment_is_what_its_name_says(file, monkeypatch):
     config = parse(monkeypatch, "--config", str(file))
-    name = file.stem.split("_")
-    assert config.student.mixer == name[0] and config.out == f"runs/{file.stem}"
-    assert config.student.init == ("qkv" if "qkv" in name else "fresh")
+    scratch, mixer, words = re.fullmatch(rf"(scratch_)?({'|'.join(TABLE_1)})(\w*)", file.stem).groups()
+    name = words.split("_")
+    assert config.student.mixer == mixer and config.out == f"runs/{file.stem}"
+    assert config.student.init == ("scratch" if scratch else "qkv" if "qkv" in name else "fresh")
+    assert config.kd.alpha == (0 if scratch or "plain" in name else 1)
+    assert config.matrix_mixing.norm == ("mse" if "mse" in name else "frobenius")
     aligned = {"mm": "matrix_mixing", "h2h": "hidden_align"}
     steps = {leg.name: leg.steps for leg in plan(config)}
     assert set(steps) == {stage for short, stage in aligned.items() if short in name} | {"kd"}
@@ -33,10 +71,29 @@ def test_experiment_is_what_its_name_says(file, monkeypatch):
     assert len(file.read_text().splitlines()) <= 8
 
 
-def test_the_rows_of_the_paper_that_there_are():
-    assert {file.stem for file in STUDY} == {
-        *("softmax", "softmax_mm", "gla", "gla_mm", "gla_qkv", "gla_qkv_mm", "gla_mm_h2h", "gla_qkv_h2h", "gla_qkv_mm_h2h")
-    }
+def test_experiments_are_the_rows_of_the_papers_tables():
+    assert tuple(MIXERS) == TABLE_1
+    table_2 = {f"{mixer}{row}" for mixer in TABLE_1 for row in ("", "_mm")}
+    rows = ("", "_mm", "_qkv", "_qkv_mm", "_mm_h2h", "_qkv_h2h", "_qkv_mm_h2h")
+    table_3 = {f"{mixer}{row}" for mixer in ("gla", "mlstm") for row in rows}
+    appendix_b = {"scratch_mamba2", "scratch_mlstm", "mlstm_plain", "mlstm_qkv_mm", "mlstm_qkv_mm_mse"}
+    assert {file.stem for file in STUDY} == table_2 | table_3 | appendix_b
+
+
+@pytest.mark.parametrize("file", STUDY, ids=lambda file: file.stem)
+def test_experiment_builds_its_student_of_smollm_360m(file, monkeypatch, smollm):
+    factory = StudentFactory(**parse(monkeypatch, "--config", str(file)).student)
+    with torch.device("meta"):
+        student = Student(factory.config(smollm))
+    assert len(student.mixers) == 32 and all(type(mixer) is MIXERS[factory.mixer] for mixer in student.mixers)
+    own = [sum(p.numel() for p in mixer.parameters()) for mixer in student.mixers]
+    assert set(own) == {PARAMETERS[factory.mixer]}
+    mlp, norms, embeddings = 3 * D * 2560, 2 * D, 49152 * D  # the head is tied to them
+    assert sum(p.numel() for p in student.parameters()) == embeddings + 32 * (own[0] + mlp + norms) + D
+
+
+def test_the_numbers_are_smollm_360ms(smollm):
+    assert sum(p.numel() for p in smollm.model.parameters()) == 361_821_120
 
 
 @pytest.mark.parametrize("name", ["quickstart_teacher", "quickstart"])

@@ -1,10 +1,26 @@
 """The students of the paper's Table 1, in its order: a mixer is a short file and a line in this dict."""
 
+from distill_pl.mixers.delta_net import DeltaNet
 from distill_pl.mixers.gla import GLA
+from distill_pl.mixers.hedgehog import Hedgehog
+from distill_pl.mixers.hgrn2 import HGRN2
+from distill_pl.mixers.mamba2 import Mamba2
+from distill_pl.mixers.metala import MetaLA
 from distill_pl.mixers.mixer import SequenceMixer
+from distill_pl.mixers.mlstm import MLSTM
+from distill_pl.mixers.rebased import ReBased
+from distill_pl.mixers.retnet import RetNet
 from distill_pl.mixers.softmax import Softmax
 
 MIXERS: dict[str, type[SequenceMixer]] = {
     "softmax": Softmax,
+    "mlstm": MLSTM,
     "gla": GLA,
+    "hgrn2": HGRN2,
+    "retnet": RetNet,
+    "mamba2": Mamba2,
+    "metala": MetaLA,
+    "delta_net": DeltaNet,
+    "rebased": ReBased,
+    "hedgehog": Hedgehog,
 }

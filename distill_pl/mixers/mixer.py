@@ -42,7 +42,8 @@ class SequenceMixer(nn.Module):
     """Base of all mixers: q, k, v and o projections in the shape of the teacher's heads, around `op`.
 
     A subclass names its `op`, says in `copies` which of q, k, v, o it takes from a teacher (Table 1), adds what weights it
-    needs in `__init__` and `start` and implements `inputs` and, where more than o_proj follows A v, `output`.
+    needs in `__init__` and `start` and implements `inputs` and, where more than o_proj follows A v, `output`. Without k in
+    `copies` there is no k projection: the key is the mixer's own affair.
     """
 
     op: ClassVar[ModuleType]
@@ -58,11 +59,12 @@ class SequenceMixer(nn.Module):
         hidden, eps = config.hidden_size, config.rms_norm_eps
         query, key = self.heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(hidden, query, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(hidden, key, bias=config.qkv_bias)
+        if "k" in self.copies:
+            self.k_proj = nn.Linear(hidden, key, bias=config.qkv_bias)
+            self.k_norm = RMSNorm(self.head_dim, eps) if config.qk_norm else nn.Identity()
         self.v_proj = nn.Linear(hidden, key, bias=config.qkv_bias)
         self.o_proj = nn.Linear(query, hidden, bias=config.o_bias)
         self.q_norm = RMSNorm(self.head_dim, eps) if config.qk_norm else nn.Identity()  # Qwen3 has these
-        self.k_norm = RMSNorm(self.head_dim, eps) if config.qk_norm else nn.Identity()
 
     def start(self, config) -> None:
         """Set the start values that are this mixer's own (section 3.1: decay gates); the linears are random already.
@@ -75,18 +77,24 @@ class SequenceMixer(nn.Module):
 
         hidden [B, T, D] (after the layer's norm); mask bool [B, T], False where padded: such a token must leave no trace
         in what follows; state: this layer's memory while generating, for mixers that keep more than the op's state.
+        One entry may be none of the op's: `bypass`, what `output` reads in place of hidden.
         """
         raise NotImplementedError
 
     def output(self, mixed: Tensor, hidden: Tensor) -> Tensor:
-        """What follows A v. mixed [B, T, H, V], hidden [B, T, D] -> [B, T, D]."""
+        """What follows A v. mixed [B, T, H, V], hidden [B, T, D] or `bypass` -> [B, T, D]."""
         return self.o_proj(mixed.flatten(2))
 
     def qkv(self, hidden: Tensor, position: Position | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, H, K], k and v [B, T, kv_heads, K] as the teacher makes them, rotated where a position is given."""
-        q, k, v = (proj(hidden).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, v = self.qv(hidden)
+        k = self.k_norm(self.k_proj(hidden).unflatten(-1, (-1, self.head_dim)))
         return (q, k, v) if position is None else (rotate(q, position), rotate(k, position), v)
+
+    def qv(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Of `qkv`, what a mixer has that makes its key otherwise."""
+        q, v = (proj(hidden).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.v_proj))
+        return self.q_norm(q), v
 
     def repeat_kv(self, x: Tensor) -> Tensor:
         """[B, T, kv_heads, X] -> [B, T, H, X]: each kv head serves consecutive query heads, as in the teacher."""
@@ -95,7 +103,7 @@ class SequenceMixer(nn.Module):
     def matrix(self, hidden: Tensor, position: Position) -> Tensor:
         """The mixing matrix A [B, H, T, T] of Eq. 7."""
         inputs = self.inputs(hidden, position, None, None)
-        return self.op.matrix(**{name: x for name, x in inputs.items() if name != "v"})
+        return self.op.matrix(**{name: x for name, x in inputs.items() if name not in ("v", "bypass")})
 
     def forward(self, hidden_states: Tensor, position_embeddings: Position, attention_mask: Tensor | None = None,
                 past_key_values=None, **unused) -> tuple[Tensor, None]:  # fmt: skip
@@ -105,6 +113,7 @@ class SequenceMixer(nn.Module):
         """
         memory = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         inputs = self.inputs(hidden_states, position_embeddings, attention_mask, memory)
+        bypass = inputs.pop("bypass", hidden_states)
         if memory is None:
             mixed, _ = self.op.mix(**inputs)
         elif hidden_states.shape[1] == 1:
@@ -115,4 +124,4 @@ class SequenceMixer(nn.Module):
         else:
             mixed, state = self.op.mix(**inputs, state=memory.op)
             memory.update(state, tokens=hidden_states.shape[1])
-        return self.output(mixed, hidden_states), None
+        return self.output(mixed, bypass), None

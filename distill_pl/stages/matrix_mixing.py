@@ -92,6 +92,7 @@ def probed_distance(mixer: SequenceMixer, hidden: Tensor, layer: Layer, signs: T
         return signs.to(like.dtype).expand(*like.shape[:3], -1)  # the same probe for every sequence and head
 
     inputs = mixer.inputs(hidden, layer.position, None, None)
+    inputs.pop("bypass", None)
     student, _ = mixer.op.mix(**inputs | {"v": values(inputs["v"])})
     teacher, _ = softmax.mix(layer.query, layer.key, values(layer.key), layer.scale)
     return (teacher.float() - student.float()).square().sum(1).mean(-1)

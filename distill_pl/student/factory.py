@@ -16,7 +16,8 @@ class StudentFactory:
     """The student: what stands in place of the teacher's attention, and what it starts from.
 
     Args:
-        mixer: the sequence mixer, one of the paper's Table 1: softmax, gla.
+        mixer: the sequence mixer, one of the paper's Table 1: softmax, mlstm (xLSTM), gla, hgrn2, retnet, mamba2, metala,
+            delta_net, rebased, hedgehog.
         init: `qkv`: embeddings, norms, MLPs and head are the teacher's, and of attention the projections (q, k, v, output)
             that the mixer can take; `fresh`: the same with all of attention new; `scratch`: nothing is the teacher's.
         kv_heads: `grouped`: as few k and v heads as the teacher has, each serving several query heads; `expanded`: one for

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from distill_pl.ops import channel_decay, softmax
+from distill_pl.ops import channel_decay, delta_rule, mlstm, normalized, scalar_decay, softmax
 
 Inputs = dict[str, Tensor | float]  # an op's keyword arguments; every tensor is [B, T, heads, ...] and float64
 KEY, VALUE = 8, 6  # different, so that a mix-up is an error
@@ -34,12 +34,59 @@ def channel_decay_inputs(normal: Callable[..., Tensor], batch: int, length: int,
     return {"q": normal(*shape), "k": normal(*shape), "v": normal(batch, length, heads, VALUE), "g": g, "scale": 0.4}
 
 
+def scalar_decay_inputs(normal: Callable[..., Tensor], batch: int, length: int, heads: int, strong: bool) -> Inputs:
+    """Strong: one head keeps nothing (g from -5 to -20 a step), one forgets now and then."""
+    shape, gates = (batch, length, heads, KEY), (batch, length, heads)
+    g = -0.3 * normal(*gates).abs()
+    if strong:
+        g = -(5 + 15 * torch.special.ndtr(normal(*gates)))
+        g[..., 1] = torch.where(normal(batch, length) > 1.5, -20, -0.01)
+    return {"q": normal(*shape), "k": normal(*shape), "v": normal(batch, length, heads, VALUE), "g": g, "scale": 0.4}
+
+
+def mlstm_inputs(normal: Callable[..., Tensor], batch: int, length: int, heads: int, strong: bool) -> Inputs:
+    """Strong: input gates of e^{+-10} as well; q, k > 0, as no arithmetic saves the digits of y where n . q is almost 0."""
+    inputs = scalar_decay_inputs(normal, batch, length, heads, strong)
+    if strong:
+        inputs |= {name: inputs[name].abs() for name in "qk"}
+    return inputs | {"i": normal(batch, length, heads) * (10 if strong else 1)}
+
+
+def delta_rule_inputs(normal: Callable[..., Tensor], batch: int, length: int, heads: int, strong: bool) -> Inputs:
+    """Keys of unit length; strong: they come again and again, and nearly everything is overwritten (beta up to 1 - 1e-8)."""
+    k = normal(batch, length, heads, KEY)
+    beta = torch.special.ndtr(normal(batch, length, heads))
+    if strong:
+        k = k[:, torch.arange(length) % 3] + 0.01 * k
+        beta = 1 - 10 ** -(8 * beta)
+    k = k / k.norm(dim=-1, keepdim=True)
+    return {"q": normal(*k.shape), "k": k, "v": normal(batch, length, heads, VALUE), "beta": beta, "scale": 0.4}
+
+
+def normalized_inputs(normal: Callable[..., Tensor], batch: int, length: int, heads: int, strong: bool) -> Inputs:
+    """Hedgehog's features; strong: spikes, the rest of a row down to e^-100."""
+    q, k = ((normal(batch, length, heads, KEY) * (20 if strong else 1)).softmax(-1) for _ in "qk")
+    # an eps that is felt, and so has to stand in the same place everywhere
+    return {"q": q, "k": k, "v": normal(batch, length, heads, VALUE), "scale": 0.4, "eps": 0.1}
+
+
+def squared_inputs(normal: Callable[..., Tensor], batch: int, length: int, heads: int, strong: bool) -> Inputs:
+    """ReBased's; strong: S up to 1e8, and with it the row sums."""
+    q, k = (normal(batch, length, heads, KEY) * (30 if strong else 1) for _ in "qk")
+    return {"q": q, "k": k, "v": normal(batch, length, heads, VALUE), "scale": 0.4, "eps": 0.1, "power": 2}
+
+
 # family -> its functions, and what makes their tensors; a new family is tested by standing here
 FAMILIES: dict[str, tuple[ModuleType, Callable[..., Inputs]]] = {
     "softmax": (softmax, softmax_inputs),
     "channel_decay": (channel_decay, channel_decay_inputs),
+    "scalar_decay": (scalar_decay, scalar_decay_inputs),
+    "mlstm": (mlstm, mlstm_inputs),
+    "delta_rule": (delta_rule, delta_rule_inputs),
+    "normalized": (normalized, normalized_inputs),
+    "squared": (normalized, squared_inputs),
 }
-KEEP_FP32 = ("g",)  # gates, whatever dtype q, k and v have
+KEEP_FP32 = ("g", "i", "beta")  # gates, whatever dtype q, k and v have
 LENGTHS = [1, 5, 64, 130]
 
 

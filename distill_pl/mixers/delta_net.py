@@ -1,0 +1,55 @@
+"""DeltaNet (Yang et al., 2024): linear attention that overwrites a key's value instead of adding to it.
+
+beta = sigmoid(W x);  q, k, v each through a short convolution and silu, then q and k to unit length;
+after A v: RMSNorm per head, o_proj. There is no decay: what is forgotten is what is overwritten.
+"""
+
+from torch import Tensor, nn
+
+from distill_pl.mixers.mixer import RMSNorm, SequenceMixer
+from distill_pl.mixers.short_conv import ShortConv
+from distill_pl.ops import delta_rule
+
+EPS = 1e-6  # of the l2 norm, under the root: a padded key, zero, stays zero
+
+
+def l2_norm(x: Tensor) -> Tensor:
+    """[..., K] -> [..., K] of unit length, computed in fp32, in the dtype of x."""
+    wide = x.float()
+    return (wide * (wide.square().sum(-1, keepdim=True) + EPS).rsqrt()).to(x.dtype)
+
+
+class DeltaNet(SequenceMixer):
+    """DeltaNet in the shape of the teacher's heads: q, k, v and o can be copied; of q and k the l2 norm keeps the direction."""
+
+    op = delta_rule
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.q_conv = ShortConv(self.q_proj.out_features)
+        self.k_conv = ShortConv(self.k_proj.out_features)
+        self.v_conv = ShortConv(self.v_proj.out_features)
+        self.beta_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
+        self.norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def start(self, config) -> None:
+        """The convolutions pass their projections through."""
+        for conv in (self.q_conv, self.k_conv, self.v_conv):
+            conv.start()
+
+    def inputs(self, hidden, position, mask, state):
+        """q and k of unit length, v, beta; a padded token writes nothing: its beta is zero."""
+        convs = {"q": self.q_conv, "k": self.k_conv, "v": self.v_conv}
+        q, k, v = (
+            conv(x.flatten(2), mask, state, name).unflatten(-1, (-1, self.head_dim))
+            for (name, conv), x in zip(convs.items(), self.qkv(hidden), strict=True)
+        )
+        beta = self.beta_proj(hidden).float().sigmoid()
+        if mask is not None:
+            beta = beta * mask[:, :, None]
+        q, k, v = l2_norm(q), self.repeat_kv(l2_norm(k)), self.repeat_kv(v)
+        return {"q": q, "k": k, "v": v, "beta": beta, "scale": self.scale, "backend": self.backend}
+
+    def output(self, mixed, hidden):
+        """Head norm, o_proj."""
+        return self.o_proj(self.norm(mixed).flatten(2))

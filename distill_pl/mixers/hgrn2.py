@@ -1,0 +1,51 @@
+"""HGRN2 (Qin et al., 2024): a gated linear RNN whose key is what the forget gate lets in.
+
+q = silu(W_q x), f = sigmoid(W_f x + b), g = log f, k = 1 - f;  after A v: RMSNorm over all heads, o_proj.
+
+The bias b is ours. The original has none: there learned lower bounds, a softmax over all layers, keep upper layers from
+forgetting. Here the bias makes every layer retain `retention` at the start (section 3.1), and the lower bound is 0: one
+above it would rule out a lower retention, and learned ones would tie layers together that stages 1 and 2 align one by one.
+"""
+
+import math
+
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid, silu
+from transformers import initialization
+
+from distill_pl.mixers.mixer import RMSNorm, SequenceMixer
+from distill_pl.ops import channel_decay
+
+
+class HGRN2(SequenceMixer):
+    """HGRN2 with as many key channels as the teacher's heads have: q (through silu), v and o can be copied whole."""
+
+    op = channel_decay
+    copies = ("q", "v", "o")
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        width = self.heads * self.head_dim
+        self.decay_proj = nn.Linear(config.hidden_size, width)
+        self.norm = RMSNorm(width, config.rms_norm_eps)
+
+    def start(self, config) -> None:
+        """The bias at which a fresh gate retains `config.retention` of the state a token (section 3.1)."""
+        initialization.constant_(self.decay_proj.bias, math.log(config.retention / (1 - config.retention)))
+
+    def log_decay(self, hidden: Tensor) -> Tensor:
+        """g <= 0, [B, T, H, K] in fp32."""
+        return logsigmoid(self.decay_proj(hidden).float()).unflatten(-1, (self.heads, -1))
+
+    def inputs(self, hidden, position, mask, state):
+        """q, v, g and k = 1 - e^g; a padded key is zero."""
+        q, v = self.qv(hidden)
+        g = self.log_decay(hidden)
+        k = -g.expm1()
+        if mask is not None:
+            k = k * mask[:, :, None, None]
+        return {"q": silu(q), "k": k, "v": self.repeat_kv(v), "g": g, "scale": self.scale, "backend": self.backend}
+
+    def output(self, mixed, hidden):
+        """Norm over all heads, o_proj."""
+        return self.o_proj(self.norm(mixed.flatten(2)))

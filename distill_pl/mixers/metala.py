@@ -1,0 +1,66 @@
+"""MetaLA (Chou et al., 2024): no key of its own, for what a channel forgets makes room for what it takes in.
+
+x' = silu(conv(x)), read by all projections;  g = logsigmoid(W_k x' + b) / 16, k = 1 - e^g
+after A v: + self-augmentation sigmoid((q . (w_aug * k)) v), LayerNorm per head, times silu(W_g x'), o_proj.
+
+The original's heads have half as many key channels as value channels, and no bias b (section 3.1's start needs it).
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, logsigmoid, silu
+from transformers import initialization
+
+from distill_pl.mixers.mixer import SequenceMixer
+from distill_pl.mixers.short_conv import ShortConv
+from distill_pl.ops import channel_decay
+
+TEMPERATURE = 16  # of the gate's logsigmoid, as in GLA
+
+
+class MetaLA(SequenceMixer):
+    """MetaLA with as many key channels as the teacher's heads have: q, v and o can be copied whole."""
+
+    op = channel_decay
+    copies = ("q", "v", "o")
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        hidden, width = config.hidden_size, self.heads * self.head_dim
+        self.conv = ShortConv(hidden)
+        self.decay_proj = nn.Linear(hidden, width)
+        self.augmentation = nn.Parameter(torch.zeros(self.heads, self.head_dim))
+        self.gate_proj = nn.Linear(hidden, width)
+        self.eps = config.rms_norm_eps
+
+    def start(self, config) -> None:
+        """The conv's identity, no augmentation, and the bias at which a fresh gate retains `config.retention` a token."""
+        self.conv.start()
+        initialization.zeros_(self.augmentation)
+        keep = config.retention**TEMPERATURE
+        initialization.constant_(self.decay_proj.bias, math.log(keep / (1 - keep)))
+
+    def log_decay(self, hidden: Tensor) -> Tensor:
+        """g <= 0, [B, T, H, K] in fp32."""
+        return logsigmoid(self.decay_proj(hidden).float()).unflatten(-1, (self.heads, -1)) / TEMPERATURE
+
+    def inputs(self, hidden, position, mask, state):
+        """q, v, g and k = 1 - e^g of the convolved hidden, which `output` reads as well; a padded key is zero."""
+        hidden = self.conv(hidden, mask, state, "hidden")
+        q, v = self.qv(hidden)
+        v, g = self.repeat_kv(v), self.log_decay(hidden)
+        k = -g.expm1()
+        if mask is not None:
+            k = k * mask[:, :, None, None]
+        bypass = (hidden, q, k, v)
+        return {"q": q, "k": k, "v": v, "g": g, "scale": self.scale, "backend": self.backend, "bypass": bypass}
+
+    def output(self, mixed, bypass):
+        """Self-augmentation, head norm, swish gate, o_proj."""
+        hidden, q, k, v = bypass
+        augmented = mixed + torch.sigmoid((q * (self.augmentation * k)).sum(-1, keepdim=True) * v)
+        # not RMSNorm: only the mean's removal cancels the 1/2 that the sigmoid starts from
+        normed = layer_norm(augmented.float(), (self.head_dim,), eps=self.eps).to(hidden.dtype)
+        return self.o_proj(normed.flatten(2) * silu(self.gate_proj(hidden)))

@@ -1,0 +1,50 @@
+"""mLSTM, the matrix memory of xLSTM (Beck et al., 2024): scalar input and forget gates per head, a normalised state.
+
+log f = logsigmoid(W_f x + b_f), log i = W_i x + b_i;  after A v: LayerNorm per head, times sigmoid(W_o x), o_proj.
+"""
+
+import math
+
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid, sigmoid
+from transformers import initialization
+
+from distill_pl.mixers.mixer import SequenceMixer
+from distill_pl.ops import mlstm
+
+
+class MLSTM(SequenceMixer):
+    """mLSTM with as many key channels as the teacher's heads have."""
+
+    op = mlstm
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        hidden, width = config.hidden_size, self.heads * self.head_dim
+        self.forget_proj = nn.Linear(hidden, self.heads)
+        self.input_proj = nn.Linear(hidden, self.heads)
+        self.gate_proj = nn.Linear(hidden, width, bias=False)
+        self.norm = nn.LayerNorm(self.head_dim, config.rms_norm_eps, bias=False)
+
+    def start(self, config) -> None:
+        """Forget gates at `config.retention`, input gates coupled to them: b_i = -b_f (section 3.1)."""
+        bias = math.log(config.retention / (1 - config.retention))
+        initialization.constant_(self.forget_proj.bias, bias)
+        initialization.constant_(self.input_proj.bias, -bias)
+
+    def log_decay(self, hidden: Tensor) -> Tensor:
+        """log f <= 0, [B, T, H] in fp32."""
+        return logsigmoid(self.forget_proj(hidden).float())
+
+    def inputs(self, hidden, position, mask, state):
+        """q, k, v without RoPE, gates i and g; a padded token writes nothing and forgets nothing."""
+        q, k, v = self.qkv(hidden)
+        i, g = self.input_proj(hidden).float(), self.log_decay(hidden)
+        if mask is not None:
+            i, g = i.masked_fill(~mask[:, :, None], -math.inf), g * mask[:, :, None]
+        k, v = self.repeat_kv(k), self.repeat_kv(v)
+        return {"q": q, "k": k, "v": v, "i": i, "g": g, "scale": self.scale, "backend": self.backend}
+
+    def output(self, mixed, hidden):
+        """Head norm, sigmoid gate, o_proj."""
+        return self.o_proj(self.norm(mixed).flatten(2) * sigmoid(self.gate_proj(hidden)))

@@ -1,0 +1,32 @@
+"""ReBased (Aksenov et al., 2024): squared dot products of normalised q and k, each row divided by its sum.
+
+phi(x) = gamma * LayerNorm(x) + beta over a head's channels;  S_ij = (scale * phi(q_i) . phi(k_j))^2;  A = S / (sum_j S + eps).
+"""
+
+from torch import nn
+
+from distill_pl.mixers.mixer import SequenceMixer
+from distill_pl.ops import normalized
+
+EPS = 1e-5  # of the row sum: the original layer's
+
+
+class ReBased(SequenceMixer):
+    """ReBased with as many channels as the teacher's heads have (the original has 16), so that q, k, v and o can be copied."""
+
+    op = normalized
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.feature_map = nn.LayerNorm(self.head_dim)  # one for q and k of all heads, as in the original
+
+    def inputs(self, hidden, position, mask, state):
+        """phi(q), phi(k), v; a padded key is zero after phi, which makes beta of zeros."""
+        q, k, v = self.qkv(hidden)
+        q, k = self.feature_map(q), self.feature_map(k)
+        if mask is not None:
+            k = k * mask[:, :, None, None]
+        k, v = self.repeat_kv(k), self.repeat_kv(v)
+        # outside generation nobody reads the op's state, a costly one
+        options = {"scale": self.scale, "eps": EPS, "power": 2, "remember": state is not None, "backend": self.backend}
+        return {"q": q, "k": k, "v": v, **options}

@@ -1,0 +1,36 @@
+"""RetNet (Sun et al., 2023): a fixed decay per head, and RoPE.
+
+gamma_h = 1 - 2^{-5-h};  after A v: RMSNorm per head, times silu(W_g x), o_proj.
+"""
+
+import torch
+from torch import nn
+from torch.nn.functional import silu
+
+from distill_pl.mixers.mixer import RMSNorm, SequenceMixer
+from distill_pl.ops import scalar_decay
+
+
+class RetNet(SequenceMixer):
+    """Retention with values as narrow as the teacher's; the decay is no parameter, `retention` does not apply."""
+
+    op = scalar_decay
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.gate_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
+        self.norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def inputs(self, hidden, position, mask, state):
+        """q, k rotated, v, g; a padded key is zero."""
+        q, k, v = self.qkv(hidden, position)
+        if mask is not None:
+            k = k * mask[:, :, None, None]
+        k, v = self.repeat_kv(k), self.repeat_kv(v)
+        head = torch.arange(self.heads, dtype=torch.float32, device=hidden.device)
+        g = torch.log1p(-torch.exp2(-5 - head)).expand(*hidden.shape[:2], -1)  # in bf16 most gammas would be 1
+        return {"q": q, "k": k, "v": v, "g": g, "scale": self.scale, "backend": self.backend}
+
+    def output(self, mixed, hidden):
+        """Head norm, swish gate, o_proj."""
+        return self.o_proj(self.norm(mixed).flatten(2) * silu(self.gate_proj(hidden)))

@@ -1,0 +1,100 @@
+"""Linear attention whose rows are normalised: Hedgehog and, squared, ReBased. q and k are features already.
+
+    S_ij = (scale * q_i . k_j)^power, j <= i        A_ij = S_ij / (sum_j S_ij + eps)
+
+S must not be negative: with power 1 the features may not be, with power 2 it is a square. (q . k)^2 is itself a dot product,
+that of the F = K (K + 1) / 2 products of two channels, so that either has a state of constant size: sum_j f(k_j) [v_j, 1]^T,
+[B, H, F, V + 1] in fp32, the normaliser its last column. A token with k = 0 leaves no trace in it.
+Squared, making the state costs several times the mixing of a short sequence: `mix` leaves it out unless `remember`.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from distill_pl.ops import Backend, promoted, use_fla
+
+CHUNK = 64  # tokens mixed through their matrix, or F where that is more: a larger state is worth passing on less often
+
+
+def _features(x: Tensor, power: int) -> Tensor:
+    """[..., K] -> [..., F]: the squares of the channels, then the product of each with the one 1, 2, .. K / 2 places on."""
+    if power == 1:
+        return x
+    size = x.shape[-1]
+    turned = torch.cat([x, x], -1).unfold(-1, size, 1)[..., : size // 2 + 1, :]  # [..., places, K]
+    return (x[..., None, :] * turned).flatten(-2)[..., : size * (size + 1) // 2]
+
+
+def _memory(k: Tensor, v: Tensor, power: int) -> Tensor:
+    """sum_j f(k_j) v_j^T. k [..., T, K], v [..., T, V] -> [..., F, V]; two different channels' product counts twice."""
+    memory = _features(k, power).mT @ v
+    return memory if power == 1 else torch.cat([memory[..., : k.shape[-1], :], 2 * memory[..., k.shape[-1] :, :]], -2)
+
+
+def _divided(sums: Tensor, eps: float) -> Tensor:
+    """[..., V + 1] -> [..., V]."""
+    return sums[..., :-1] / (sums[..., -1:] + eps)
+
+
+def matrix(q: Tensor, k: Tensor, scale: float, eps: float, power: int = 1, remember: bool = True,
+           backend: Backend = "auto") -> Tensor:  # fmt: skip
+    """q, k [B, T, H, K] -> A [B, H, T, T], fp32."""
+    with torch.autocast(q.device.type, enabled=False):
+        q, k = (x.transpose(1, 2) for x in promoted(q, k))
+        scores = (q * scale @ k.mT).pow(power).tril()
+        return scores / (scores.sum(-1, keepdim=True) + eps)
+
+
+def mix(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float, power: int = 1, remember: bool = True,
+        backend: Backend = "auto", state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """q, k [B, T, H, K], v [B, T, H, V], state [B, H, F, V + 1] fp32 -> y [B, T, H, V], state (None: not `remember`)."""
+    dtype, columns = v.dtype, v.shape[-1] + 1
+    if use_fla(backend, q.device, measured=False) and power == 1:
+        from fla.ops.simple_gla import fused_chunk_simple_gla
+
+        q, k, v = q.to(dtype), k.to(dtype), pad(v, (0, 1), value=1)
+        odd = columns % 2  # an even width is what the kernel is measured with
+        v, state = pad(v, (0, odd)), None if state is None else pad(state, (0, odd))
+        sums, state = fused_chunk_simple_gla(q, k, v, scale=scale, initial_state=state, output_final_state=remember)
+        state = state[..., :columns] if remember else None
+        return _divided(sums[..., :columns].float(), eps).to(dtype), state
+    if use_fla(backend, q.device, measured=False) and state is None and not remember and q.shape[-1] <= 128:
+        from fla.ops.rebased import parallel_rebased  # quadratic in time, and without states
+
+        q, k = (q * scale).to(dtype), k.to(dtype)
+        y, total = parallel_rebased(q, k, v, use_scale=False, return_both=True)  # [B, H, T, V], [B, H, T]
+        return (y.float() / (total.float()[..., None] + eps)).transpose(1, 2).to(dtype), None
+
+    length, key_dim = q.shape[1], q.shape[-1]
+    size = max(CHUNK, key_dim if power == 1 else key_dim * (key_dim + 1) // 2)
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, v = (x.transpose(1, 2) for x in promoted(q, k, v))
+        q, v = q * scale, pad(v, (0, 1), value=1)
+        outputs = []
+        for start in range(0, length, size):
+            q_c, k_c, v_c = (x[:, :, start : start + size] for x in (q, k, v))
+            sums = (q_c @ k_c.mT).pow(power).tril() @ v_c
+            if state is not None:
+                sums = sums + _features(q_c, power) @ state
+            outputs.append(_divided(sums, eps))
+            if remember or start + size < length:
+                added = _memory(k_c, v_c, power)
+                state = added if state is None else state + added
+        return torch.cat(outputs, 2).transpose(1, 2).to(dtype), state if remember else None
+
+
+def step(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float, power: int = 1, remember: bool = True,
+         backend: Backend = "auto", state: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """q, k [B, H, K], v [B, H, V], state [B, H, F, V + 1] fp32 -> y [B, H, V], state."""
+    dtype = v.dtype
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, v = (x[..., None, :] for x in promoted(q, k, pad(v, (0, 1), value=1)))  # [B, H, 1, K or V + 1]
+        q = q * scale
+        # the token's own score directly: that is exact, and the first row of a sequence has no other
+        sums = (q @ k.mT).pow(power) * v
+        if state is not None:
+            sums = sums + _features(q, power) @ state
+        added = _memory(k, v, power)
+        state = added if state is None else state + added
+        return _divided(sums, eps).squeeze(-2).to(dtype), state

@@ -1,0 +1,35 @@
+"""Linear attention that forgets with one scalar per head: RetNet, Mamba2 (SSD) and, with a normaliser, mLSTM.
+
+    S_t = e^{g_t} S_{t-1} + k_t v_t^T               y_t = scale * S_t^T q_t
+    A_ij = scale * (q_i . k_j) e^{G_i - G_j}        with G the cumulative sum of the log decay g <= 0
+
+That is channel decay with one g for all channels of a head, and off the GPU it is computed so: a difference of sums from the
+start, G_i - G_j, loses its digits where gates are strong, which binary splitting does not. On the GPU it has a faster kernel.
+"""
+
+from torch import Tensor
+
+from distill_pl.ops import Backend, channel_decay, use_fla
+
+
+def matrix(q: Tensor, k: Tensor, g: Tensor, scale: float, backend: Backend = "auto") -> Tensor:
+    """q, k [B, T, H, K], log decay g [B, T, H] -> A [B, H, T, T], fp32."""
+    return channel_decay.matrix(q, k, g[..., None], scale)
+
+
+def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, backend: Backend = "auto",
+        state: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """q, k [B, T, H, K], v [B, T, H, V], g [B, T, H], state [B, H, K, V] fp32 -> y [B, T, H, V], state."""
+    if use_fla(backend, q.device):
+        # not chunk_simple_gla, which fla refuses on Hopper: Triton 3.4 to 3.7 miscompiles its backward pass
+        from fla.ops.simple_gla import fused_chunk_simple_gla
+
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        return fused_chunk_simple_gla(q, k, v, g.float(), scale=scale, initial_state=state, output_final_state=True)
+    return channel_decay.mix(q, k, v, g[..., None], scale, "torch", state)
+
+
+def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, backend: Backend = "auto",
+         state: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """q, k [B, H, K], v [B, H, V], g [B, H], state [B, H, K, V] fp32 -> y [B, H, V], state: the recurrence itself."""
+    return channel_decay.step(q, k, v, g[..., None], scale, state=state)
