@@ -78,9 +78,13 @@ class AsideCheckpointIO(TorchCheckpointIO):
 
 def plain(config: Namespace | dict) -> dict[str, Any]:
     """A configuration as nested dicts of what YAML can hold; it reads back as `--config`."""
-    items = config.as_dict() if isinstance(config, Namespace) else config
-    return {key: plain(value) if isinstance(value, dict) else str(value) if isinstance(value, Tokens | Path) else value
-            for key, value in items.items()}  # fmt: skip
+
+    def value(x: Any) -> Any:
+        if isinstance(x, dict):
+            return plain(x)
+        return str(x) if isinstance(x, Tokens | Path) else list(x) if isinstance(x, tuple) else x
+
+    return {key: value(x) for key, x in (config.as_dict() if isinstance(config, Namespace) else config).items()}
 
 
 def flat(config: dict, prefix: str = "") -> dict[str, Any]:

@@ -190,7 +190,7 @@ def refused(args: list[str]) -> str:
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({"student.mixer": "mamba9"}, r"student.mixer 'mamba9'.*softmax, gla"),
+        ({"student.mixer": "mamba9"}, r"student.mixer 'mamba9'.*softmax, mlstm, gla"),
         ({"kd.lrr": 1}, "kd.lrr.*kd.lr"),
         ({"kd.lr": "fast"}, "kd.lr.*float.*fast"),
         ({"kd.lr": -1}, "kd.lr -1"),

@@ -1,5 +1,6 @@
 """From a teacher to an initialised student (the paper's Table 1 and section 3.1)."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -22,6 +23,7 @@ class StudentFactory:
             that the mixer can take; `fresh`: the same with all of attention new; `scratch`: nothing is the teacher's.
         kv_heads: `grouped`: as few k and v heads as the teacher has, each serving several query heads; `expanded`: one for
             every query head, started as copies. Default: grouped for softmax, expanded for all others.
+        softmax_layers: layers, counted from 0, that keep the teacher's attention: a hybrid, whose state grows again.
         retention: share of the state that a fresh decay gate keeps from token to token (section 3.1).
         backend: what runs the mixing: fla's Triton kernels, torch alone, or (auto) fla on a GPU that has it.
     """
@@ -31,6 +33,7 @@ class StudentFactory:
         mixer: str = "gla",
         init: Literal["qkv", "fresh", "scratch"] = "qkv",
         kv_heads: Literal["grouped", "expanded"] | None = None,
+        softmax_layers: Sequence[int] = (),
         retention: float = 0.982,
         backend: Backend = "auto",
     ):
@@ -41,11 +44,17 @@ class StudentFactory:
         if backend == "fla" and not (use_fla("auto", torch.device("cuda")) and torch.cuda.is_available()):
             raise InputError("student.backend fla needs a GPU and fla-core: pip install distill_pl[gpu], or choose torch")
         self.mixer, self.init, self.retention, self.backend = mixer, init, retention, backend
+        self.softmax_layers = sorted(set(softmax_layers))
         self.kv_heads = kv_heads or MIXERS[mixer].kv_heads
 
     def config(self, teacher: Teacher) -> StudentConfig:
         """The student's configuration, its heads shaped like the teacher's."""
         base = teacher.config
+        beyond = [layer for layer in self.softmax_layers if not 0 <= layer < base.num_hidden_layers]
+        if beyond:
+            raise InputError(
+                f"student.softmax_layers {beyond} do not exist: the teacher's are 0 to {base.num_hidden_layers - 1}"
+            )
         attention = teacher.model.model.layers[0].self_attn
         heads = base.num_attention_heads
         own = base.to_diff_dict() | {"model_type": base.model_type}
@@ -53,6 +62,7 @@ class StudentFactory:
         return StudentConfig(
             teacher=own,
             mixer=self.mixer,
+            softmax_layers=self.softmax_layers,
             retention=self.retention,
             backend=self.backend,
             hidden_size=base.hidden_size,

@@ -5,6 +5,7 @@ decoder whose layers are built like Llama's makes a student, and weight names ar
 `AutoModelForCausalLM.from_pretrained(folder)` know it.
 """
 
+from dataclasses import field
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +27,7 @@ class StudentConfig(PreTrainedConfig):
 
     teacher: dict | None = None  # the teacher's own config.json
     mixer: str = "gla"
+    softmax_layers: list[int] = field(default_factory=list)  # keep softmax attention: a hybrid
     retention: float = 0.982
     backend: str = "auto"
     # the heads a mixer is shaped after: the teacher's, but for kv heads when they are expanded
@@ -61,7 +63,7 @@ class Student(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         decoder = AutoModel.from_config(teacher_config(config))
         for index, layer in enumerate(decoder.layers):
-            layer.self_attn = MIXERS[config.mixer](config, index)
+            layer.self_attn = MIXERS["softmax" if index in config.softmax_layers else config.mixer](config, index)
         # its parts, not the decoder itself, whose own forward knows nothing of padding masks and states for mixers
         self.model = nn.ModuleDict({part: getattr(decoder, part) for part in DECODER_PARTS})
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -22,14 +22,15 @@ def expand_kv(weight: Tensor, heads: int, kv_heads: int) -> Tensor:
 def copy_weights(teacher: PreTrainedModel, student: Student, attention: bool) -> list[str]:
     """Copy the teacher's weights in place -> the names of the student's tensors that received some.
 
-    Outside attention every tensor is copied by its name, which the two share. With `attention`, each mixer also gets the
+    Outside attention every tensor is copied by its name, which the two share. With `attention`, and in the layers that a
+    hybrid keeps (`softmax_layers`) in any case, each mixer also gets the
     projections in its `copies`, with the q and k norms that go with them, kv heads repeated where the student has more.
     A tensor that is missing, or has another shape, is an error: nothing is left out silently.
     """
     source, target = teacher.state_dict(), student.state_dict()
     wanted = [name for name in target if ATTENTION not in name]
-    if attention:
-        for index, mixer in enumerate(student.mixers):
+    for index, mixer in enumerate(student.mixers):
+        if attention or index in student.config.softmax_layers:
             prefix = f"model.layers.{index}{ATTENTION}"
             parts = [f"{part}_proj." for part in mixer.copies] + [f"{part}_norm." for part in mixer.copies if part in "qk"]
             wanted += [name for name in target if name.startswith(tuple(prefix + part for part in parts))]

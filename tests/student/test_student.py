@@ -356,3 +356,34 @@ def test_softmax_student_is_exported_as_a_llama(variant, kv_heads, shape, tmp_pa
 def test_any_other_student_stays_what_it_is(teacher, name):
     student = build(teacher, name)
     assert (as_transformer(student) is student) == (name != "softmax")
+
+
+# ---- hybrids
+
+
+def test_a_hybrid_keeps_the_layers_it_names(any_teacher, name, tmp_path):
+    """Their attention is the teacher's, copied where all other attention is new; all of them kept, it is the teacher."""
+    hybrid = build(any_teacher, name, init="fresh", softmax_layers=[1])
+    assert [type(mixer) for mixer in hybrid.mixers] == [MIXERS[name], MIXERS["softmax"]]
+    tokens = some_tokens(any_teacher)
+    *_, last = any_teacher.layers(tokens)
+    with torch.no_grad():
+        output = hybrid.model.layers[1](last.input, position_embeddings=last.position)
+    assert relative_error(output, last.output) < 1e-5
+    whole = build(any_teacher, name, init="fresh", softmax_layers=[0, 1])
+    assert relative_error(logits_of(whole, tokens), logits_of(any_teacher.model, tokens)) < 1e-5
+    hybrid.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path), tokens), logits_of(hybrid, tokens))
+
+
+def test_a_hybrid_generates_with_a_cache_as_without(teacher, name):
+    hybrid, tokens = build(teacher, name, softmax_layers=[0]), some_tokens(teacher, length=9)
+    mask = torch.ones_like(tokens)
+    mask[0, :4] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(hybrid.generate(tokens, **options), hybrid.generate(tokens, use_cache=False, **options))
+
+
+def test_a_hybrid_of_layers_that_do_not_exist_is_refused(teacher):
+    with pytest.raises(InputError, match=r"softmax_layers \[2\] do not exist.*0 to 1"):
+        build(teacher, "gla", softmax_layers=[0, 2])
