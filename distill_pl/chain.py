@@ -1,5 +1,6 @@
 """`distill-pl fit`: the stages in order, each in a fresh Trainer, then the Hugging Face folder."""
 
+import contextlib
 import logging
 import shutil
 import warnings
@@ -142,9 +143,13 @@ def run_stage(config: Namespace, leg: Leg, stage: Stage, data: ChunkDataModule, 
         enable_checkpointing=True,
     )
     say(f"\n{leg.name}  {leg.steps:,} steps of {batch_tokens:,} tokens" + (f", resumed at step {done:,}" if resume else ""))
-    trainer.fit(stage, datamodule=data, ckpt_path=leg.checkpoint if resume else None, weights_only=True)
+    with contextlib.suppress(SystemExit):  # how Lightning leaves on Ctrl-C and SIGTERM: silently, the latter with code 0
+        trainer.fit(stage, datamodule=data, ckpt_path=leg.checkpoint if resume else None, weights_only=True)
     if trainer.global_step < leg.steps:
-        raise SystemExit(f"{leg.name} was stopped at step {trainer.global_step:,}: run the same command again to go on")
+        raise SystemExit(
+            f"distill-pl: {leg.name} was stopped at step {trainer.global_step:,}: run the same command again to go on from "
+            + ("its last checkpoint" if leg.checkpoint.is_file() else "its beginning")
+        )
     if stage.validated_at != leg.steps:
         trainer.validate(stage, datamodule=data, verbose=False)
     save_student(stage.student, leg, stage.validation)

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 import distill_pl.run_folder
 from distill_pl import Student
 from distill_pl.cli import DistillCLI, main
+from distill_pl.stages import STAGES
 
 processes = multiprocessing.get_context("forkserver")  # a process that has imported everything forks in milliseconds
 processes.set_forkserver_preload(["distill_pl.cli"])
@@ -108,6 +109,23 @@ def test_killed_equals_uninterrupted(arguments, tmp_path):
     print(f"killed {kills} times at random")
     assert_same(tmp_path / "random", whole)
     assert not list(tmp_path.rglob("*.new")) and not list((tmp_path / "random").rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_says_how_to_go_on(arguments, tmp_path, stop, monkeypatch):
+    plain_step = STAGES["kd"].training_step
+
+    def interrupted(self, batch, batch_idx):
+        if self.global_step == 3:
+            os.kill(os.getpid(), stop)
+        return plain_step(self, batch, batch_idx)
+
+    monkeypatch.setattr(STAGES["kd"], "training_step", interrupted)
+    with pytest.raises(SystemExit, match="kd was stopped at step [34]: run the same command again to go on from its last"):
+        fit_here(arguments())
+    monkeypatch.undo()
+    fit_here(arguments())
+    assert (tmp_path / "run" / "student").is_dir()
 
 
 @pytest.fixture
@@ -266,8 +284,6 @@ def test_full_disk_keeps_the_last_checkpoint(arguments, tmp_path, monkeypatch):
 def test_not_finite_names_stage_step_and_layer(arguments, tmp_path, monkeypatch, stage, capsys):
     """From the third step on, layer 1 divides by zero."""
     name = stage[2:]
-    from distill_pl.stages import STAGES
-
     plain_step = STAGES[name].training_step
 
     def poisoned(self, batch, batch_idx):
