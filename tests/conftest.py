@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from distill_pl.mixers import MIXERS
 from distill_pl.teacher import Teacher
 
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other, ten times slower beside another process
@@ -144,3 +145,15 @@ def corpus(tmp_path_factory) -> Path:
     rows = [json.dumps({"text": text}) for text in make_documents(400, seed=1)]
     (folder / "train.jsonl").write_text("\n".join(rows) + "\n")
     return folder
+
+
+@pytest.fixture(params=MIXERS)
+def name(request) -> str:
+    """Each mixer of Table 1 in turn."""
+    return request.param
+
+
+@pytest.fixture(params=["grouped", "expanded"])
+def kv_heads(request) -> str:
+    """Each layout of k and v heads in turn."""
+    return request.param

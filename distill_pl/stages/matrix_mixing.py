@@ -59,15 +59,16 @@ class MatrixMixingStage(Stage):
 
     def losses(self, tokens: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Mean over layers of Eq. 7's distances."""
+        generator = torch.Generator().manual_seed(seed)
+        signs = torch.randint(0, 2, (1, tokens.shape[1], 1, self.probes), generator=generator) * 2 - 1
+        signs = signs.to(tokens.device)
         distances = []
         for student_layer, layer in zip(self.student.model.layers, self.teacher.layers(tokens), strict=True):
             hidden = student_layer.input_layernorm(layer.input)
             if self.estimator == "exact":
                 squared = squared_distance(student_layer.self_attn, hidden, layer)
             else:
-                generator = torch.Generator().manual_seed(seed)
-                signs = torch.randint(0, 2, (1, tokens.shape[1], 1, self.probes), generator=generator) * 2 - 1
-                squared = probed_distance(student_layer.self_attn, hidden, layer, signs.to(hidden.device))
+                squared = probed_distance(student_layer.self_attn, hidden, layer, signs)
             distances.append(matrix_distance(squared, tokens.shape[1], self.norm))
         parts = torch.stack(distances)
         return parts.mean(), parts.detach()

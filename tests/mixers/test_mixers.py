@@ -14,16 +14,6 @@ from distill_pl.teacher import Teacher
 LENGTH = 21
 
 
-@pytest.fixture(params=MIXERS)
-def name(request) -> str:
-    return request.param
-
-
-@pytest.fixture(params=["grouped", "expanded"])
-def kv_heads(request) -> str:
-    return request.param
-
-
 def fresh(teacher: Teacher, name: str, kv_heads: str | None = None, **options) -> Student:
     """A student with all of attention new."""
     factory = StudentFactory(name, init="fresh", kv_heads=kv_heads, **options)

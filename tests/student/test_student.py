@@ -18,16 +18,6 @@ from distill_pl.teacher import Teacher
 ATTENTION = ".self_attn."
 
 
-@pytest.fixture(params=MIXERS)
-def name(request) -> str:
-    return request.param
-
-
-@pytest.fixture(params=["grouped", "expanded"])
-def kv_heads(request) -> str:
-    return request.param
-
-
 def build(teacher: Teacher, name: str, seed: int = 0, **options) -> Student:
     return StudentFactory(name, **options).build(teacher, seed).eval().requires_grad_(False)
 
