@@ -1,92 +1,18 @@
 """The law of every op, matrix @ v == mix == step by step, in float64, fp32 and bf16 and under strong gates."""
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from op_inputs import FAMILIES, KEEP_FP32, Inputs, cast, make, matrix, matrix_times_v, tensors_of
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from distill_pl.ops import channel_decay, delta_rule, mlstm, normalized, scalar_decay, softmax
+from distill_pl.ops import channel_decay, softmax
 
-Inputs = dict[str, Tensor | float]  # an op's keyword arguments; every tensor is [B, T, heads, ...] and float64
-KEY, VALUE = 8, 6  # different, so that a mix-up is an error
-
-
-def softmax_inputs(normal: Callable[..., Tensor], batch: int, length: int, heads: int, strong: bool) -> Inputs:
-    """Grouped kv heads; strong: scores of +-100."""
-    q = normal(batch, length, heads, KEY) * (30 if strong else 1)
-    k, v = normal(batch, length, heads // 2, KEY), normal(batch, length, heads // 2, VALUE)
-    return {"q": q, "k": k, "v": v, "scale": KEY**-0.5}
-
-
-def channel_decay_inputs(normal: Callable[..., Tensor], batch: int, length: int, heads: int, strong: bool) -> Inputs:
-    """Strong: some channels keep nothing (g from -5 to -20 a step), one keeps everything, one forgets now and then."""
-    shape = (batch, length, heads, KEY)
-    g = -0.3 * normal(*shape).abs()
-    if strong:
-        g = -(5 + 15 * torch.special.ndtr(normal(*shape)))
-        g[..., 0] = 0
-        g[..., 1] = torch.where(normal(batch, length, heads) > 1.5, -20, -0.01)
-    return {"q": normal(*shape), "k": normal(*shape), "v": normal(batch, length, heads, VALUE), "g": g, "scale": 0.4}
-
-
-def scalar_decay_inputs(normal: Callable[..., Tensor], batch: int, length: int, heads: int, strong: bool) -> Inputs:
-    """Strong: one head keeps nothing (g from -5 to -20 a step), one forgets now and then."""
-    shape, gates = (batch, length, heads, KEY), (batch, length, heads)
-    g = -0.3 * normal(*gates).abs()
-    if strong:
-        g = -(5 + 15 * torch.special.ndtr(normal(*gates)))
-        g[..., 1] = torch.where(normal(batch, length) > 1.5, -20, -0.01)
-    return {"q": normal(*shape), "k": normal(*shape), "v": normal(batch, length, heads, VALUE), "g": g, "scale": 0.4}
-
-
-def mlstm_inputs(normal: Callable[..., Tensor], batch: int, length: int, heads: int, strong: bool) -> Inputs:
-    """Strong: input gates of e^{+-10} as well; q, k > 0, as no arithmetic saves the digits of y where n . q is almost 0."""
-    inputs = scalar_decay_inputs(normal, batch, length, heads, strong)
-    if strong:
-        inputs |= {name: inputs[name].abs() for name in "qk"}
-    return inputs | {"i": normal(batch, length, heads) * (10 if strong else 1)}
-
-
-def delta_rule_inputs(normal: Callable[..., Tensor], batch: int, length: int, heads: int, strong: bool) -> Inputs:
-    """Keys of unit length; strong: they come again and again, and nearly everything is overwritten (beta up to 1 - 1e-8)."""
-    k = normal(batch, length, heads, KEY)
-    beta = torch.special.ndtr(normal(batch, length, heads))
-    if strong:
-        k = k[:, torch.arange(length) % 3] + 0.01 * k
-        beta = 1 - 10 ** -(8 * beta)
-    k = k / k.norm(dim=-1, keepdim=True)
-    return {"q": normal(*k.shape), "k": k, "v": normal(batch, length, heads, VALUE), "beta": beta, "scale": 0.4}
-
-
-def normalized_inputs(normal: Callable[..., Tensor], batch: int, length: int, heads: int, strong: bool) -> Inputs:
-    """Hedgehog's features; strong: spikes, the rest of a row down to e^-100."""
-    q, k = ((normal(batch, length, heads, KEY) * (20 if strong else 1)).softmax(-1) for _ in "qk")
-    # an eps that is felt, and so has to stand in the same place everywhere
-    return {"q": q, "k": k, "v": normal(batch, length, heads, VALUE), "scale": 0.4, "eps": 0.1}
-
-
-def squared_inputs(normal: Callable[..., Tensor], batch: int, length: int, heads: int, strong: bool) -> Inputs:
-    """ReBased's; strong: S up to 1e8, and with it the row sums."""
-    q, k = (normal(batch, length, heads, KEY) * (30 if strong else 1) for _ in "qk")
-    return {"q": q, "k": k, "v": normal(batch, length, heads, VALUE), "scale": 0.4, "eps": 0.1, "power": 2}
-
-
-# family -> its functions, and what makes their tensors; a new family is tested by standing here
-FAMILIES: dict[str, tuple[ModuleType, Callable[..., Inputs]]] = {
-    "softmax": (softmax, softmax_inputs),
-    "channel_decay": (channel_decay, channel_decay_inputs),
-    "scalar_decay": (scalar_decay, scalar_decay_inputs),
-    "mlstm": (mlstm, mlstm_inputs),
-    "delta_rule": (delta_rule, delta_rule_inputs),
-    "normalized": (normalized, normalized_inputs),
-    "squared": (normalized, squared_inputs),
-}
-KEEP_FP32 = ("g", "i", "beta")  # gates, whatever dtype q, k and v have
+KEY, VALUE = 8, 6  # of `make`
 LENGTHS = [1, 5, 64, 130]
 
 
@@ -95,33 +21,9 @@ def family(request) -> str:
     return request.param
 
 
-def make(family: str, length: int, dtype=torch.float64, batch=2, heads=4, strong=False, seed=0) -> Inputs:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    inputs = FAMILIES[family][1](normal, batch, length, heads, strong)
-    return {name: x.to(dtype) if isinstance(x, Tensor) else x for name, x in inputs.items()}
-
-
-def tensors_of(inputs: Inputs) -> dict[str, Tensor]:
-    return {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
-
-
 def cut(inputs: Inputs, index) -> Inputs:
     """The inputs at these times: index a slice for `mix`, a number for `step`."""
     return {name: x[:, index] if isinstance(x, Tensor) else x for name, x in inputs.items()}
-
-
-def matrix(op: ModuleType, inputs: Inputs) -> Tensor:
-    return op.matrix(**{name: x for name, x in inputs.items() if name != "v"})
-
-
-def matrix_times_v(op: ModuleType, inputs: Inputs) -> Tensor:
-    a, v = matrix(op, inputs), inputs["v"]
-    v = v.repeat_interleave(a.shape[1] // v.shape[2], dim=2).to(a.dtype)
-    return torch.einsum("bhij,bjhv->bihv", a, v)
 
 
 def mixed(op: ModuleType, inputs: Inputs) -> Tensor:
@@ -250,8 +152,8 @@ def test_strong_gates_are_exact(family, run):
 def test_bf16_inputs_cost_their_rounding_only(family):
     op = FAMILIES[family][0]
     exact = make(family, 130, torch.float32)
-    half = {name: x.bfloat16() if isinstance(x, Tensor) and name not in KEEP_FP32 else x for name, x in exact.items()}
-    rounded = {name: x.float() if isinstance(x, Tensor) else x for name, x in half.items()}
+    half = cast(exact, torch.bfloat16, keep=KEEP_FP32)
+    rounded = cast(half, torch.float32)
     expected = mixed(op, rounded)
     assert torch.equal(matrix(op, half), matrix(op, rounded))
     for run in (mixed, stepped):
@@ -300,8 +202,7 @@ def test_channel_decay_matrix_is_the_direct_sum():
     weight = (decay[:, :, :, None] - decay[:, :, None]).exp()  # [B, H, i, j, K]
     direct = inputs["scale"] * torch.einsum("bhik,bhjk,bhijk->bhij", q, k, weight).tril()
     assert relative_error(matrix(channel_decay, inputs), direct) < 1e-12
-    single = {name: x.float() if isinstance(x, Tensor) else x for name, x in inputs.items()}
-    assert relative_error(matrix(channel_decay, single), direct) < 1e-6
+    assert relative_error(matrix(channel_decay, cast(inputs, torch.float32)), direct) < 1e-6
 
 
 def test_channel_decay_is_the_recurrence():

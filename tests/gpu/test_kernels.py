@@ -1,0 +1,60 @@
+"""Every op on a GPU, forward and gradients, by fla's kernels and by torch, against its own matrix in float64."""
+
+import pytest
+import torch
+from op_inputs import FAMILIES, KEEP_FP32, cast, make, matrix_times_v, tensors_of
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+LENGTH, HEAD = 512, 64  # as in the study
+# of the norm. The kernels multiply fp32 as tf32, hence the same for both; what torch does in fp32 is exact
+TOLERANCE = {"fla": 1e-2, "torch": 1e-2}
+
+
+@pytest.fixture(params=[name for name in FAMILIES if name != "softmax"])
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=["fla", "torch"])
+def backend(request) -> str:
+    if request.param == "fla":
+        pytest.importorskip("fla")
+    return request.param
+
+
+def error(value: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((value.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("strong", [False, True], ids=["ordinary", "strong"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_mix_and_its_gradients_are_those_of_the_matrix(family, backend, dtype, strong):
+    op = FAMILIES[family][0]
+    inputs = cast(make(family, LENGTH, strong=strong, key=HEAD, value=HEAD), "cuda")
+    inputs = cast(cast(inputs, torch.float32), dtype, keep=KEEP_FP32)
+    exact = cast(inputs, torch.float64)
+    leaves, exact_leaves = ([x.requires_grad_(True) for x in tensors_of(i).values()] for i in (inputs, exact))
+    y, _ = op.mix(**inputs, backend=backend)
+    expected = matrix_times_v(op, exact)
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to("cuda", y.dtype)
+    gradients = torch.autograd.grad(y, leaves, weight)
+    expected_gradients = torch.autograd.grad(expected, exact_leaves, weight.double())
+    errors = {"y": error(y, expected)}
+    for name, gradient, exact_gradient in zip(tensors_of(inputs), gradients, expected_gradients, strict=True):
+        errors[f"d{name}"] = error(gradient, exact_gradient)
+    print(family, backend, dtype, "strong" if strong else "ordinary", {name: f"{e:.1e}" for name, e in errors.items()})
+    assert max(errors.values()) < TOLERANCE[backend], errors
+
+
+@pytest.mark.parametrize("borders", [[1], [64], [100, 300]], ids=str)
+def test_pieces_with_carried_state_are_the_whole(family, backend, borders):
+    op = FAMILIES[family][0]
+    inputs = cast(make(family, LENGTH, torch.float32, key=HEAD, value=HEAD), "cuda")
+    expected = matrix_times_v(op, cast(inputs, torch.float64))
+    inputs = cast(inputs, torch.bfloat16, keep=KEEP_FP32)
+    outputs, state = [], None
+    for start, end in zip([0, *borders], [*borders, LENGTH], strict=True):
+        piece = inputs | {name: x[:, start:end] for name, x in tensors_of(inputs).items()}
+        y, state = op.mix(**piece, backend=backend, state=state)
+        outputs.append(y)
+    assert error(torch.cat(outputs, 1), expected) < 2e-2  # that of rounding the inputs to bf16 included
