@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill_pl.chain import plan
 from distill_pl.cli import DistillCLI
 from distill_pl.mixers import MIXERS
+from distill_pl.params import smollm_360m
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.modeling import Student
 
@@ -36,14 +36,8 @@ PARAMETERS = {  # of one layer's mixer
 
 @pytest.fixture(scope="module")
 def smollm() -> SimpleNamespace:
-    """What a student's configuration is read from: SmolLM-360M, without a download and without memory."""
-    config = LlamaConfig(
-        hidden_size=D, num_hidden_layers=32, num_attention_heads=H, num_key_value_heads=KV_HEADS, head_dim=K,
-        intermediate_size=2560, vocab_size=49152, tie_word_embeddings=True, max_position_embeddings=2048, rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    with torch.device("meta"):
-        return SimpleNamespace(config=config, model=LlamaForCausalLM(config))
+    """What a student's configuration is read from."""
+    return smollm_360m()
 
 
 def parse(monkeypatch, *args):
