@@ -104,8 +104,9 @@ def mixing_parameters(mixer: SequenceMixer) -> list[torch.nn.Parameter]:
     parameters = list(mixer.requires_grad_(True).parameters())
     device = parameters[0].device
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, 4, mixer.q_proj.in_features, generator=generator).to(device)
-    angle = torch.randn(1, 4, mixer.head_dim, generator=generator).to(device)
+    sizes = (mixer.q_proj.in_features, mixer.head_dim)
+    # on the CPU, as the generator is: Lightning calls this with the GPU as torch's default device
+    hidden, angle = (torch.randn(1, 4, size, generator=generator, device="cpu").to(device) for size in sizes)
     with torch.enable_grad():
         total = mixer.matrix(hidden, (angle.cos(), angle.sin())).square().sum()
         gradients = torch.autograd.grad(total, parameters, allow_unused=True)

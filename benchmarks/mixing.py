@@ -1,6 +1,6 @@
 """Every mixer's op at the study's shape, by fla's kernels and by torch: errors, time and memory of forward and backward.
 
-    python benchmarks/kernels.py [--mixers gla,hedgehog] [--batch 48]
+    python benchmarks/mixing.py [--mixers gla,hedgehog] [--batch 48]
 
 Prints a Markdown table. The inputs are those that a fresh mixer of SmolLM-360M makes of random hidden states, in bf16 with
 fp32 gates; errors are of the norm, against the op's own matrix in float64. Needs a GPU and fla-core.
