@@ -32,7 +32,7 @@ def matrix(q: Tensor, k: Tensor, beta: Tensor, scale: float, backend: Backend = 
 def mix(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float, backend: Backend = "auto",
         state: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q, k [B, T, H, K], v [B, T, H, V], beta [B, T, H], state [B, H, K, V] fp32 -> y [B, T, H, V], state."""
-    if use_fla(backend, q.device, measured=False) and v.dtype != torch.float32:  # the kernel refuses fp32
+    if use_fla(backend, q.device) and v.dtype != torch.float32:  # the kernel refuses fp32
         from fla.ops.delta_rule import chunk_delta_rule
 
         q, k = q.to(v.dtype), k.to(v.dtype)

@@ -50,7 +50,7 @@ def mix(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float, power: int = 
         backend: Backend = "auto", state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """q, k [B, T, H, K], v [B, T, H, V], state [B, H, F, V + 1] fp32 -> y [B, T, H, V], state (None: not `remember`)."""
     dtype, columns = v.dtype, v.shape[-1] + 1
-    if use_fla(backend, q.device, measured=False) and power == 1:
+    if use_fla(backend, q.device) and power == 1:
         from fla.ops.simple_gla import fused_chunk_simple_gla
 
         q, k, v = q.to(dtype), k.to(dtype), pad(v, (0, 1), value=1)
@@ -59,7 +59,7 @@ def mix(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float, power: int = 
         sums, state = fused_chunk_simple_gla(q, k, v, scale=scale, initial_state=state, output_final_state=remember)
         state = state[..., :columns] if remember else None
         return _divided(sums[..., :columns].float(), eps).to(dtype), state
-    if use_fla(backend, q.device, measured=False) and state is None and not remember and q.shape[-1] <= 128:
+    if use_fla(backend, q.device) and state is None and not remember and q.shape[-1] <= 128:
         from fla.ops.rebased import parallel_rebased  # quadratic in time, and without states
 
         q, k = (q * scale).to(dtype), k.to(dtype)

@@ -6,8 +6,14 @@ from op_inputs import FAMILIES, KEEP_FP32, cast, make, matrix_times_v, tensors_o
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 LENGTH, HEADS, HEAD = 512, 15, 64  # as in the study: kernels are tuned anew for every shape
-# of the norm. The kernels multiply fp32 as tf32, hence the same for both; what torch does in fp32 is exact
-TOLERANCE = {"fla": 1e-2, "torch": 1e-2}
+# of the norm; the kernels multiply fp32 numbers as tf32
+TOLERANCE = {
+    ("fla", torch.bfloat16): 1e-2, ("fla", torch.float32): 5e-3,
+    ("torch", torch.bfloat16): 3e-3, ("torch", torch.float32): 2e-5,
+}  # fmt: skip
+# in bf16 under strong gates: keys that come again and again are solved for, and gradients of rows that are all one token's
+# value are differences of equals
+STRONG_TOLERANCE = {"delta_rule": 4e-2, "mlstm": 6e-2}
 
 
 @pytest.fixture(params=[name for name in FAMILIES if name != "softmax"])
@@ -22,6 +28,13 @@ def backend(request) -> str:
     return request.param
 
 
+def inputs_of(family: str, strong: bool = False, **options):
+    inputs = make(family, LENGTH, torch.float32, heads=HEADS, strong=strong, key=HEAD, value=HEAD) | options
+    if family == "mlstm":  # else n . q is 0 now and then, where no precision saves y, and its gradient jumps near e^{-m}
+        inputs |= {name: inputs[name].abs() for name in "qk"}
+    return cast(inputs, "cuda")
+
+
 def error(value: torch.Tensor, expected: torch.Tensor) -> float:
     return ((value.double() - expected).norm() / expected.norm()).item()
 
@@ -30,8 +43,8 @@ def error(value: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_mix_and_its_gradients_are_those_of_the_matrix(family, backend, dtype, strong):
     op = FAMILIES[family][0]
-    inputs = cast(make(family, LENGTH, heads=HEADS, strong=strong, key=HEAD, value=HEAD), "cuda")
-    inputs = cast(cast(inputs, torch.float32), dtype, keep=KEEP_FP32)
+    # squared, the kernel has no state
+    inputs = cast(inputs_of(family, strong, **({"remember": False} if family == "squared" else {})), dtype, keep=KEEP_FP32)
     exact = cast(inputs, torch.float64)
     leaves, exact_leaves = ([x.requires_grad_(True) for x in tensors_of(i).values()] for i in (inputs, exact))
     y, _ = op.mix(**inputs, backend=backend)
@@ -43,13 +56,15 @@ def test_mix_and_its_gradients_are_those_of_the_matrix(family, backend, dtype, s
     for name, gradient, exact_gradient in zip(tensors_of(inputs), gradients, expected_gradients, strict=True):
         errors[f"d{name}"] = error(gradient, exact_gradient)
     print(family, backend, dtype, "strong" if strong else "ordinary", {name: f"{e:.1e}" for name, e in errors.items()})
-    assert max(errors.values()) < TOLERANCE[backend], errors
+    tolerance = TOLERANCE[backend, dtype]
+    if strong and (backend, dtype) == ("fla", torch.bfloat16):
+        tolerance = STRONG_TOLERANCE.get(family, tolerance)
+    assert max(errors.values()) < tolerance, errors
 
 
 @pytest.mark.parametrize("borders", [[1], [64], [100, 300]], ids=str)
 def test_pieces_with_carried_state_are_the_whole(family, backend, borders):
-    op = FAMILIES[family][0]
-    inputs = cast(make(family, LENGTH, torch.float32, heads=HEADS, key=HEAD, value=HEAD), "cuda")
+    op, inputs = FAMILIES[family][0], inputs_of(family)
     expected = matrix_times_v(op, cast(inputs, torch.float64))
     inputs = cast(inputs, torch.bfloat16, keep=KEEP_FP32)
     outputs, state = [], None
