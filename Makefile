@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint typecheck tensorboard clean-quickstart
+.PHONY: help quickstart test test-gpu bench-gpu lint typecheck tensorboard clean-quickstart
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,12 @@ clean-quickstart:  ## forget the quickstart's runs, to do it again
 
 test: $(BIN)/.installed  ## set up and run all tests
 	$(BIN)/python -m pytest -q
+
+test-gpu: $(BIN)/.installed  ## the kernels against their matrices, on a GPU (first time: minutes of tuning)
+	$(BIN)/python -m pytest -q tests/gpu
+
+bench-gpu: $(BIN)/.installed  ## errors, time and memory of every mixer's op, on a GPU
+	$(BIN)/python benchmarks/mixing.py
 
 lint: $(BIN)/.installed  ## style
 	$(BIN)/ruff check .

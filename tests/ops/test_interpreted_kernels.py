@@ -1,0 +1,78 @@
+"""fla's kernels without a GPU: Triton's interpreter runs them, in a process of its own, against each op's matrix."""
+
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from op_inputs import FAMILIES, KEEP_FP32, cast, make, matrix_times_v, tensors_of
+
+KERNELS = [name for name in FAMILIES if name != "softmax"]
+
+
+class Index(int):
+    """A loop counter that can be cast, as in a compiled kernel."""
+
+    def to(self, dtype) -> "Index":
+        return self
+
+
+def indices(*bounds):
+    """`range` in a kernel: its bounds may be tensors."""
+    return map(Index, range(*(b if isinstance(b, int) else b.handle.data.item() for b in bounds)))
+
+
+def patch() -> None:
+    """What the interpreter lacks: counters that can be cast, and a GPU to choose among configurations with."""
+    from triton.runtime.autotuner import Autotuner
+
+    init = Autotuner.__init__
+    Autotuner.__init__ = lambda self, fn, names, configs, *args, **kwargs: init(self, fn, names, configs[:1], *args, **kwargs)
+    importlib.import_module("fla.ops")
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fla.ops."):
+            module.range = indices
+
+
+def errors(family: str) -> dict[str, float]:
+    """||value - expected|| / ||expected|| of y and of each gradient."""
+    op, inputs = FAMILIES[family][0], make(family, 40, torch.float32, batch=1, heads=2, key=16, value=16)
+    if family == "squared":
+        inputs["remember"] = False  # as with a state there is no kernel
+    if family == "delta_rule":
+        inputs = cast(inputs, torch.float16, keep=KEEP_FP32)  # whose kernel refuses fp32
+    exact = cast(inputs, torch.float64)
+    leaves, exact_leaves = ([x.requires_grad_(True) for x in tensors_of(i).values()] for i in (inputs, exact))
+    y, expected = op.mix(**inputs, backend="fla")[0], matrix_times_v(op, exact)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    values = [y, *torch.autograd.grad(y, leaves, weight)]
+    expectations = [expected, *torch.autograd.grad(expected, exact_leaves, weight.double())]
+    names = ["y", *(f"d{name}" for name in tensors_of(inputs))]
+    return {n: ((x.double() - e).norm() / e.norm()).item() for n, x, e in zip(names, values, expectations, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, dict[str, float]]:
+    missing = [name for name in ("triton", "fla", "einops") if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    tests = str(Path(__file__).parent.parent)
+    env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([tests, *sys.path])}
+    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("family", KERNELS)
+def test_kernel_is_the_matrix(measured, family):
+    assert max(measured[family].values()) < (2e-3 if family == "delta_rule" else 1e-5), measured[family]
+
+
+if __name__ == "__main__":
+    patch()
+    print(json.dumps({family: errors(family) for family in KERNELS}))
