@@ -145,5 +145,10 @@ def table(results: dict[str, dict[str, Any]]) -> str:
                 cells.append(f"{found['perplexity']:.4g}")
         kind = "%" if "acc" in results[models[0]][task] else "perplexity"
         rows.append([f"{task} ({kind})", *cells])
+    return aligned(rows)
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """Rows of cells as text, in columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)

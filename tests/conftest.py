@@ -153,6 +153,13 @@ def name(request) -> str:
     return request.param
 
 
+@pytest.fixture(params=["grouped", "expanded", "rope", "paper"])
+def layout(request, name) -> dict:
+    """How a StudentFactory lays out the heads of a student with new attention; rope: where it is not the default, else not."""
+    layouts = {"rope": {"rope": not MIXERS[name].rotates}, "paper": {"shape": "paper"}}
+    return layouts.get(request.param) or {"kv_heads": request.param}
+
+
 @pytest.fixture(params=["grouped", "expanded"])
 def kv_heads(request) -> str:
     """Each layout of k and v heads in turn."""

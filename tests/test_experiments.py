@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distill_pl.chain import plan
-from distill_pl.cli import DistillCLI
+from distill_pl.cli import DistillCLI, main
 from distill_pl.mixers import MIXERS
 from distill_pl.params import smollm_360m
 from distill_pl.student.factory import StudentFactory
@@ -84,6 +84,16 @@ def test_experiment_builds_its_student_of_smollm_360m(file, monkeypatch, smollm)
     assert set(own) == {PARAMETERS[factory.mixer]}
     mlp, norms, embeddings = 3 * D * 2560, 2 * D, 49152 * D  # the head is tied to them
     assert sum(p.numel() for p in student.parameters()) == embeddings + 32 * (own[0] + mlp + norms) + D
+
+
+def test_parameters_are_within_a_million_of_appendix_a(capsys):
+    main(["params"])
+    _, llama, *students = capsys.readouterr().out.splitlines()[:-1]
+    assert llama.split() == ["softmax", "350", "409.01", "+59.01", "361.82"]  # the first is the teacher's name, not a count
+    assert [row.split()[0] for row in students] == list(TABLE_1[1:])
+    for row in students:
+        _, paper, ours, difference, _ = row.split()
+        assert abs(float(ours) - float(paper)) < 1 and float(difference) == pytest.approx(float(ours) - float(paper), abs=1e-6)
 
 
 def test_the_numbers_are_smollm_360ms(smollm):

@@ -6,8 +6,8 @@ after A v: RMSNorm per head, o_proj. There is no decay: what is forgotten is wha
 
 from torch import Tensor, nn
 
-from distill_pl.mixers.mixer import RMSNorm, SequenceMixer
-from distill_pl.mixers.short_conv import ShortConv
+from distill_pl.mixers.mixer import RMSNorm
+from distill_pl.mixers.short_conv import ConvolvedMixer
 from distill_pl.ops import delta_rule
 
 EPS = 1e-6  # of the l2 norm, under the root: a padded key, zero, stays zero
@@ -19,31 +19,20 @@ def l2_norm(x: Tensor) -> Tensor:
     return (wide * (wide.square().sum(-1, keepdim=True) + EPS).rsqrt()).to(x.dtype)
 
 
-class DeltaNet(SequenceMixer):
+class DeltaNet(ConvolvedMixer):
     """DeltaNet in the shape of the teacher's heads: q, k, v and o can be copied; of q and k the l2 norm keeps the direction."""
 
     op = delta_rule
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.q_conv = ShortConv(self.q_proj.out_features)
-        self.k_conv = ShortConv(self.k_proj.out_features)
-        self.v_conv = ShortConv(self.v_proj.out_features)
         self.beta_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
-        self.norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-
-    def start(self, config) -> None:
-        """The convolutions pass their projections through."""
-        for conv in (self.q_conv, self.k_conv, self.v_conv):
-            conv.start()
+        self.norm = RMSNorm(self.value_dim, config.rms_norm_eps)
 
     def inputs(self, hidden, position, mask, state):
         """q and k of unit length, v, beta; a padded token writes nothing: its beta is zero."""
-        convs = {"q": self.q_conv, "k": self.k_conv, "v": self.v_conv}
-        q, k, v = (
-            conv(x.flatten(2), mask, state, name).unflatten(-1, (-1, self.head_dim))
-            for (name, conv), x in zip(convs.items(), self.qkv(hidden), strict=True)
-        )
+        q, k, v = self.convolved(hidden, mask, state)
+        q, k = self.rotated(position, q, k)
         beta = self.beta_proj(hidden).float().sigmoid()
         if mask is not None:
             beta = beta * mask[:, :, None]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, silu
 from transformers import initialization
 
-from distill_pl.mixers.mixer import RMSNorm, SequenceMixer
+from distill_pl.mixers.mixer import Paper, RMSNorm, SequenceMixer
 from distill_pl.ops import channel_decay
 
 TEMPERATURE = 16  # of the gate's logsigmoid: the original's, so that a moderate bias already forgets slowly
@@ -20,13 +20,14 @@ class GLA(SequenceMixer):
     """GLA with as many key channels as the teacher's heads have, so that q, k, v and o can be copied whole."""
 
     op = channel_decay
+    paper = Paper(key=1 / 2, kv_heads="grouped")
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
-        width = self.heads * self.head_dim
-        self.decay_proj = nn.Sequential(nn.Linear(config.hidden_size, RANK, bias=False), nn.Linear(RANK, width))
-        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        hidden, channels = config.hidden_size, self.heads * self.key_dim
+        self.decay_proj = nn.Sequential(nn.Linear(hidden, RANK, bias=False), nn.Linear(RANK, channels))
+        self.gate_proj = nn.Linear(hidden, self.heads * self.value_dim, bias=False)
+        self.norm = RMSNorm(self.value_dim, config.rms_norm_eps)
 
     def start(self, config) -> None:
         """The bias at which a fresh gate retains `config.retention` of the state a token (section 3.1)."""
@@ -38,8 +39,8 @@ class GLA(SequenceMixer):
         return logsigmoid(self.decay_proj(hidden).float()).unflatten(-1, (self.heads, -1)) / TEMPERATURE
 
     def inputs(self, hidden, position, mask, state):
-        """q, k, v without RoPE, g; a padded key is zero."""
-        q, k, v = self.qkv(hidden)
+        """q, k, v, g; a padded key is zero."""
+        q, k, v = self.qkv(hidden, position)
         if mask is not None:
             k = k * mask[:, :, None, None]
         k, v = self.repeat_kv(k), self.repeat_kv(v)

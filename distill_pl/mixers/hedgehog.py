@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization
 
-from distill_pl.mixers.mixer import SequenceMixer
+from distill_pl.mixers.mixer import Paper, SequenceMixer
 from distill_pl.ops import normalized
 
 EPS = 1e-10  # of the row sum: fla's; a row of spiky features can sum to 1e-8
@@ -36,10 +36,11 @@ class Hedgehog(SequenceMixer):
     """Hedgehog on the teacher's heads: q, k, v and o can be copied."""
 
     op = normalized
+    paper = Paper(key=1 / 4)
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.q_map, self.k_map = (FeatureMap(self.heads, self.head_dim) for _ in range(2))
+        self.q_map, self.k_map = (FeatureMap(self.heads, self.key_dim) for _ in range(2))
 
     def start(self, config) -> None:
         """Features of q and k as they are."""
@@ -48,7 +49,7 @@ class Hedgehog(SequenceMixer):
 
     def inputs(self, hidden, position, mask, state):
         """phi(q), phi(k), v; a padded key is zero after phi, which is never zero itself."""
-        q, k, v = self.qkv(hidden)
+        q, k, v = self.qkv(hidden, position)
         q, k = self.q_map(q), self.k_map(self.repeat_kv(k))
         if mask is not None:
             k = k * mask[:, :, None, None]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, silu
 from transformers import initialization
 
-from distill_pl.mixers.mixer import RMSNorm, SequenceMixer
+from distill_pl.mixers.mixer import Paper, RMSNorm, SequenceMixer
 from distill_pl.ops import channel_decay
 
 
@@ -22,29 +22,29 @@ class HGRN2(SequenceMixer):
 
     op = channel_decay
     copies = ("q", "v", "o")
+    paper = Paper(kv_heads="grouped")
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
-        width = self.heads * self.head_dim
-        self.decay_proj = nn.Linear(config.hidden_size, width)
-        self.norm = RMSNorm(width, config.rms_norm_eps)
+        self.decay_proj = nn.Linear(config.hidden_size, self.kv_count * self.key_dim)
+        self.norm = RMSNorm(self.heads * self.value_dim, config.rms_norm_eps)
 
     def start(self, config) -> None:
         """The bias at which a fresh gate retains `config.retention` of the state a token (section 3.1)."""
         initialization.constant_(self.decay_proj.bias, math.log(config.retention / (1 - config.retention)))
 
     def log_decay(self, hidden: Tensor) -> Tensor:
-        """g <= 0, [B, T, H, K] in fp32."""
-        return logsigmoid(self.decay_proj(hidden).float()).unflatten(-1, (self.heads, -1))
+        """g <= 0, [B, T, kv_heads, K] in fp32: a decay goes with its key."""
+        return logsigmoid(self.decay_proj(hidden).float()).unflatten(-1, (self.kv_count, -1))
 
     def inputs(self, hidden, position, mask, state):
         """q, v, g and k = 1 - e^g; a padded key is zero."""
         q, v = self.qv(hidden)
-        g = self.log_decay(hidden)
-        k = -g.expm1()
+        v, g = self.repeat_kv(v), self.repeat_kv(self.log_decay(hidden))
+        q, k = self.rotated(position, silu(q), -g.expm1())
         if mask is not None:
             k = k * mask[:, :, None, None]
-        return {"q": silu(q), "k": k, "v": self.repeat_kv(v), "g": g, "scale": self.scale, "backend": self.backend}
+        return {"q": q, "k": k, "v": v, "g": g, "scale": self.scale, "backend": self.backend}
 
     def output(self, mixed, hidden):
         """Norm over all heads, o_proj."""

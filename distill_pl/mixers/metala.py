@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, logsigmoid, silu
 from transformers import initialization
 
-from distill_pl.mixers.mixer import SequenceMixer
+from distill_pl.mixers.mixer import Paper, SequenceMixer
 from distill_pl.mixers.short_conv import ShortConv
 from distill_pl.ops import channel_decay
 
@@ -25,14 +25,15 @@ class MetaLA(SequenceMixer):
 
     op = channel_decay
     copies = ("q", "v", "o")
+    paper = Paper(key=1 / 2)
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
-        hidden, width = config.hidden_size, self.heads * self.head_dim
+        hidden = config.hidden_size
         self.conv = ShortConv(hidden)
-        self.decay_proj = nn.Linear(hidden, width)
-        self.augmentation = nn.Parameter(torch.zeros(self.heads, self.head_dim))
-        self.gate_proj = nn.Linear(hidden, width)
+        self.decay_proj = nn.Linear(hidden, self.kv_count * self.key_dim)
+        self.augmentation = nn.Parameter(torch.zeros(self.heads, self.key_dim))
+        self.gate_proj = nn.Linear(hidden, self.heads * self.value_dim)
         self.eps = config.rms_norm_eps
 
     def start(self, config) -> None:
@@ -43,18 +44,19 @@ class MetaLA(SequenceMixer):
         initialization.constant_(self.decay_proj.bias, math.log(keep / (1 - keep)))
 
     def log_decay(self, hidden: Tensor) -> Tensor:
-        """g <= 0, [B, T, H, K] in fp32."""
-        return logsigmoid(self.decay_proj(hidden).float()).unflatten(-1, (self.heads, -1)) / TEMPERATURE
+        """g <= 0, [B, T, kv_heads, K] in fp32: a decay goes with its key."""
+        return logsigmoid(self.decay_proj(hidden).float()).unflatten(-1, (self.kv_count, -1)) / TEMPERATURE
 
     def inputs(self, hidden, position, mask, state):
         """q, v, g and k = 1 - e^g of the convolved hidden, which `output` reads as well; a padded key is zero."""
         hidden = self.conv(hidden, mask, state, "hidden")
         q, v = self.qv(hidden)
-        v, g = self.repeat_kv(v), self.log_decay(hidden)
+        v, g = self.repeat_kv(v), self.repeat_kv(self.log_decay(hidden))
         k = -g.expm1()
         if mask is not None:
             k = k * mask[:, :, None, None]
         bypass = (hidden, q, k, v)
+        q, k = self.rotated(position, q, k)
         return {"q": q, "k": k, "v": v, "g": g, "scale": self.scale, "backend": self.backend, "bypass": bypass}
 
     def output(self, mixed, bypass):
@@ -62,5 +64,5 @@ class MetaLA(SequenceMixer):
         hidden, q, k, v = bypass
         augmented = mixed + torch.sigmoid((q * (self.augmentation * k)).sum(-1, keepdim=True) * v)
         # not RMSNorm: only the mean's removal cancels the 1/2 that the sigmoid starts from
-        normed = layer_norm(augmented.float(), (self.head_dim,), eps=self.eps).to(hidden.dtype)
+        normed = layer_norm(augmented.float(), (self.value_dim,), eps=self.eps).to(hidden.dtype)
         return self.o_proj(normed.flatten(2) * silu(self.gate_proj(hidden)))

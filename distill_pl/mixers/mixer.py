@@ -6,7 +6,7 @@ teacher's own code.
 """
 
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,22 @@ def rotate(x: Tensor, position: Position) -> Tensor:
     return x * cos + torch.cat([-right, left], dim=-1) * sin
 
 
+class Paper(NamedTuple):
+    """The sizes behind a count of Appendix A, where they are not those of the teacher's heads."""
+
+    heads: int | None = None
+    key: float = 1  # width of all heads' keys together, in that of the teacher's
+    value: float = 1
+    kv_heads: str = "expanded"
+
+    @property
+    def fits(self) -> bool:
+        """Whether the teacher's projections do all the same."""
+        return (self.heads, self.key, self.value) == (None, 1, 1)
+
+
 class SequenceMixer(nn.Module):
-    """Base of all mixers: q, k, v and o projections in the shape of the teacher's heads, around `op`.
+    """Base of all mixers: q, k, v and o projections around `op`, in the shape of the teacher's heads or in the paper's.
 
     A subclass names its `op`, says in `copies` which of q, k, v, o it takes from a teacher (Table 1), adds what weights it
     needs in `__init__` and `start` and implements `inputs` and, where more than o_proj follows A v, `output`. Without k in
@@ -49,22 +63,28 @@ class SequenceMixer(nn.Module):
     op: ClassVar[ModuleType]
     copies: ClassVar[tuple[str, ...]] = ("q", "k", "v", "o")
     kv_heads: ClassVar[str] = "expanded"  # default of student.kv_heads
+    rotates: ClassVar[bool] = False  # default of student.rope: whether the original has it
+    paper: ClassVar[Paper] = Paper()
 
     def __init__(self, config, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
-        self.heads, self.head_dim = config.num_attention_heads, config.head_dim
-        self.scale = self.head_dim**-0.5
+        sizes = self.paper if config.shape == "paper" else Paper()
+        width = config.num_attention_heads * config.head_dim
+        self.heads = sizes.heads or config.num_attention_heads
+        self.kv_count = config.num_key_value_heads if sizes.heads is None else self.heads
+        self.key_dim, self.value_dim = (int(share * width) // self.heads for share in (sizes.key, sizes.value))
+        self.scale = self.key_dim**-0.5
+        self.rope = self.rotates if config.rope is None else config.rope
         self.backend = config.backend
         hidden, eps = config.hidden_size, config.rms_norm_eps
-        query, key = self.heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(hidden, query, bias=config.qkv_bias)
+        self.q_proj = nn.Linear(hidden, self.heads * self.key_dim, bias=config.qkv_bias)
         if "k" in self.copies:
-            self.k_proj = nn.Linear(hidden, key, bias=config.qkv_bias)
-            self.k_norm = RMSNorm(self.head_dim, eps) if config.qk_norm else nn.Identity()
-        self.v_proj = nn.Linear(hidden, key, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(query, hidden, bias=config.o_bias)
-        self.q_norm = RMSNorm(self.head_dim, eps) if config.qk_norm else nn.Identity()  # Qwen3 has these
+            self.k_proj = nn.Linear(hidden, self.kv_count * self.key_dim, bias=config.qkv_bias)
+            self.k_norm = RMSNorm(self.key_dim, eps) if config.qk_norm else nn.Identity()
+        self.v_proj = nn.Linear(hidden, self.kv_count * self.value_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(self.heads * self.value_dim, hidden, bias=config.o_bias)
+        self.q_norm = RMSNorm(self.key_dim, eps) if config.qk_norm else nn.Identity()  # Qwen3 has these
 
     def start(self, config) -> None:
         """Set the start values that are this mixer's own (section 3.1: decay gates); the linears are random already.
@@ -86,15 +106,19 @@ class SequenceMixer(nn.Module):
         return self.o_proj(mixed.flatten(2))
 
     def qkv(self, hidden: Tensor, position: Position | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """q [B, T, H, K], k and v [B, T, kv_heads, K] as the teacher makes them, rotated where a position is given."""
+        """q [B, T, H, K], k and v [B, T, kv_heads, K or V] as the teacher makes them; `rotated` where position is given."""
         q, v = self.qv(hidden)
-        k = self.k_norm(self.k_proj(hidden).unflatten(-1, (-1, self.head_dim)))
-        return (q, k, v) if position is None else (rotate(q, position), rotate(k, position), v)
+        k = self.k_norm(self.k_proj(hidden).unflatten(-1, (-1, self.key_dim)))
+        return (q, k, v) if position is None else (*self.rotated(position, q, k), v)
 
     def qv(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Of `qkv`, what a mixer has that makes its key otherwise."""
-        q, v = (proj(hidden).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.v_proj))
-        return self.q_norm(q), v
+        q = self.q_norm(self.q_proj(hidden).unflatten(-1, (-1, self.key_dim)))
+        return q, self.v_proj(hidden).unflatten(-1, (-1, self.value_dim))
+
+    def rotated(self, position: Position, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k [B, T, heads, K] with RoPE, if this mixer has it (`student.rope`)."""
+        return (rotate(q, position), rotate(k, position)) if self.rope else (q, k)
 
     def repeat_kv(self, x: Tensor) -> Tensor:
         """[B, T, kv_heads, X] -> [B, T, H, X]: each kv head serves consecutive query heads, as in the teacher."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, sigmoid
 from transformers import initialization
 
-from distill_pl.mixers.mixer import SequenceMixer
+from distill_pl.mixers.mixer import Paper, SequenceMixer
 from distill_pl.ops import mlstm
 
 
@@ -17,14 +17,15 @@ class MLSTM(SequenceMixer):
     """mLSTM with as many key channels as the teacher's heads have."""
 
     op = mlstm
+    paper = Paper(heads=4, key=1 / 2)
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
-        hidden, width = config.hidden_size, self.heads * self.head_dim
+        hidden = config.hidden_size
         self.forget_proj = nn.Linear(hidden, self.heads)
         self.input_proj = nn.Linear(hidden, self.heads)
-        self.gate_proj = nn.Linear(hidden, width, bias=False)
-        self.norm = nn.LayerNorm(self.head_dim, config.rms_norm_eps, bias=False)
+        self.gate_proj = nn.Linear(hidden, self.heads * self.value_dim, bias=False)
+        self.norm = nn.LayerNorm(self.value_dim, config.rms_norm_eps, bias=False)
 
     def start(self, config) -> None:
         """Forget gates at `config.retention`, input gates coupled to them: b_i = -b_f (section 3.1)."""
@@ -37,8 +38,8 @@ class MLSTM(SequenceMixer):
         return logsigmoid(self.forget_proj(hidden).float())
 
     def inputs(self, hidden, position, mask, state):
-        """q, k, v without RoPE, gates i and g; a padded token writes nothing and forgets nothing."""
-        q, k, v = self.qkv(hidden)
+        """q, k, v, gates i and g; a padded token writes nothing and forgets nothing."""
+        q, k, v = self.qkv(hidden, position)
         i, g = self.input_proj(hidden).float(), self.log_decay(hidden)
         if mask is not None:
             i, g = i.masked_fill(~mask[:, :, None], -math.inf), g * mask[:, :, None]

@@ -5,7 +5,7 @@ phi(x) = gamma * LayerNorm(x) + beta over a head's channels;  S_ij = (scale * ph
 
 from torch import nn
 
-from distill_pl.mixers.mixer import SequenceMixer
+from distill_pl.mixers.mixer import Paper, SequenceMixer
 from distill_pl.ops import normalized
 
 EPS = 1e-5  # of the row sum: the original layer's
@@ -15,14 +15,15 @@ class ReBased(SequenceMixer):
     """ReBased with as many channels as the teacher's heads have (the original has 16), so that q, k, v and o can be copied."""
 
     op = normalized
+    paper = Paper(key=1 / 4)
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.feature_map = nn.LayerNorm(self.head_dim)  # one for q and k of all heads, as in the original
+        self.feature_map = nn.LayerNorm(self.key_dim)  # one for q and k of all heads, as in the original
 
     def inputs(self, hidden, position, mask, state):
         """phi(q), phi(k), v; a padded key is zero after phi, which makes beta of zeros."""
-        q, k, v = self.qkv(hidden)
+        q, k, v = self.qkv(hidden, position)
         q, k = self.feature_map(q), self.feature_map(k)
         if mask is not None:
             k = k * mask[:, :, None, None]

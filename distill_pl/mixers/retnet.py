@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import silu
 
-from distill_pl.mixers.mixer import RMSNorm, SequenceMixer
+from distill_pl.mixers.mixer import Paper, RMSNorm, SequenceMixer
 from distill_pl.ops import scalar_decay
 
 
@@ -15,14 +15,16 @@ class RetNet(SequenceMixer):
     """Retention with values as narrow as the teacher's; the decay is no parameter, `retention` does not apply."""
 
     op = scalar_decay
+    rotates = True
+    paper = Paper(value=2)
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.gate_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
-        self.norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.gate_proj = nn.Linear(config.hidden_size, self.heads * self.value_dim, bias=False)
+        self.norm = RMSNorm(self.value_dim, config.rms_norm_eps)
 
     def inputs(self, hidden, position, mask, state):
-        """q, k rotated, v, g; a padded key is zero."""
+        """q, k, v, g; a padded key is zero."""
         q, k, v = self.qkv(hidden, position)
         if mask is not None:
             k = k * mask[:, :, None, None]

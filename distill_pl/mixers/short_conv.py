@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn.functional import conv1d, silu
 from transformers import initialization
 
+from distill_pl.mixers.mixer import SequenceMixer
+
 if TYPE_CHECKING:
     from distill_pl.student.cache import MixerState
 
@@ -43,3 +45,26 @@ class ShortConv(nn.Module):
             state.tails[name] = x[:, :, x.shape[-1] - (width - 1) :]
         y = conv1d(x, self.weight[:, None].to(x.dtype), groups=x.shape[1]).transpose(1, 2)
         return silu(y) if self.activate else y
+
+
+class ConvolvedMixer(SequenceMixer):
+    """Base of Mamba2 and DeltaNet: q, k and v each go through a short convolution and silu."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.q_conv = ShortConv(self.q_proj.out_features)
+        self.k_conv = ShortConv(self.k_proj.out_features)
+        self.v_conv = ShortConv(self.v_proj.out_features)
+
+    def start(self, config) -> None:
+        """The convolutions pass their projections through."""
+        for conv in (self.q_conv, self.k_conv, self.v_conv):
+            conv.start()
+
+    def convolved(self, hidden: Tensor, mask: Tensor | None, state: "MixerState | None") -> list[Tensor]:
+        """`qkv`, without RoPE: what depends on distances alone has to be rotated last."""
+        convs = {"q": self.q_conv, "k": self.k_conv, "v": self.v_conv}
+        return [
+            conv(x.flatten(2), mask, state, name).unflatten(-1, x.shape[2:])
+            for (name, conv), x in zip(convs.items(), self.qkv(hidden), strict=True)
+        ]

@@ -1,6 +1,6 @@
 """Softmax attention (paper, Eq. 1): the Llama-Llama control. Everything copied, it is its teacher."""
 
-from distill_pl.mixers.mixer import SequenceMixer
+from distill_pl.mixers.mixer import Paper, SequenceMixer
 from distill_pl.ops import softmax
 
 
@@ -9,8 +9,10 @@ class Softmax(SequenceMixer):
 
     op = softmax
     kv_heads = "grouped"
+    rotates = True
+    paper = Paper(kv_heads="grouped")
 
     def inputs(self, hidden, position, mask, state):
-        """q, k (rotated), v and the padding as the op's key mask."""
+        """q, k, v and the padding as the op's key mask."""
         q, k, v = self.qkv(hidden, position)
         return {"q": q, "k": k, "v": v, "scale": self.scale, "key_mask": mask}

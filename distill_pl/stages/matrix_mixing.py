@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from distill_pl.errors import InputError
 from distill_pl.losses import matrix_distance
 from distill_pl.mixers import SequenceMixer
 from distill_pl.ops import softmax
@@ -43,6 +44,12 @@ class MatrixMixingStage(Stage):
     ):
         super().__init__(student, teacher, lr=lr, **kwargs)
         self.decay, self.estimator, self.norm, self.probes = decay, estimator, norm, probes
+        heads = {mixer.heads for mixer in student.mixers} - {teacher.config.num_attention_heads}
+        if heads:
+            raise InputError(
+                f"matrix_mixing compares head by head: the student has {heads.pop()} heads, the teacher "
+                f"{teacher.config.num_attention_heads}; choose student.shape copyable, or matrix_mixing.tokens 0"
+            )
 
     def trained(self) -> list[torch.nn.Parameter]:
         """What the mixing matrices depend on."""
@@ -104,7 +111,7 @@ def mixing_parameters(mixer: SequenceMixer) -> list[torch.nn.Parameter]:
     parameters = list(mixer.requires_grad_(True).parameters())
     device = parameters[0].device
     generator = torch.Generator().manual_seed(0)
-    sizes = (mixer.q_proj.in_features, mixer.head_dim)
+    sizes = (mixer.q_proj.in_features, mixer.key_dim)
     # on the CPU, as the generator is: Lightning calls this with the GPU as torch's default device
     hidden, angle = (torch.randn(1, 4, size, generator=generator, device="cpu").to(device) for size in sizes)
     with torch.enable_grad():

@@ -21,8 +21,12 @@ class StudentFactory:
             delta_net, rebased, hedgehog.
         init: `qkv`: embeddings, norms, MLPs and head are the teacher's, and of attention the projections (q, k, v, output)
             that the mixer can take; `fresh`: the same with all of attention new; `scratch`: nothing is the teacher's.
+        shape: `copyable`: heads like the teacher's, so that a mixer can take its projections; `paper`: the sizes behind the
+            paper's Appendix A (`distill-pl params`), with a head that is not tied to the embeddings.
         kv_heads: `grouped`: as few k and v heads as the teacher has, each serving several query heads; `expanded`: one for
-            every query head, started as copies. Default: grouped for softmax, expanded for all others.
+            every query head, started as copies. Default: grouped for softmax, expanded for all others; shape paper has
+            its own.
+        rope: whether the teacher's RoPE turns q and k. Default: where the mixer's original has it, softmax and retnet.
         softmax_layers: layers, counted from 0, that keep the teacher's attention: a hybrid, whose state grows again.
         retention: share of the state that a fresh decay gate keeps from token to token (section 3.1).
         backend: what runs the mixing: fla's Triton kernels, torch alone, or (auto) fla on a GPU that has it.
@@ -32,7 +36,9 @@ class StudentFactory:
         self,
         mixer: str = "gla",
         init: Literal["qkv", "fresh", "scratch"] = "qkv",
+        shape: Literal["copyable", "paper"] = "copyable",
         kv_heads: Literal["grouped", "expanded"] | None = None,
+        rope: bool | None = None,
         softmax_layers: Sequence[int] = (),
         retention: float = 0.982,
         backend: Backend = "auto",
@@ -43,9 +49,24 @@ class StudentFactory:
             raise InputError(f"student.retention {retention} must lie between 0 and 1, e.g. 0.982")
         if backend == "fla" and not (use_fla("auto", torch.device("cuda")) and torch.cuda.is_available()):
             raise InputError("student.backend fla needs a GPU and fla-core: pip install distill_pl[gpu], or choose torch")
-        self.mixer, self.init, self.retention, self.backend = mixer, init, retention, backend
+        paper = MIXERS[mixer].paper
+        if shape == "paper":
+            if kv_heads is not None:
+                raise InputError(f"student.kv_heads {kv_heads} cannot be chosen in shape paper: leave it out")
+            if init == "qkv" and not paper.fits:
+                raise InputError(
+                    f"student.shape paper: a {mixer} of that shape cannot take the teacher's projections, as student.init qkv "
+                    "would have it: choose init fresh, or shape copyable"
+                )
+            if rope and (paper.heads, paper.key) != (None, 1):
+                raise InputError(
+                    f"student.rope true needs keys as wide as the teacher's, which a {mixer} of student.shape paper has not: "
+                    "leave rope out, or choose shape copyable"
+                )
+        self.mixer, self.init, self.shape, self.rope = mixer, init, shape, rope
+        self.retention, self.backend = retention, backend
         self.softmax_layers = sorted(set(softmax_layers))
-        self.kv_heads = kv_heads or MIXERS[mixer].kv_heads
+        self.kv_heads = kv_heads or (paper if shape == "paper" else MIXERS[mixer]).kv_heads
 
     def config(self, teacher: Teacher) -> StudentConfig:
         """The student's configuration, its heads shaped like the teacher's."""
@@ -63,6 +84,8 @@ class StudentFactory:
             teacher=own,
             mixer=self.mixer,
             softmax_layers=self.softmax_layers,
+            shape=self.shape,
+            rope=self.rope,
             retention=self.retention,
             backend=self.backend,
             hidden_size=base.hidden_size,
@@ -77,7 +100,7 @@ class StudentFactory:
             vocab_size=base.vocab_size,
             max_position_embeddings=base.max_position_embeddings,
             initializer_range=base.initializer_range,
-            tie_word_embeddings=base.tie_word_embeddings,
+            tie_word_embeddings=base.tie_word_embeddings and self.shape == "copyable",
             bos_token_id=base.bos_token_id,
             eos_token_id=base.eos_token_id,
             pad_token_id=base.pad_token_id,
@@ -95,7 +118,7 @@ class StudentFactory:
     @property
     def is_teacher(self) -> bool:
         """Whether a student fresh from this factory computes what its teacher does."""
-        return self.mixer == "softmax" and self.init == "qkv"
+        return self.mixer == "softmax" and self.init == "qkv" and self.rope is not False
 
 
 def check_teacher(teacher: Teacher) -> None:

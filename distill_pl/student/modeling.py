@@ -5,6 +5,7 @@ decoder whose layers are built like Llama's makes a student, and weight names ar
 `AutoModelForCausalLM.from_pretrained(folder)` know it.
 """
 
+import copy
 from dataclasses import field
 from typing import Any, ClassVar
 
@@ -28,6 +29,8 @@ class StudentConfig(PreTrainedConfig):
     teacher: dict | None = None  # the teacher's own config.json
     mixer: str = "gla"
     softmax_layers: list[int] = field(default_factory=list)  # keep softmax attention: a hybrid
+    shape: str = "copyable"
+    rope: bool | None = None
     retention: float = 0.982
     backend: str = "auto"
     # the heads a mixer is shaped after: the teacher's, but for kv heads when they are expanded
@@ -62,8 +65,11 @@ class Student(PreTrainedModel, GenerationMixin):
     def __init__(self, config: StudentConfig):
         super().__init__(config)
         decoder = AutoModel.from_config(teacher_config(config))
+        kept = copy.copy(config)
+        kept.shape, kept.rope = "copyable", None
         for index, layer in enumerate(decoder.layers):
-            layer.self_attn = MIXERS["softmax" if index in config.softmax_layers else config.mixer](config, index)
+            keeps = index in config.softmax_layers
+            layer.self_attn = MIXERS["softmax"](kept, index) if keeps else MIXERS[config.mixer](config, index)
         # its parts, not the decoder itself, whose own forward knows nothing of padding masks and states for mixers
         self.model = nn.ModuleDict({part: getattr(decoder, part) for part in DECODER_PARTS})
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -48,10 +48,11 @@ def copy_weights(teacher: PreTrainedModel, student: Student, attention: bool) ->
 
 def as_transformer(student: Student) -> PreTrainedModel:
     """A student that is softmax throughout, as its teacher's own class (a Llama, say); any other student as it is."""
-    if not all(isinstance(mixer, Softmax) for mixer in student.mixers):
+    if not all(isinstance(mixer, Softmax) and mixer.rope for mixer in student.mixers):
         return student
     config = teacher_config(student.config)
     config.num_key_value_heads = student.config.num_key_value_heads
+    config.tie_word_embeddings = student.config.tie_word_embeddings
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(student.state_dict())
     return model

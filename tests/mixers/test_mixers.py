@@ -14,9 +14,9 @@ from distill_pl.teacher import Teacher
 LENGTH = 21
 
 
-def fresh(teacher: Teacher, name: str, kv_heads: str | None = None, **options) -> Student:
+def fresh(teacher: Teacher, name: str, **options) -> Student:
     """A student with all of attention new."""
-    factory = StudentFactory(name, init="fresh", kv_heads=kv_heads, **options)
+    factory = StudentFactory(name, init="fresh", **options)
     return factory.build(teacher, seed=0).eval().requires_grad_(False)
 
 
@@ -35,8 +35,8 @@ def first(student: Student) -> tuple[SequenceMixer, Tensor, tuple[Tensor, Tensor
     return student.mixers[0], hidden, student.position(hidden)
 
 
-def test_matrix_is_causal(teacher, name, kv_heads):
-    mixer, hidden, position = first(fresh(teacher, name, kv_heads))
+def test_matrix_is_causal(teacher, name, layout):
+    mixer, hidden, position = first(fresh(teacher, name, **layout))
     a = mixer.matrix(hidden, position)
     assert a.shape == (2, teacher.config.num_attention_heads, LENGTH, LENGTH)
     assert a.dtype == torch.float32
@@ -44,8 +44,17 @@ def test_matrix_is_causal(teacher, name, kv_heads):
     assert a.diagonal(-1, dim1=-2, dim2=-1).abs().min() > 0
 
 
-def test_a_token_changes_no_output_before_it(teacher, name, kv_heads):
-    mixer, hidden, position = first(fresh(teacher, name, kv_heads))
+def test_rope_turns_q_and_k(teacher, name):
+    turned, still = (first(fresh(teacher, name, rope=rope)) for rope in (True, False))
+    (mixer, hidden, position), later = turned, tuple(table.roll(5, 1) for table in turned[2])
+    assert not torch.equal(mixer.matrix(hidden, position), mixer.matrix(hidden, later))
+    assert torch.equal(still[0].matrix(hidden, position), still[0].matrix(hidden, later))
+    default = first(fresh(teacher, name))[0].matrix(hidden, position)
+    assert torch.equal(default, (mixer if name in ("softmax", "retnet") else still[0]).matrix(hidden, position))
+
+
+def test_a_token_changes_no_output_before_it(teacher, name, layout):
+    mixer, hidden, position = first(fresh(teacher, name, **layout))
     changed = hidden.clone()
     changed[:, 13] += 1
     (before, _), (after, _) = mixer(hidden, position), mixer(changed, position)
@@ -53,16 +62,16 @@ def test_a_token_changes_no_output_before_it(teacher, name, kv_heads):
     assert ((before - after)[:, 13:].abs().amax(-1) > 0).all()
 
 
-def test_forward_is_the_output_of_matrix_times_v(teacher, name, kv_heads):
-    mixer, hidden, position = first(fresh(teacher, name, kv_heads))
+def test_forward_is_the_output_of_matrix_times_v(teacher, name, layout):
+    mixer, hidden, position = first(fresh(teacher, name, **layout))
     inputs = mixer.inputs(hidden, position, None, None)
     product = torch.einsum("bhij,bjhv->bihv", mixer.matrix(hidden, position), mixer.repeat_kv(inputs["v"]))
     assert relative_error(mixer(hidden, position)[0], mixer.output(product, inputs.get("bypass", hidden))) < 1e-5
 
 
 @pytest.mark.parametrize("pieces", [[1] * LENGTH, [8] + [1] * 13, [1, 1, 19], [5, 1, 8, 7]], ids=str)
-def test_with_a_cache_pieces_are_the_whole(teacher, name, kv_heads, pieces):
-    student = fresh(teacher, name, kv_heads)
+def test_with_a_cache_pieces_are_the_whole(teacher, name, layout, pieces):
+    student = fresh(teacher, name, **layout)
     mixer, hidden, position = first(student)
     cache, outputs = StudentCache(len(student.mixers)), []
     for times in torch.arange(LENGTH).split(pieces):
@@ -72,8 +81,8 @@ def test_with_a_cache_pieces_are_the_whole(teacher, name, kv_heads, pieces):
     assert relative_error(torch.cat(outputs, 1), mixer(hidden, position)[0]) < 1e-5
 
 
-def test_padding_on_the_left_leaves_no_trace(teacher, name, kv_heads):
-    student, padding = fresh(teacher, name, kv_heads), 6
+def test_padding_on_the_left_leaves_no_trace(teacher, name, layout):
+    student, padding = fresh(teacher, name, **layout), 6
     mixer, hidden, position = first(student)
     position = tuple(table.expand(2, -1, -1) for table in position)
     padded = torch.cat([some_hidden(hidden.shape[-1], padding, seed=2), hidden], 1)
@@ -108,8 +117,8 @@ def test_fresh_decay_gates_retain_what_was_asked(teacher, name, retention):
 
 
 @pytest.mark.parametrize("shape", ["llama", "llama_bias", "qwen3"])
-def test_mixing_parameters_are_those_that_change_the_matrix(variant, shape, name, kv_heads):
-    mixer, hidden, position = first(fresh(variant(shape), name, kv_heads))
+def test_mixing_parameters_are_those_that_change_the_matrix(variant, shape, name, layout):
+    mixer, hidden, position = first(fresh(variant(shape), name, **layout))
     mixing = {id(parameter) for parameter in mixing_parameters(mixer)}
     mixer.requires_grad_(False)
     before = mixer.matrix(hidden, position)
@@ -125,8 +134,8 @@ def test_mixing_parameters_are_those_that_change_the_matrix(variant, shape, name
     assert not any(parameter_name.startswith(("v_proj.", "o_proj.")) for parameter_name in changing)
 
 
-def test_state_size_is_independent_of_length(teacher, name, kv_heads):
-    student = fresh(teacher, name, kv_heads)
+def test_state_size_is_independent_of_length(teacher, name, layout):
+    student = fresh(teacher, name, **layout)
     tokens = torch.randint(0, teacher.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(4))
     cache = StudentCache(len(student.mixers))
     sizes = {}

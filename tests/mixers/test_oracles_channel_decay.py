@@ -100,7 +100,7 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
 
 def test_hgrn2_is_its_formula(teacher, kv_heads, retention):
     mixer, hidden, position = moved(teacher, "hgrn2", kv_heads=kv_heads, retention=retention)
-    assert teacher.config.rms_norm_eps == EPS and mixer.head_dim == 8
+    assert teacher.config.rms_norm_eps == EPS and mixer.key_dim == 8
     w = doubled(mixer)
     expected = hgrn2_output(w, recurrence(*hgrn2_inputs(w, hidden.double(), mixer.heads)))
     assert relative_error(mixer(hidden, position)[0], expected) < 1e-5

@@ -217,12 +217,12 @@ def mixer_and_hidden(teacher, name: str):
 
 def test_rebased_is_flas_features_and_formula(teacher, feature_map):
     mixer, hidden = mixer_and_hidden(teacher, "rebased")
-    theirs = feature_map.RebasedFeatureMap(mixer.head_dim)
+    theirs = feature_map.RebasedFeatureMap(mixer.key_dim)
     assert (theirs.gamma == 1).all() and (theirs.beta == 0).all()
     theirs.gamma.data, theirs.beta.data = mixer.feature_map.weight.data, mixer.feature_map.bias.data
     q, k, v = (
         x.repeat_interleave(mixer.heads // x.shape[2], dim=2)
-        for x in (proj(hidden).unflatten(-1, (-1, mixer.head_dim)) for proj in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+        for x in (proj(hidden).unflatten(-1, (-1, mixer.key_dim)) for proj in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
     )
     q, k, v = (x.transpose(1, 2) for x in (theirs(q), theirs(k), v))  # [B, H, T, F]: flattened, the scale in them
     scores = (q @ k.mT).tril()
@@ -251,7 +251,7 @@ def test_delta_net_is_the_layer_written_out(teacher):
 
     def branch(proj, conv) -> Tensor:
         x = pad(proj(hidden).mT, (3, 0))
-        x = silu(conv1d(x, conv.weight[:, None], groups=x.shape[1])).mT.unflatten(-1, (-1, mixer.head_dim))
+        x = silu(conv1d(x, conv.weight[:, None], groups=x.shape[1])).mT.unflatten(-1, (-1, mixer.key_dim))
         return x.repeat_interleave(mixer.heads // x.shape[2], dim=2).transpose(1, 2)
 
     q, k, v = (branch(getattr(mixer, f"{n}_proj"), getattr(mixer, f"{n}_conv")) for n in "qkv")

@@ -153,7 +153,7 @@ def test_mlstm_is_transformers_layer(teacher, kv_heads):
         gate_soft_cap=1e5,  # as good as none
     )  # fmt: skip
     layer = modeling_xlstm.xLSTMLayer(config).requires_grad_(False)
-    kept = mixer.k_proj.out_features // mixer.head_dim
+    kept = mixer.k_proj.out_features // mixer.key_dim
     layer.load_state_dict({
         "q.weight": mixer.q_proj.weight,
         "k.weight": expand_kv(mixer.k_proj.weight, mixer.heads, kept),
@@ -188,7 +188,7 @@ def test_open_gates_of_padding_write_nothing(teacher):
 
 def test_retnet_is_flas_naive_retention(teacher, kv_heads):
     mixer, hidden, position = moved(teacher, "retnet", kv_heads)
-    kept = mixer.k_proj.out_features // mixer.head_dim
+    kept = mixer.k_proj.out_features // mixer.key_dim
     weights = [mixer.q_proj.weight, *(expand_kv(p.weight, mixer.heads, kept) for p in (mixer.k_proj, mixer.v_proj))]
     q, k, v = (linear(hidden, weight).unflatten(-1, (mixer.heads, -1)).transpose(1, 2) for weight in weights)
     q, k = apply_rotary_pos_emb(q, k, *position)
@@ -208,11 +208,11 @@ def test_retnets_decays_are_exact_in_a_bf16_model(teacher):
 def test_mamba2_is_transformers(teacher, kv_heads):
     mixer, hidden, position = moved(teacher, "mamba2", kv_heads)
     config = Mamba2Config(
-        hidden_size=hidden.shape[-1], num_heads=mixer.heads, head_dim=mixer.head_dim, state_size=mixer.head_dim, expand=1,
+        hidden_size=hidden.shape[-1], num_heads=mixer.heads, head_dim=mixer.key_dim, state_size=mixer.key_dim, expand=1,
         n_groups=mixer.heads, use_conv_bias=False, layer_norm_epsilon=EPS, chunk_size=16, num_hidden_layers=1,
     )  # fmt: skip
     reference = Mamba2Mixer(config, layer_idx=0).eval().requires_grad_(False)
-    kept = mixer.k_proj.out_features // mixer.head_dim
+    kept = mixer.k_proj.out_features // mixer.key_dim
 
     def expanded(weight: Tensor) -> Tensor:
         return expand_kv(weight, mixer.heads, kept)

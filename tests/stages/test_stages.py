@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from distill_pl.errors import Diverged, InputError
 from distill_pl.mixers import MIXERS
+from distill_pl.mixers.mixer import Paper
 from distill_pl.optim import adamw
 from distill_pl.stages import STAGES, HiddenAlignStage, KDStage, MatrixMixingStage, Stage
 from distill_pl.stages.matrix_mixing import mixing_parameters, probed_distance, squared_distance
@@ -229,6 +230,23 @@ def test_gradients_reach_what_trains_and_nothing_else(teacher, tokens, name, kin
         else:
             assert parameter.grad is None, key
     assert all(parameter.grad is None for parameter in teacher.model.parameters())
+
+
+@pytest.mark.parametrize("estimator", ["exact", "probe"])
+def test_matrix_mixing_of_a_student_in_the_papers_shape(teacher, tokens, name, estimator):
+    student = StudentFactory(name, "fresh", "paper", softmax_layers=[1]).build(teacher, seed=0)
+    stage = MatrixMixingStage(student, teacher, estimator=estimator)
+    stage.configure_model()
+    stage.losses(tokens, seed=0)[0].backward()
+    gradients = [p.grad for p in student.mixers[0].parameters() if p.requires_grad]
+    assert gradients and all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in gradients)
+
+
+def test_matrix_mixing_refuses_another_number_of_heads(teacher, monkeypatch):
+    monkeypatch.setattr(MIXERS["mlstm"], "paper", Paper(heads=2, key=1 / 2))
+    student = StudentFactory("mlstm", "fresh", "paper").build(teacher, seed=0)
+    with pytest.raises(InputError, match="the student has 2 heads, the teacher 4; choose student.shape copyable"):
+        MatrixMixingStage(student, teacher)
 
 
 TRAINED = {
