@@ -51,7 +51,9 @@ class DistillCLI(LightningCLI):
                 self._add_arguments(own)
             else:
                 own = LightningArgumentParser(description=summary, exit_on_error=False)
-                own.add_function_arguments(command, as_positional=True)
+                if "models" in inspect.signature(command).parameters:
+                    own.add_argument("models", nargs="+", help="run folders of distill-pl fit, model folders or hub ids")
+                own.add_function_arguments(command, as_positional=True, skip={"models"})
             self._subcommand_parsers[name] = own
             subcommands.add_subcommand(name, own, help=summary)
 

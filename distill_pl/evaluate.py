@@ -1,13 +1,18 @@
 """`distill-pl evaluate` and `distill-pl generate`: what became of a model, in numbers and in words."""
 
 import json
+import math
+from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 
+from distill_pl import study
 from distill_pl.callbacks import perplexity, say
 from distill_pl.chain import quiet
 from distill_pl.data.datamodule import ChunkDataModule
@@ -17,21 +22,22 @@ from distill_pl.run_folder import read_config, write_aside
 
 
 def evaluate(
-    model: str,
+    models: list[str],
     tasks: str = "",
     data: str | None = None,
     limit: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
 ) -> None:
-    """Measure teacher and student: perplexity on the held-out text, and zero-shot lm-eval tasks (paper, section 4.2).
+    """Measure models: perplexity on the held-out text, and zero-shot lm-eval tasks (paper, section 4.2).
 
-    Prints a table; JSON goes to MODEL/eval/ for a run folder, to eval/NAME/ for any other model.
+    Prints a table. JSON goes to RUN/eval/ for a run folder, to eval/ for any other model; what is in it is not measured again
+    as long as weights, questions, limit, seed and lm-eval are the same.
 
     Args:
-        model: run folder of `distill-pl fit`, which also has the teacher and the text; or any model folder or hub id,
-            for which there are only tasks.
-        tasks: names of lm-eval tasks, e.g. arc_easy,piqa.
+        models: run folders of `distill-pl fit`, for which the teacher and the held-out text are measured as well; or model
+            folders or hub ids, for which there are only tasks.
+        tasks: names of lm-eval tasks, e.g. arc_easy,piqa; `study` stands for the paper's six.
         data: folder of <task>.jsonl in the hub's columns; without it lm-eval takes its data from the hub.
         limit: only so many first questions of each task.
         batch_size: sequences at a time.
@@ -39,28 +45,71 @@ def evaluate(
     """
     quiet()
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    is_run = (Path(model) / "config.yaml").is_file()
-    if not names and not is_run:
-        raise InputError(f"model {model!r} is no run folder, whose held-out text could be used: give --tasks, e.g. arc_easy")
+    names = [task for name in names for task in (study.TASKS if name == "study" else [name])]
+    runs = {model: read_config(Path(model)) for model in models if (Path(model) / "config.yaml").is_file()}
+    for model in models:
+        if not names and model not in runs:
+            raise InputError(f"model {model!r} is no run folder, whose held-out text could be used: give --tasks, e.g. study")
     if names:
         check_tasks(names, data)
-    folder = Path(model) / "eval" if is_run else Path("eval") / Path(model).name
-    config = read_config(Path(model)) if is_run else {}
-    paths = {"teacher": config["teacher"], "student": student_folder(model)} if is_run else {Path(model).name: model}
-
+    options = {"limit": limit, "seed": seed, "lm_eval": version("lm_eval")}
     results: dict[str, dict[str, Any]] = {}
-    for name, path in paths.items():
-        network, tokenizer = load(path)
-        results[name] = {}
-        if is_run:
-            results[name]["held-out"] = {"perplexity": held_out_perplexity(network, tokenizer, config["data"], batch_size)}
-        if names:
-            results[name] |= run_tasks(network, tokenizer, names, data=data, limit=limit, batch_size=batch_size, seed=seed)
-        report = {"model": path, "limit": limit, "seed": seed, "results": results[name]}
-        text = json.dumps(report, indent=2)
-        write_aside(folder / f"{name}.json", lambda aside, text=text: aside.write_text(text))
-    say(table(results))
-    say(f"in {folder}")
+    for model in models:
+        jobs = [(model, model, Path("eval") / f"{model.strip('/').replace('/', '--')}.json")]
+        if model in runs:
+            folder, teacher = Path(model) / "eval", runs[model]["teacher"]
+            jobs = [(teacher, teacher, folder / "teacher.json"), (model, student_folder(model), folder / "student.json")]
+        for label, path, file in jobs:
+            if limit is not None:
+                file = file.with_suffix(f".limit{limit}.json")
+            texts = runs.get(model, {}).get("data")
+            found = measure(path, file, names, texts, data, batch_size, options, before=results.get(label, {}))
+            results[label] = found if texts is None or label != model else found | {"teacher": runs[model]["teacher"]}
+    say("\n" + table(results))
+    if "kept" in table(results):
+        say("kept: of the teacher's average margin over guessing")
+
+
+def measure(path: str, file: Path, tasks: list[str], texts: dict | None, data: str | None, batch_size: int,
+            options: dict, before: dict[str, dict]) -> dict[str, dict]:  # fmt: skip
+    """Results by task of the model at `path`; `file` is kept up to date.
+
+    What stands in `file` and still holds is not measured again, nor what was measured `before` in this call.
+    """
+    network, tokenizer = load(path)
+    report = options | {"model": path, "weights": fingerprint(network), "torch": torch.__version__, "results": {}}
+    report |= {"device": network.device.type, "dtype": str(network.dtype), "transformers": version("transformers")}
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    if all(known.get(key) == report[key] for key in (*options, "weights", "dtype")):
+        report["results"] = known["results"]
+    report["results"] |= before
+
+    def keep(found: dict[str, dict], source: str) -> None:
+        report["results"] |= {task: row | {"source": source} for task, row in found.items()}
+        write_aside(file, lambda aside: aside.write_text(json.dumps(report, indent=2)))
+
+    if texts is not None:
+        source = f"{texts['dataset']}, {texts['validation_tokens']} tokens in chunks of {texts['sequence_length']}"
+        if report["results"].get("held-out", {}).get("source") != source:
+            keep({"held-out": {"perplexity": held_out_perplexity(network, tokenizer, texts, batch_size)}}, source)
+    for task in tasks:
+        source = "hub" if data is None else sha256(Path(data, f"{task}.jsonl").read_bytes()).hexdigest()
+        if report["results"].get(task, {}).get("source") == source:
+            say(f"{path}  {task}: measured before")
+        else:
+            say(f"{path}  {task}")
+            keep(run_tasks(network, tokenizer, [task], data=data, limit=options["limit"], batch_size=batch_size,
+                           seed=options["seed"]), source)  # fmt: skip
+    return {task: row for task, row in report["results"].items() if task == "held-out" or task in tasks}
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Of a model's weights as they were loaded."""
+    digest = sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def generate(
@@ -131,21 +180,62 @@ def held_out_perplexity(model: PreTrainedModel, tokenizer, data: dict[str, Any],
     return perplexity(total / chunks[:, 1:].numel())
 
 
+def columns(results: dict[str, dict]) -> dict[str, tuple[float, float]]:
+    """The paper's columns that `results` has all tasks of, and with all six `Avg.`: accuracy and its standard error, of 1."""
+    found = {}
+    for column, tasks in study.COLUMNS.items():
+        if all(task in results for task in tasks):
+            rows = [results[task] for task in tasks]
+            found[column] = mean([row["acc"] for row in rows]), math.hypot(*(row["acc_stderr"] for row in rows)) / len(rows)
+    if len(found) == len(study.COLUMNS):
+        values, errors = zip(*found.values(), strict=True)
+        found["Avg."] = mean(values), math.hypot(*errors) / len(errors)
+    return found
+
+
+def recovery(student: dict[str, dict], teacher: dict[str, dict]) -> float | None:
+    """The share that the student keeps of the teacher's mean margin over guessing.
+
+    None without all six columns, or where the teacher itself can not be told from guessing (two standard errors).
+    A plain ratio of accuracies hides a collapse: whoever only guesses gets more than half of SmolLM-360M's.
+    """
+    chance = mean(study.CHANCE.values())
+    mine, theirs = (columns(results).get("Avg.") for results in (student, teacher))
+    if not mine or not theirs or theirs[0] - 2 * theirs[1] <= chance:
+        return None
+    return (mine[0] - chance) / (theirs[0] - chance)
+
+
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """A row for each measure, a column for each model; accuracies in percent with their standard error."""
-    models = list(results)
-    rows = [["", *models]]
-    for task in results[models[0]]:
-        cells = []
-        for name in models:
-            found = results[name][task]
-            if "acc" in found:
-                cells.append(f"{100 * found['acc']:.2f} ± {100 * found['acc_stderr']:.2f}")
-            else:
-                cells.append(f"{found['perplexity']:.4g}")
-        kind = "%" if "acc" in results[models[0]][task] else "perplexity"
-        rows.append([f"{task} ({kind})", *cells])
-    return aligned(rows)
+    """A row for each model, a column for each measure; accuracies in percent with their standard error.
+
+    results: of each model by task, and under `teacher` which of the models is its teacher.
+    """
+    rows: dict[str, dict[str, str]] = {}
+    for model, found in results.items():
+        cells = {}
+        if "held-out" in found:
+            cells["perplexity"] = f"{found['held-out']['perplexity']:.4g}"
+        known = columns(found)
+        cells |= {column: percent(*value) for column, value in known.items() if column != "Avg."}
+        covered = {task for column in known for task in study.COLUMNS.get(column, ())}
+        for task, row in found.items():
+            if task not in covered | {"held-out", "teacher"}:
+                metric = next(key for key in ("acc", *row) if key in row and key not in ("n", "version", "source"))
+                cells[task] = percent(row["acc"], row["acc_stderr"]) if metric == "acc" else f"{metric} {row[metric]:.4g}"
+        if "Avg." in known:
+            cells["Avg."] = percent(*known["Avg."])
+        kept = recovery(found, results[found["teacher"]]) if "teacher" in found else None
+        if kept is not None:
+            cells["kept"] = f"{kept:.0%}"
+        rows[model] = cells
+    header = list(dict.fromkeys(column for cells in rows.values() for column in cells))
+    return aligned([["", *header], *([model, *(cells.get(column, "-") for column in header)] for model, cells in rows.items())])
+
+
+def percent(accuracy: float, error: float) -> str:
+    """As in 52.41 ± 1.40."""
+    return f"{100 * accuracy:.2f} ± {100 * error:.2f}"
 
 
 def aligned(rows: list[list[str]]) -> str:

@@ -6,15 +6,11 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from distill_pl import study
 from distill_pl.callbacks import say
 from distill_pl.evaluate import aligned
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.modeling import Student
-
-APPENDIX_A = {  # Table 4, in millions
-    "softmax": 350, "mlstm": 448, "gla": 420, "hgrn2": 409, "retnet": 566, "mamba2": 523, "metala": 448, "delta_net": 449,
-    "rebased": 404, "hedgehog": 404,
-}  # fmt: skip
 
 
 def smollm_360m() -> Any:
@@ -38,7 +34,7 @@ def params() -> None:
     """Print Appendix A of the paper: how many parameters SmolLM-360M's students have, in either `student.shape`."""
     teacher = smollm_360m()
     rows = [["million parameters", "paper", "shape paper", "difference", "shape copyable"]]
-    for mixer, published in APPENDIX_A.items():
+    for mixer, published in study.APPENDIX_A.items():
         ours = [count(StudentFactory(mixer, "fresh", shape), teacher) / 1e6 for shape in ("paper", "copyable")]
         rows.append([mixer, str(published), f"{ours[0]:.2f}", f"{ours[0] - published:+.2f}", f"{ours[1]:.2f}"])
     say(aligned(rows))

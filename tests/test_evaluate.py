@@ -7,9 +7,11 @@ import pytest
 import torch
 import yaml
 
+import distill_pl.evaluate
+from distill_pl import study
 from distill_pl.cli import main
 from distill_pl.errors import InputError
-from distill_pl.evaluate import evaluate, generate, table
+from distill_pl.evaluate import columns, evaluate, generate, recovery, table
 from distill_pl.teacher import Teacher
 
 
@@ -26,7 +28,7 @@ def run(teacher_folder, corpus, tmp_path_factory):
 
 
 def test_perplexity_of_both_models_on_the_held_out_text(run, teacher_folder, capsys):
-    evaluate(str(run))
+    evaluate([str(run)])
     printed = capsys.readouterr().out
     found = {name: json.loads((run / "eval" / f"{name}.json").read_text())["results"] for name in ("teacher", "student")}
     # by hand, for the teacher
@@ -43,11 +45,11 @@ def test_perplexity_of_both_models_on_the_held_out_text(run, teacher_folder, cap
 def test_tasks_from_files_for_a_run_and_for_a_plain_model(run, teacher_folder, tmp_path, monkeypatch, capsys):
     rows = [{"goal": "to dry", "sol1": "use a towel.", "sol2": "use a lake.", "label": 0}] * 3
     (tmp_path / "piqa.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    evaluate(str(run), tasks="piqa", data=str(tmp_path), limit=2)
-    assert json.loads((run / "eval" / "student.json").read_text())["results"]["piqa"]["n"] == 2
+    evaluate([str(run)], tasks="piqa", data=str(tmp_path), limit=2)
+    assert json.loads((run / "eval" / "student.limit2.json").read_text())["results"]["piqa"]["n"] == 2
     monkeypatch.chdir(tmp_path)
-    evaluate(str(teacher_folder), tasks="piqa", data=str(tmp_path))
-    report = json.loads((tmp_path / "eval" / teacher_folder.name / f"{teacher_folder.name}.json").read_text())
+    evaluate([str(teacher_folder)], tasks="piqa", data=str(tmp_path))
+    report = json.loads(next((tmp_path / "eval").glob(f"*{teacher_folder.name}.json")).read_text())
     assert report["results"]["piqa"]["n"] == 3 and "held-out" not in report["results"]
 
 
@@ -64,14 +66,57 @@ def test_refusals(run, tmp_path):
     with pytest.raises(InputError, match="cannot be loaded"):
         generate("/nowhere")
     with pytest.raises(InputError, match="give --tasks"):
-        evaluate("/nowhere")
+        evaluate(["/nowhere"])
     with pytest.raises(InputError, match="no token long"):
         generate(str(run), prompt="")
     (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
     with pytest.raises(InputError, match="not finished"):
-        evaluate(str(tmp_path))
+        evaluate([str(tmp_path)])
+
+
+def test_what_was_measured_is_not_measured_again(run, tmp_path, monkeypatch, capsys):
+    rows = [{"goal": "to dry", "sol1": "use a towel.", "sol2": "use a lake.", "label": 0}] * 3
+    (tmp_path / "piqa.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = {"tasks": "piqa", "data": str(tmp_path), "limit": 3}
+    evaluate([str(run)], **asked)
+    file = run / "eval" / "student.limit3.json"
+    first, printed = json.loads(file.read_text()), capsys.readouterr().out
+    assert "before" not in printed
+    monkeypatch.setattr("distill_pl.evaluate.held_out_perplexity", lambda *args: pytest.fail("again"))
+    run_tasks = distill_pl.evaluate.run_tasks
+    monkeypatch.setattr("distill_pl.evaluate.run_tasks", lambda *args, **kwargs: pytest.fail("again"))
+    evaluate([str(run), str(run)], **asked)
+    again = capsys.readouterr().out
+    assert again.count("measured before") == 4 and again.splitlines()[-3:] == printed.splitlines()[-3:]
+    assert json.loads(file.read_text()) == first
+    (tmp_path / "piqa.jsonl").write_text("\n".join(map(json.dumps, rows[:2])))  # other questions
+    monkeypatch.setattr("distill_pl.evaluate.run_tasks", run_tasks)
+    evaluate([str(run)], **asked)
+    assert json.loads(file.read_text())["results"]["piqa"]["n"] == 2
+
+
+def scores(accuracy: dict[str, float]) -> dict:
+    return {task: {"acc": accuracy[c], "acc_stderr": 0.01} for c, tasks in study.COLUMNS.items() for task in tasks}
+
+
+def test_average_is_the_papers():
+    for row in [study.TEACHER, *study.TABLE_2.values(), *study.TABLE_3.values(), *study.APPENDIX_B.values()]:
+        ours = columns(scores({column: value / 100 for column, value in zip(study.COLUMNS, row, strict=False)}))
+        if row[-1] is not None:
+            assert 100 * ours["Avg."][0] == pytest.approx(row[-1], abs=0.025)  # printed rounded, once by 0.02 off
+    assert ours["Lamb."][1] == pytest.approx(0.01 / math.sqrt(2)) and ours["PIQA"][1] == 0.01
+    assert ours["Avg."][1] == pytest.approx(0.01 * math.sqrt(5.5) / 6)
+    assert "Avg." not in columns({"piqa": {"acc": 0.5, "acc_stderr": 0.0}})
+
+
+def test_recovery_counts_from_chance():
+    teacher = scores({column: chance + 0.3 for column, chance in study.CHANCE.items()})
+    assert recovery(scores(study.CHANCE), teacher) == pytest.approx(0)
+    assert recovery(teacher, teacher) == pytest.approx(1)
+    assert recovery(scores({column: chance + 0.15 for column, chance in study.CHANCE.items()}), teacher) == pytest.approx(0.5)
+    assert recovery({}, teacher) is None
 
 
 def test_table_aligns():
-    text = table({"teacher": {"piqa": {"acc": 0.5, "acc_stderr": 0.1}}, "student": {"piqa": {"acc": 0.25, "acc_stderr": 0.1}}})
-    assert text.splitlines() == ["          teacher        student", "piqa (%)  50.00 ± 10.00  25.00 ± 10.00"]
+    rows = {"a": {"piqa": {"acc": 0.5, "acc_stderr": 0.1}}, "run": {"held-out": {"perplexity": 7.0}, "teacher": "a"}}
+    assert table(rows).splitlines() == ["     PIQA           perplexity", "a    50.00 ± 10.00  -", "run  -              7"]
