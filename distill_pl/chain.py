@@ -81,9 +81,9 @@ def fit(config: Namespace) -> None:
         else:
             run_stage(config, leg, stage, data, expected)
         load_student(student, leg)
-        expected = read_metrics(leg)["student_ce"]
+        expected = read_metrics(leg.weights)["student_ce"]
     export(student, teacher, exported)
-    say(f"done: the student is in {exported}; held-out {perplexities(read_metrics(legs[-1]))}")
+    say(f"done: the student is in {exported}; held-out {perplexities(read_metrics(legs[-1].weights))}")
 
 
 def plan(config: Namespace) -> list[Leg]:

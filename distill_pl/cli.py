@@ -16,6 +16,7 @@ from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.errors import Diverged, InputError
 from distill_pl.evaluate import evaluate, generate
 from distill_pl.params import params
+from distill_pl.report import report
 from distill_pl.stages import STAGES
 from distill_pl.student.factory import StudentFactory
 from distill_pl.tokens import Tokens
@@ -41,7 +42,9 @@ class DistillCLI(LightningCLI):
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs) -> None:
         self._subcommand_parsers = {}
-        self.commands: dict[str, Callable] = {"fit": fit, "evaluate": evaluate, "generate": generate, "params": params}
+        self.commands: dict[str, Callable] = {
+            "fit": fit, "evaluate": evaluate, "generate": generate, "params": params, "report": report,
+        }  # fmt: skip
         subcommands = parser.add_subcommands()
         for name, command in self.commands.items():
             summary = inspect.getdoc(command).splitlines()[0]
@@ -89,7 +92,7 @@ class DistillCLI(LightningCLI):
                 raise InputError(f"unknown key {unknown[1]}: {hint}") from error
             text = re.sub(r'^Parser key "([\w.]+)": ', r"\1: ", text)
             text = re.sub(r"(?:a )?<class '(\w+)'>", r"\1", text).replace("typing.", "")
-            text = re.sub(r"arguments are required: (?:fit|evaluate|generate|params)\.", "arguments are required: ", text)
+            text = re.sub(rf"arguments are required: (?:{'|'.join(self.commands)})\.", "arguments are required: ", text)
             raise InputError(text) from error
 
     def _set_seed(self) -> None:

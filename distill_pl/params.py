@@ -30,12 +30,17 @@ def count(factory: StudentFactory, teacher: Any) -> int:
         return sum(parameter.numel() for parameter in Student(factory.config(teacher)).parameters())
 
 
-def params() -> None:
-    """Print Appendix A of the paper: how many parameters SmolLM-360M's students have, in either `student.shape`."""
+def appendix_a() -> list[list[str]]:
+    """Table 4 as rows of cells, a header first: the paper's count, ours in either `student.shape`."""
     teacher = smollm_360m()
     rows = [["million parameters", "paper", "shape paper", "difference", "shape copyable"]]
     for mixer, published in study.APPENDIX_A.items():
         ours = [count(StudentFactory(mixer, "fresh", shape), teacher) / 1e6 for shape in ("paper", "copyable")]
         rows.append([mixer, str(published), f"{ours[0]:.2f}", f"{ours[0] - published:+.2f}", f"{ours[1]:.2f}"])
-    say(aligned(rows))
+    return rows
+
+
+def params() -> None:
+    """Print Appendix A of the paper: how many parameters SmolLM-360M's students have, in either `student.shape`."""
+    say(aligned(appendix_a()))
     say("Shape paper has a head of its own, 47.19M, where copyable ties it to the embeddings, as SmolLM-360M does (the 350).")

@@ -131,7 +131,7 @@ def read_config(out: Path) -> dict[str, Any]:
 def check_leg(leg: Leg) -> None:
     """Raise InputError, naming the file and what to delete, where weights or checkpoint were cut short."""
     if leg.weights.is_file():
-        read_metrics(leg)
+        read_metrics(leg.weights)
     elif leg.checkpoint.is_file():
         try:
             torch.load(leg.checkpoint, mmap=True, weights_only=True, map_location="cpu")
@@ -147,14 +147,14 @@ def save_student(student: Student, leg: Leg, metrics: dict[str, float]) -> None:
     leg.checkpoint.unlink(missing_ok=True)
 
 
-def read_metrics(leg: Leg) -> dict[str, float]:
+def read_metrics(weights: Path) -> dict[str, float]:
     """The held-out losses that a finished stage ended with. Raises InputError for a damaged file."""
     try:
-        with safe_open(leg.weights, framework="pt") as file:
+        with safe_open(weights, framework="pt") as file:
             return json.loads(file.metadata()["metrics"])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{leg.weights} is damaged ({error}): delete {leg.folder} and the stage folders after it, then run again"
+            f"{weights} is damaged ({error}): delete {weights.parent} and the stage folders after it, then run again"
         ) from error
 
 
