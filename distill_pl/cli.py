@@ -7,10 +7,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import docstring_parser
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from distill_pl.bench import bench
 from distill_pl.chain import fit
 from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.errors import Diverged, InputError
@@ -44,6 +46,7 @@ class DistillCLI(LightningCLI):
         self._subcommand_parsers = {}
         self.commands: dict[str, Callable] = {
             "fit": fit, "evaluate": evaluate, "generate": generate, "params": params, "report": report,
+            "bench": bench,
         }  # fmt: skip
         subcommands = parser.add_subcommands()
         for name, command in self.commands.items():
@@ -55,7 +58,9 @@ class DistillCLI(LightningCLI):
             else:
                 own = LightningArgumentParser(description=summary, exit_on_error=False)
                 if "models" in inspect.signature(command).parameters:
-                    own.add_argument("models", nargs="+", help="run folders of distill-pl fit, model folders or hub ids")
+                    documented = docstring_parser.parse(inspect.getdoc(command) or "").params
+                    text = next(param.description for param in documented if param.arg_name == "models")
+                    own.add_argument("models", nargs="+", help=text)
                 own.add_function_arguments(command, as_positional=True, skip={"models"})
             self._subcommand_parsers[name] = own
             subcommands.add_subcommand(name, own, help=summary)

@@ -47,6 +47,10 @@ class Hedgehog(SequenceMixer):
         self.q_map.start()
         self.k_map.start()
 
+    def state_bytes(self, batch, length, itemsize):
+        """Two features a channel; the normaliser is one more column."""
+        return 4 * batch * self.heads * 2 * self.key_dim * (self.value_dim + 1)
+
     def inputs(self, hidden, position, mask, state):
         """phi(q), phi(k), v; a padded key is zero after phi, which is never zero itself."""
         q, k, v = self.qkv(hidden, position)

@@ -43,6 +43,10 @@ class MetaLA(SequenceMixer):
         keep = config.retention**TEMPERATURE
         initialization.constant_(self.decay_proj.bias, math.log(keep / (1 - keep)))
 
+    def state_bytes(self, batch, length, itemsize):
+        """The matrices, and the convolution's last tokens."""
+        return super().state_bytes(batch, length, itemsize) + self.conv.state_bytes(batch, itemsize)
+
     def log_decay(self, hidden: Tensor) -> Tensor:
         """g <= 0, [B, T, kv_heads, K] in fp32: a decay goes with its key."""
         return logsigmoid(self.decay_proj(hidden).float()).unflatten(-1, (self.kv_count, -1)) / TEMPERATURE

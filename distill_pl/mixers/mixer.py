@@ -105,6 +105,13 @@ class SequenceMixer(nn.Module):
         """What follows A v. mixed [B, T, H, V], hidden [B, T, D] or `bypass` -> [B, T, D]."""
         return self.o_proj(mixed.flatten(2))
 
+    def state_bytes(self, batch: int, length: int, itemsize: int) -> int:
+        """In theory, what this layer keeps after `length` tokens of `batch` rows while generating, in bytes.
+
+        itemsize: of the weights' dtype, in bytes; an op's own state is fp32 whatever that is. Here: one K x V matrix a head.
+        """
+        return 4 * batch * self.heads * self.key_dim * self.value_dim
+
     def qkv(self, hidden: Tensor, position: Position | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, H, K], k and v [B, T, kv_heads, K or V] as the teacher makes them; `rotated` where position is given."""
         q, v = self.qv(hidden)

@@ -33,6 +33,10 @@ class MLSTM(SequenceMixer):
         initialization.constant_(self.forget_proj.bias, bias)
         initialization.constant_(self.input_proj.bias, -bias)
 
+    def state_bytes(self, batch, length, itemsize):
+        """C with n beside it, twice, and m, per head."""
+        return 4 * batch * self.heads * (self.key_dim * (self.value_dim + 2) + 1)
+
     def log_decay(self, hidden: Tensor) -> Tensor:
         """log f <= 0, [B, T, H] in fp32."""
         return logsigmoid(self.forget_proj(hidden).float())

@@ -21,6 +21,10 @@ class ReBased(SequenceMixer):
         super().__init__(config, layer_idx)
         self.feature_map = nn.LayerNorm(self.key_dim)  # one for q and k of all heads, as in the original
 
+    def state_bytes(self, batch, length, itemsize):
+        """A feature for each pair of channels; the normaliser is one more column."""
+        return 4 * batch * self.heads * (self.key_dim * (self.key_dim + 1) // 2) * (self.value_dim + 1)
+
     def inputs(self, hidden, position, mask, state):
         """phi(q), phi(k), v; a padded key is zero after phi, which makes beta of zeros."""
         q, k, v = self.qkv(hidden, position)

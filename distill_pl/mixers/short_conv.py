@@ -30,6 +30,11 @@ class ShortConv(nn.Module):
         identity[:, -1] = 1
         initialization.copy_(self.weight, identity)
 
+    def state_bytes(self, batch: int, itemsize: int) -> int:
+        """Of its tail, for an input of `itemsize` bytes a number."""
+        channels, width = self.weight.shape
+        return batch * channels * (width - 1) * itemsize
+
     def forward(self, x: Tensor, mask: Tensor | None, state: "MixerState | None", name: str) -> Tensor:
         """x [B, T, C] -> [B, T, C]. Padded tokens (mask False) count as before the start.
 
@@ -42,7 +47,8 @@ class ShortConv(nn.Module):
         tail = None if state is None else state.tails.get(name)
         x = torch.cat([x.new_zeros(*x.shape[:2], width - 1) if tail is None else tail, x], dim=-1)
         if state is not None:
-            state.tails[name] = x[:, :, x.shape[-1] - (width - 1) :]
+            rest = x[:, :, x.shape[-1] - (width - 1) :]
+            state.tails[name] = rest if x.shape[-1] == width else rest.clone()  # a view would keep the whole prompt alive
         y = conv1d(x, self.weight[:, None].to(x.dtype), groups=x.shape[1]).transpose(1, 2)
         return silu(y) if self.activate else y
 
@@ -60,6 +66,11 @@ class ConvolvedMixer(SequenceMixer):
         """The convolutions pass their projections through."""
         for conv in (self.q_conv, self.k_conv, self.v_conv):
             conv.start()
+
+    def state_bytes(self, batch, length, itemsize):
+        """The matrices, and the convolutions' last tokens."""
+        tails = sum(conv.state_bytes(batch, itemsize) for conv in (self.q_conv, self.k_conv, self.v_conv))
+        return super().state_bytes(batch, length, itemsize) + tails
 
     def convolved(self, hidden: Tensor, mask: Tensor | None, state: "MixerState | None") -> list[Tensor]:
         """`qkv`, without RoPE: what depends on distances alone has to be rotated last."""

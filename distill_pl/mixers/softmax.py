@@ -12,6 +12,10 @@ class Softmax(SequenceMixer):
     rotates = True
     paper = Paper(kv_heads="grouped")
 
+    def state_bytes(self, batch, length, itemsize):
+        """Keys and values of every token, and a byte that says whether it is padding."""
+        return batch * length * (self.kv_count * (self.key_dim + self.value_dim) * itemsize + 1)
+
     def inputs(self, hidden, position, mask, state):
         """q, k, v and the padding as the op's key mask."""
         q, k, v = self.qkv(hidden, position)

@@ -66,7 +66,7 @@ def mix(q: Tensor, k: Tensor, v: Tensor, i: Tensor, g: Tensor, scale: float, bac
             (v,) = promoted(v)  # its two parts are rounded after the division only
         y, cell = scalar_decay.mix(q, k, _with_ones(v), g, scale, backend, cell)
         (y,) = promoted(y)
-        return _normalized(y, m).to(dtype), (cell, m[:, -1])
+        return _normalized(y, m).to(dtype), (cell, m[:, -1].clone())  # a view would keep all of m alive
 
 
 def step(q: Tensor, k: Tensor, v: Tensor, i: Tensor, g: Tensor, scale: float, backend: Backend = "auto",

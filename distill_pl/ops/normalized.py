@@ -57,7 +57,7 @@ def mix(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float, power: int = 
         odd = columns % 2  # an even width is what the kernel is measured with
         v, state = pad(v, (0, odd)), None if state is None else pad(state, (0, odd))
         sums, state = fused_chunk_simple_gla(q, k, v, scale=scale, initial_state=state, output_final_state=remember)
-        state = state[..., :columns] if remember else None
+        state = state[..., :columns].contiguous() if remember else None
         return _divided(sums[..., :columns].float(), eps).to(dtype), state
     if use_fla(backend, q.device) and state is None and not remember and q.shape[-1] <= 128:
         from fla.ops.rebased import parallel_rebased  # quadratic in time, and without states

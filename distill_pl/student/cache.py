@@ -87,4 +87,13 @@ class StudentCache(Cache):
 
     def nbytes(self) -> int:
         """Bytes of all states: independent of the tokens seen, for every mixer but softmax."""
-        return sum(x.nbytes for layer in self.layers for x in tree_leaves((layer.op, layer.tails)) if isinstance(x, Tensor))
+        return state_bytes(self)
+
+
+def state_bytes(cache: Cache) -> int:
+    """What the tensors of a StudentCache, or of transformers' DynamicCache, keep from being freed, in bytes.
+
+    A view counts with all that it is a view of.
+    """
+    held = (x for layer in cache.layers for x in tree_leaves(vars(layer)) if isinstance(x, Tensor))
+    return sum(x.untyped_storage().nbytes() for x in held)

@@ -1,0 +1,180 @@
+"""`distill-pl bench`: its counts are exact and its decode loop is generate's; of times only that they are there."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import distill_pl.bench
+from distill_pl.bench import bench, decode, prefill, theory
+from distill_pl.cli import main
+from distill_pl.errors import InputError
+from distill_pl.mixers import MIXERS
+from distill_pl.student.cache import state_bytes
+from distill_pl.student.factory import StudentFactory
+from distill_pl.student.transfer import as_transformer
+
+QUICK = {"lengths": "8,24", "new_tokens": 2, "repeats": 2}
+
+
+@pytest.fixture
+def here(tmp_path, teacher, monkeypatch) -> Path:
+    """An empty working folder, in which a mixer's name stands for a student of the tiny teacher's shape; on the CPU."""
+    monkeypatch.setattr(distill_pl.bench, "smollm_360m", lambda: teacher)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def read(folder: Path) -> dict[tuple[str, int], dict]:
+    return {(row["model"], row["length"]): row for row in json.loads((folder / "bench.json").read_text())["rows"]}
+
+
+def prompts(teacher, length: int, rows: int = 2) -> torch.Tensor:
+    return torch.randint(teacher.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(length))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [2, 70])  # shorter than a convolution, and more than a chunk of the ops
+def test_state_has_the_size_it_has_in_theory(teacher, name, layout, length, dtype):
+    student = StudentFactory(name, init="fresh", **layout).build(teacher, seed=0).eval().to(dtype)
+    for chunk in (0, 33):
+        _, cache = prefill(student, prompts(teacher, length), chunk)
+        assert state_bytes(cache) == cache.nbytes() == theory(student, batch=2, length=length)
+
+
+def grows_as_in_theory(network, prompt) -> bool:
+    sizes = [state_bytes(prefill(network, prompt[:, :length])[1]) for length in (20, 40)]
+    return sizes[0] < sizes[1] and sizes == [theory(network, batch=2, length=length) for length in (20, 40)]
+
+
+def test_state_of_a_hybrid(teacher, name):
+    hybrid = StudentFactory(name, softmax_layers=[1]).build(teacher, seed=0).eval()
+    assert grows_as_in_theory(hybrid, prompts(teacher, 40))
+
+
+def test_state_of_transformers_own_models(any_teacher):
+    if getattr(any_teacher.config, "sliding_window", None):
+        assert theory(any_teacher.model, batch=2, length=20) is None
+    else:
+        assert grows_as_in_theory(any_teacher.model, prompts(any_teacher, 40))
+
+
+def test_prefill_and_decode_are_generate(teacher, name):
+    student = as_transformer(StudentFactory(name, init="fresh").build(teacher, seed=0)).eval()
+    student.generation_config.eos_token_id = None
+    prompt = prompts(teacher, 40)
+    expected = student.generate(prompt, max_new_tokens=9, do_sample=False, pad_token_id=0)[:, prompt.shape[1] :]
+    for chunk in (0, 16):
+        token, cache = prefill(student, prompt, chunk)
+        assert torch.equal(torch.cat([token, decode(student, token, cache, steps=8)], 1), expected)
+        assert cache.get_seq_length() == 48
+
+
+def test_bench_of_a_mixer_and_a_folder(here, teacher_folder, capsys):
+    main(["bench", "gla", str(teacher_folder), "--lengths=24,8,160", "--new_tokens=2", "--repeats=2"])
+    printed = capsys.readouterr().out
+    rows = read(here / "bench")
+    assert set(rows) == {(model, length) for model in ("gla", str(teacher_folder)) for length in (8, 24, 160)}
+    for row in rows.values():
+        assert len(row["prefill_seconds"]) == len(row["decode_seconds"]) == 2
+        assert row["decode_ms_min"] <= row["decode_ms"] <= row["decode_ms_max"] and row["prefill_tokens_per_second"] > 0
+        assert row["state_bytes"] == row["state_in_theory"] and row["decode_peak_bytes"] is None
+        assert f"{row['state_bytes']:,}" in printed
+    sizes = {model: [rows[model, length]["state_bytes"] for length in (8, 24, 160)] for model, _ in rows}
+    assert len(set(sizes["gla"])) == 1
+    softmax = sizes[str(teacher_folder)]
+    assert softmax[1:] == [3 * softmax[0], 20 * softmax[0]]
+    assert printed.count("made for 128 positions") == 1  # by the teacher: its student turns nothing
+    with open(here / "bench" / "bench.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [(row["model"], int(row["length"])) for row in table] == list(rows)
+    assert [float(row["decode_ms"]) for row in table] == [row["decode_ms"] for row in rows.values()]
+    assert (here / "bench" / "bench.png").read_bytes().startswith(b"\x89PNG")
+    settings = json.loads((here / "bench" / "bench.json").read_text())["settings"]
+    assert settings["torch"] == torch.__version__ and settings["dtype"] == "float32" and settings["device"].startswith("CPU")
+
+
+def test_what_was_measured_is_kept(here, monkeypatch, capsys):
+    measured = []
+    measure = distill_pl.bench.measure
+
+    def counted(network, length, *args, **kwargs):
+        if length == 24 and len(measured) == 1:
+            raise KeyboardInterrupt
+        measured.append(length)
+        return measure(network, length, *args, **kwargs)
+
+    monkeypatch.setattr(distill_pl.bench, "measure", counted)
+    with pytest.raises(KeyboardInterrupt):
+        bench(["gla"], **QUICK)
+    first = read(here / "bench")
+    assert list(first) == [("gla", 8)] and (here / "bench" / "bench.png").is_file()
+    measured += [0]
+    bench(["gla", "softmax", "gla"], **QUICK)
+    assert measured == [8, 0, 24, 8, 24]
+    assert read(here / "bench")["gla", 8] == first["gla", 8] and capsys.readouterr().out.count("measured before") == 1
+    before = (here / "bench" / "bench.json").read_bytes()
+    with pytest.raises(InputError, match=r"other settings \(new_tokens 2, now 3; seed 0, now 1\): give another --out"):
+        bench(["gla"], **QUICK | {"new_tokens": 3, "seed": 1})
+    assert (here / "bench" / "bench.json").read_bytes() == before
+
+
+def test_out_of_memory_ends_a_model_not_the_bench(here, monkeypatch, capsys):
+    measure = distill_pl.bench.measure
+
+    def small(network, length, *args, **kwargs):
+        if length > 8 and isinstance(network, distill_pl.bench.Student):
+            raise torch.OutOfMemoryError
+        return measure(network, length, *args, **kwargs)
+
+    monkeypatch.setattr(distill_pl.bench, "measure", small)
+    for _ in range(2):  # the second time nothing is tried again
+        bench(["gla", "softmax"], **QUICK | {"lengths": "8,24,32"})
+        printed = capsys.readouterr().out
+        assert printed.count("out of memory") == 1 and "gla: lengths beyond 24 are left out" in printed
+        assert list(read(here / "bench")) == [("gla", 8), ("gla", 24), *(("softmax", length) for length in (8, 24, 32))]
+
+
+def test_a_folder_comes_before_a_mixer(here, teacher_folder):
+    (here / "gla").symlink_to(teacher_folder)
+    bench(["gla"], **QUICK)
+    assert read(here / "bench")["gla", 8]["softmax"]
+    (here / "runs").mkdir()
+    (here / "runs" / "config.yaml").touch()
+    with pytest.raises(InputError, match="not finished"):
+        bench(["runs"], **QUICK)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"lengths": "8,x"}, "lengths '8,x' are not whole positive numbers"),
+    ({"lengths": "0"}, "lengths '0' are not"),
+    ({"lengths": "1.5"}, "lengths '1.5' are not"),
+    ({"lengths": ""}, "lengths '' are not"),
+    ({"new_tokens": 0}, "new_tokens 0 is too small: give at least 1"),
+    ({"repeats": 0}, "repeats 0 is too small"),
+    ({"batch_size": 0}, "batch_size 0 is too small"),
+    ({"prefill_chunk": -1}, "prefill_chunk -1 is too small"),
+    ({"models": ["gla", "gla2"]}, "neither a folder nor a mixer: did you mean gla?"),
+    ({"models": ["gla", "/nowhere"]}, r"'/nowhere' cannot be had \(no such folder\): give .* a mixer: softmax, "),
+])  # fmt: skip
+def test_refusals_come_before_any_work(here, changes, message):
+    with pytest.raises(InputError, match=message.replace("?", r"\?")):
+        bench(**{"models": ["gla"]} | QUICK | changes)
+    assert not list(here.iterdir())
+
+
+def test_a_table_of_positions_is_not_left(here, save_model):
+    folder = str(save_model("gpt2", max_position_embeddings=64))
+    with pytest.raises(InputError, match="a table of 64 positions, 66 are asked for"):
+        bench([folder], lengths="64", new_tokens=2)
+    bench([folder], **QUICK)
+    assert read(here / "bench")[folder, 8]["state_in_theory"] is None
+
+
+def test_every_mixer_has_a_name_of_its_own_on_the_command_line(here, capsys):
+    main(["bench", *MIXERS, "--lengths=8", "--new_tokens=1", "--repeats=1"])
+    assert [model for model, _ in read(here / "bench")] == list(MIXERS)
+    assert "small unless given" in capsys.readouterr().out
