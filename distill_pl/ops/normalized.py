@@ -62,9 +62,9 @@ def mix(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float, power: int = 
     if use_fla(backend, q.device) and state is None and not remember and q.shape[-1] <= 128:
         from fla.ops.rebased import parallel_rebased  # quadratic in time, and without states
 
-        q, k = (q * scale).to(dtype), k.to(dtype)
-        y, total = parallel_rebased(q, k, v, use_scale=False, return_both=True)  # [B, H, T, V], [B, H, T]
-        return (y.float() / (total.float()[..., None] + eps)).transpose(1, 2).to(dtype), None
+        # unscaled: rounding scale * q to bf16 would cost more than all else where q . k is almost 0
+        y, total = parallel_rebased(q.to(dtype), k.to(dtype), v, use_scale=False, return_both=True)  # [B, H, T, V], [B, H, T]
+        return (y.float() / (total.float()[..., None] + eps / scale**2)).transpose(1, 2).to(dtype), None
 
     length, key_dim = q.shape[1], q.shape[-1]
     size = max(CHUNK, key_dim if power == 1 else key_dim * (key_dim + 1) // 2)
