@@ -4,17 +4,23 @@ import json
 import math
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distill_pl import study
 from distill_pl.callbacks import perplexity, say
 from distill_pl.errors import InputError
 from distill_pl.evaluate import columns
+from distill_pl.mixers import MIXERS
 from distill_pl.params import appendix_a
 from distill_pl.run_folder import read_config, read_metrics, write_aside
 from distill_pl.stages import STAGES
 from distill_pl.tokens import Tokens
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DASHES = ("-", "--", ":", "-.")
+DISTANCES = {"matrix_mixing": "|A teacher - A student|, Eq. 7", "hidden_align": "|h teacher - h student|, Eq. 8"}
 APART = {"out", "seed", "data.cache", "student.backend", "checkpoint_every", "validate_every", "trainer"}  # may differ in a row
 
 
@@ -47,7 +53,8 @@ class Run(NamedTuple):
 def report(models: list[str], out: str = "report") -> None:
     """Fill the paper's tables with runs: what is measured, missing or unfinished, beside the paper's figures.
 
-    Writes report.md into `out`, with losses.png (every stage's curve) and, for each run that aligned, a heat map of its layers.
+    Writes report.md into `out`, with losses.png (every stage's curves), matrix_mixing.png and hidden_align.png (heat maps of
+    each layer's distance to the teacher's).
     Runs that differ only in their seed share a row: mean and 95% interval.
 
     Args:
@@ -138,7 +145,7 @@ def overview(runs: list[Run]) -> str:
     unfinished = [run.folder.name for run in runs if not run.finished]
     teachers = sorted({run.config["teacher"] for run in runs})
     tokens = sorted({str(run.config["tokens"]) for run in runs})
-    text = f"{len(runs)} runs of {', '.join(tokens)} tokens, teacher {', '.join(teachers)}"
+    text = f"{len(runs)} run{'s' * (len(runs) > 1)} of {', '.join(tokens)} tokens, teacher {', '.join(teachers)}"
     return text + (f"; unfinished: {', '.join(unfinished)}" if unfinished else "")
 
 
@@ -179,15 +186,16 @@ def table(published: dict[str, Any], rows: dict[str, list[Run]]) -> str:
             status = "unfinished"
         base = name.split("_")[0] if not name.startswith(("scratch", "delta_net")) else name.removesuffix("_mm")
         theirs = f"{values[-1]:.2f}" if values and values[-1] is not None else ""
-        average = cell(ours.get("Avg.", []))
+        changes = {"perplexity": "", "Avg.": ""}
         if name != base:
-            before = measured(rows.get(base, [])).get("Avg.", [])
-            if before and ours.get("Avg."):
-                average += f" ({mean(ours['Avg.']) - mean(before):+.2f})"
+            before = measured(rows.get(base, []))
+            for column in changes:
+                if column in before and column in ours:
+                    changes[column] = f" ({mean(ours[column]) - mean(before[column]):+.2f})"
             if theirs and base in published:
                 theirs += f" ({values[-1] - published[base][-1]:+.2f})"
-        cells = [cell(ours.get(column, [])) for column in ("perplexity", *study.COLUMNS)]
-        lines.append([name, status, *cells, average, theirs])
+        cells = [cell(ours.get(column, [])) + changes.get(column, "") for column in header[2:-1]]
+        lines.append([name, status, *cells, theirs])
     return markdown(lines)
 
 
@@ -219,49 +227,81 @@ def scalars(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def pictures(runs: list[Run], folder: Path) -> list[str]:
-    """Draw losses.png and the heat maps into `folder` -> lines of Markdown that show them."""
-    from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, MaxNLocator
-
-    written = {}  # (run, stage) -> scalars
-    for run in runs:
-        for stage in STAGES:
+    """Draw losses.png, and for each stage that aligns its layers' distances, into `folder` -> Markdown that shows them."""
+    written = []  # (stage, run, what it logged)
+    for stage in STAGES:
+        for run in runs:
             for path in run.folder.glob(f"*_{stage}"):
                 found = scalars(path)
                 if "train/loss" in found:
-                    written[run.folder.name, stage] = found
-    stages = [stage for stage in STAGES if any(stage == key[1] for key in written)]
-    if not stages:
+                    written.append((stage, run, found))
+    if not written:
         return ["No run has trained yet."]
+    drawn = {"losses.png": losses(written)}
+    for stage in dict.fromkeys(stage for stage, _, _ in written):
+        aligned = [(run, found) for at, run, found in written if at == stage and layers_of(found)]
+        if aligned:
+            drawn[f"{stage}.png"] = heat_maps(stage, aligned)
+    for name, figure in drawn.items():
+        write_aside(folder / name, lambda aside, figure=figure: figure.savefig(aside, format="png", dpi=120))  # type: ignore[misc]
+    return [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in drawn]
 
-    def save(figure: Figure, name: str) -> str:
-        write_aside(folder / name, lambda aside: figure.savefig(aside, format="png", dpi=150))
-        return f"![{name.removesuffix('.png').replace('_', ' ')}]({name})"
 
-    figure = Figure(figsize=(5 * len(stages), 4), layout="constrained")
+def losses(written: list[tuple[str, Run, dict]]) -> "Figure":
+    """Training loss against tokens: a panel for each stage, a colour for each mixer, a dash for each of its experiments."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, ScalarFormatter
+
+    stages = list(dict.fromkeys(stage for stage, _, _ in written))
+    mixers = {run.folder: run.config["student"]["mixer"] for _, run, _ in written}
+    runs = sorted(mixers)
+    figure = Figure(figsize=(5 * len(stages) + 2, max(4, 0.22 * len(runs))), layout="constrained")
+    shown = {}  # run -> its line, in whichever panel
     for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
-        for (name, at), found in written.items():
+        for at, run, found in written:
             if at == stage:
-                axes.plot(*found["train/loss"], label=name, linewidth=1)
-        axes.set(title=stage, xlabel="tokens since the run began", ylabel="training loss")
+                mixer = run.config["student"]["mixer"]
+                dash = [folder for folder in runs if mixers[folder] == mixer].index(run.folder)
+                style = {"color": f"C{list(MIXERS).index(mixer)}", "linestyle": DASHES[dash % len(DASHES)], "linewidth": 1}
+                (shown[run.folder],) = axes.plot(*found["train/loss"], label=run.folder.name, **style)
+        axes.set(title=stage, xlabel="tokens since the run began", ylabel="training loss", yscale="log")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.legend(fontsize="small")
-    shown = [save(figure, "losses.png")]
-    for (name, stage), found in written.items():
-        layers = sorted(tag for tag in found if tag.startswith("align/"))
-        if not layers:
-            continue
-        steps = found[layers[0]][0]
-        figure = Figure(figsize=(6, 1.5 + 0.15 * max(10, len(layers))), layout="constrained")
-        axes = figure.subplots()
+        for axis_format in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis_format(ScalarFormatter())
+    figure.legend(handles=[shown[folder] for folder in runs], loc="outside right center", fontsize="small")
+    return figure
+
+
+def layers_of(found: dict) -> list[str]:
+    """The tags of a stage's layers, in order."""
+    return sorted(tag for tag in found if tag.startswith("align/"))
+
+
+def heat_maps(stage: str, aligned: list[tuple[Run, dict]]) -> "Figure":
+    """Layer against tokens, a panel for each run: how far each layer is from the teacher's."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    columns = min(5, len(aligned))
+    lines = -(-len(aligned) // columns)
+    depth = max(len(layers_of(found)) for _, found in aligned)
+    figure = Figure(figsize=(2.6 * columns + 1.5, lines * (1.2 + 0.1 * max(12, depth))), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    values = [[found[tag][1] for tag in layers_of(found)] for _, found in aligned]
+    top = max(max(map(max, layers)) for layers in values)
+    for axes in panels:
+        axes.set_axis_off()
+    for axes, (run, found), layers in zip(panels, aligned, values, strict=False):
+        steps = found[layers_of(found)[0]][0]
         edges = [steps[0] - (steps[-1] - steps[0]) / max(1, len(steps) - 1), *steps]
-        values = [found[tag][1] for tag in layers]
-        mesh = axes.pcolormesh(edges, [i - 0.5 for i in range(len(layers) + 1)], values, norm=LogNorm())
-        figure.colorbar(mesh, label="distance to the teacher's")
-        axes.set(title=f"{name}: {stage}", xlabel="tokens since the run began", ylabel="layer")
+        mesh = axes.pcolormesh(edges, [i - 0.5 for i in range(len(layers) + 1)], layers, vmin=0, vmax=top)
+        axes.set_axis_on()
+        axes.set_title(run.folder.name, fontsize="medium")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_major_locator(MaxNLocator(3))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.invert_yaxis()
-        shown.append(save(figure, f"{stage}_{name}.png"))
-    return shown
+    axes.set_ylim(depth - 0.5, -0.5)
+    figure.colorbar(mesh, ax=panels, label=DISTANCES[stage])
+    figure.supxlabel("tokens since the run began", fontsize="medium")
+    figure.supylabel("layer", fontsize="medium")
+    return figure

@@ -11,6 +11,7 @@ from distill_pl.chain import plan
 from distill_pl.cli import DistillCLI, main
 from distill_pl.mixers import MIXERS
 from distill_pl.params import smollm_360m
+from distill_pl.report import Run
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.modeling import Student
 
@@ -53,6 +54,7 @@ def test_experiment_is_what_its_name_says(file, monkeypatch):
     scratch, mixer, words = re.fullmatch(rf"(scratch_)?({'|'.join(TABLE_1)})(\w*)", file.stem).groups()
     name = words.split("_")
     assert config.student.mixer == mixer and config.out == f"runs/{file.stem}"
+    assert Run(file, config.as_dict(), {}, True, None).experiment == file.stem
     assert config.student.init == ("scratch" if scratch else "qkv" if "qkv" in name else "fresh")
     assert config.kd.alpha == (0 if scratch or "plain" in name else 1)
     assert config.matrix_mixing.norm == ("mse" if "mse" in name else "frobenius")
