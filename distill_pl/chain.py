@@ -17,6 +17,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
 from distill_pl.callbacks import Monitor, perplexities, say
+from distill_pl.card import model_card
 from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.errors import InputError
 from distill_pl.ops import use_fla
@@ -82,7 +83,7 @@ def fit(config: Namespace) -> None:
             run_stage(config, leg, stage, data, expected)
         load_student(student, leg)
         expected = read_metrics(leg.weights)["student_ce"]
-    export(student, teacher, exported)
+    export(config, legs, student, teacher)
     say(f"done: the student is in {exported}; held-out {perplexities(read_metrics(legs[-1].weights))}")
 
 
@@ -212,13 +213,17 @@ def describe(config: Namespace, teacher: Teacher, student: Student, legs: list[L
 
 
 @rank_zero_only
-def export(student: Student, teacher: Teacher, folder: Path) -> None:
+def export(config: Namespace, legs: list[Leg], student: Student, teacher: Teacher) -> None:
     """The Hugging Face folder, written aside and renamed. A student that is all softmax becomes its teacher's own class."""
+    folder = Path(config.out) / "student"
     aside = folder.with_name("student.new")
     shutil.rmtree(aside, ignore_errors=True)
     student.config.backend = "auto"  # of this machine; the next one chooses for itself
-    as_transformer(student).save_pretrained(aside)
+    model = as_transformer(student)
+    model.generation_config = teacher.model.generation_config  # what ends a text, and how its maker would sample
+    model.save_pretrained(aside)
     teacher.tokenizer.save_pretrained(aside)
+    (aside / "README.md").write_text(str(model_card(config, legs, model)))
     aside.rename(folder)
 
 

@@ -1,7 +1,6 @@
 """`distill-pl evaluate` and `distill-pl generate`: what became of a model, in numbers and in words."""
 
 import json
-import math
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -14,11 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, s
 
 from distill_pl import study
 from distill_pl.callbacks import perplexity, say
+from distill_pl.card import add_results
 from distill_pl.chain import quiet
 from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.errors import InputError
 from distill_pl.harness import check_tasks, run_tasks
 from distill_pl.run_folder import read_config, write_aside
+from distill_pl.tables import aligned, percent
 
 
 def evaluate(
@@ -65,6 +66,8 @@ def evaluate(
             texts = runs.get(model, {}).get("data")
             found = measure(path, file, names, texts, data, batch_size, options, before=results.get(label, {}))
             results[label] = found if texts is None or label != model else found | {"teacher": runs[model]["teacher"]}
+        if model in runs and limit is None:
+            add_results(Path(path), found)
     say("\n" + table(results))
     if "kept" in table(results):
         say("kept: of the teacher's average margin over guessing")
@@ -180,19 +183,6 @@ def held_out_perplexity(model: PreTrainedModel, tokenizer, data: dict[str, Any],
     return perplexity(total / chunks[:, 1:].numel())
 
 
-def columns(results: dict[str, dict]) -> dict[str, tuple[float, float]]:
-    """The paper's columns that `results` has all tasks of, and with all six `Avg.`: accuracy and its standard error, of 1."""
-    found = {}
-    for column, tasks in study.COLUMNS.items():
-        if all(task in results for task in tasks):
-            rows = [results[task] for task in tasks]
-            found[column] = mean([row["acc"] for row in rows]), math.hypot(*(row["acc_stderr"] for row in rows)) / len(rows)
-    if len(found) == len(study.COLUMNS):
-        values, errors = zip(*found.values(), strict=True)
-        found["Avg."] = mean(values), math.hypot(*errors) / len(errors)
-    return found
-
-
 def recovery(student: dict[str, dict], teacher: dict[str, dict]) -> float | None:
     """The share that the student keeps of the teacher's mean margin over guessing.
 
@@ -200,7 +190,7 @@ def recovery(student: dict[str, dict], teacher: dict[str, dict]) -> float | None
     A plain ratio of accuracies hides a collapse: whoever only guesses gets more than half of SmolLM-360M's.
     """
     chance = mean(study.CHANCE.values())
-    mine, theirs = (columns(results).get("Avg.") for results in (student, teacher))
+    mine, theirs = (study.columns(results).get("Avg.") for results in (student, teacher))
     if not mine or not theirs or theirs[0] - 2 * theirs[1] <= chance:
         return None
     return (mine[0] - chance) / (theirs[0] - chance)
@@ -216,7 +206,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         cells = {}
         if "held-out" in found:
             cells["perplexity"] = f"{found['held-out']['perplexity']:.4g}"
-        known = columns(found)
+        known = study.columns(found)
         cells |= {column: percent(*value) for column, value in known.items() if column != "Avg."}
         covered = {task for column in known for task in study.COLUMNS.get(column, ())}
         for task, row in found.items():
@@ -231,14 +221,3 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         rows[model] = cells
     header = list(dict.fromkeys(column for cells in rows.values() for column in cells))
     return aligned([["", *header], *([model, *(cells.get(column, "-") for column in header)] for model, cells in rows.items())])
-
-
-def percent(accuracy: float, error: float) -> str:
-    """As in 52.41 ± 1.40."""
-    return f"{100 * accuracy:.2f} ± {100 * error:.2f}"
-
-
-def aligned(rows: list[list[str]]) -> str:
-    """Rows of cells as text, in columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)

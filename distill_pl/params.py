@@ -8,9 +8,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill_pl import study
 from distill_pl.callbacks import say
-from distill_pl.evaluate import aligned
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.modeling import Student
+from distill_pl.tables import aligned
 
 
 def smollm_360m() -> Any:

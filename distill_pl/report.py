@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from distill_pl import study
 from distill_pl.callbacks import perplexity, say
 from distill_pl.errors import InputError
-from distill_pl.evaluate import columns
 from distill_pl.mixers import MIXERS
 from distill_pl.params import appendix_a
-from distill_pl.run_folder import read_config, read_metrics, write_aside
+from distill_pl.run_folder import differing, read_config, read_metrics, write_aside
 from distill_pl.stages import STAGES
+from distill_pl.tables import markdown
 from distill_pl.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 DASHES = ("-", "--", ":", "-.")
 DISTANCES = {"matrix_mixing": "|A teacher - A student|, Eq. 7", "hidden_align": "|h teacher - h student|, Eq. 8"}
-APART = {"out", "seed", "data.cache", "student.backend", "checkpoint_every", "validate_every", "trainer"}  # may differ in a row
 
 
 class Run(NamedTuple):
@@ -119,8 +118,7 @@ def grouped(runs: list[Run]) -> dict[str, list[Run]]:
         first = rows.setdefault(run.experiment, [run])[0]
         if run is first:
             continue
-        mine, theirs = (flat(r.config) for r in (run, first))
-        differ = [key for key in sorted(mine | theirs) if mine.get(key) != theirs.get(key)]
+        differ = [key for key in differing(first.config, run.config) if key != "seed"]
         if differ:
             raise InputError(
                 f"{run.folder} and {first.folder} are both {run.experiment}, but differ in {', '.join(differ)}: "
@@ -128,16 +126,6 @@ def grouped(runs: list[Run]) -> dict[str, list[Run]]:
             )
         rows[run.experiment].append(run)
     return rows
-
-
-def flat(config: dict, prefix: str = "") -> dict[str, Any]:
-    """A configuration by dotted key, without what does not change the experiment."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        name = prefix + key
-        if name not in APART:
-            found |= flat(value, name + ".") if isinstance(value, dict) else {name: value}
-    return found
 
 
 def overview(runs: list[Run]) -> str:
@@ -157,7 +145,7 @@ def measured(runs: list[Run]) -> dict[str, list[float]]:
             continue
         if run.held_out is not None:
             found.setdefault("perplexity", []).append(perplexity(run.held_out))
-        for column, (accuracy, _) in columns(run.results).items():
+        for column, (accuracy, _) in study.columns(run.results).items():
             found.setdefault(column, []).append(100 * accuracy)
     return found
 
@@ -210,12 +198,6 @@ def agreement(published: dict[str, Any], rows: dict[str, list[Run]]) -> str:
             result = f"Kendall's tau {tau.statistic:.2f}, p = {tau.pvalue:.2g}"
             return f"Ranked by {name}, these {len(ours)} rows against the paper's averages: {result}."
     return "Too few rows are evaluated to compare their ranking with the paper's (Kendall's tau needs three)."
-
-
-def markdown(rows: list[list[str]]) -> str:
-    """A header and rows as a Markdown table."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
 def scalars(folder: Path) -> dict[str, tuple[list[int], list[float]]]:

@@ -95,6 +95,13 @@ def flat(config: dict, prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
+def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The keys in which two configurations differ and that a result depends on."""
+    before, now = flat(before), flat(now)
+    keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    return [key for key in keys if key in BOUND_TRAINER_KEYS or not (key in FREE or key.startswith("trainer."))]
+
+
 def check_run_folder(config: Namespace) -> None:
     """Raise InputError unless `out` is new or belongs to this very configuration, and can be written to."""
     out = Path(config.out)
@@ -106,11 +113,11 @@ def check_run_folder(config: Namespace) -> None:
         if out.exists() and any(out.iterdir()):
             raise InputError(f"out {str(out)!r} exists and is no run folder (no config.yaml in it): choose another out")
         return
-    before, now = flat(yaml.safe_load(saved.read_text())), flat(plain(config))
-    differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    bound = [key for key in differing if key in BOUND_TRAINER_KEYS or not (key in FREE or key.startswith("trainer."))]
-    if bound:
-        changes = ", ".join(f"{key} {before.get(key)} -> {now.get(key)}" for key in bound)
+    before, now = yaml.safe_load(saved.read_text()), plain(config)
+    keys = differing(before, now)
+    if keys:
+        before, now = flat(before), flat(now)
+        changes = ", ".join(f"{key} {before.get(key)} -> {now.get(key)}" for key in keys)
         raise InputError(f"out {str(out)!r} belongs to another configuration ({changes}): undo that, or choose another out")
 
 

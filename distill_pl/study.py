@@ -1,5 +1,8 @@
 """What the paper published: its tables, to be set beside one's own runs. Accuracies in percent, parameters in millions."""
 
+import math
+from statistics import mean
+
 # column of the paper's tables -> the lm-eval tasks whose mean it is
 COLUMNS = {
     "Lamb.": ("lambada_openai", "lambada_standard"),
@@ -64,3 +67,16 @@ APPENDIX_A = {
     "softmax": 350, "mlstm": 448, "gla": 420, "hgrn2": 409, "retnet": 566, "mamba2": 523, "metala": 448, "delta_net": 449,
     "rebased": 404, "hedgehog": 404,
 }  # fmt: skip
+
+
+def columns(results: dict[str, dict]) -> dict[str, tuple[float, float]]:
+    """The paper's columns that `results` has all tasks of, and with all six `Avg.`: accuracy and its standard error, of 1."""
+    found = {}
+    for column, tasks in COLUMNS.items():
+        if all(task in results for task in tasks):
+            rows = [results[task] for task in tasks]
+            found[column] = mean([row["acc"] for row in rows]), math.hypot(*(row["acc_stderr"] for row in rows)) / len(rows)
+    if len(found) == len(COLUMNS):
+        values, errors = zip(*found.values(), strict=True)
+        found["Avg."] = mean(values), math.hypot(*errors) / len(errors)
+    return found

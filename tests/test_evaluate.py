@@ -11,7 +11,7 @@ import distill_pl.evaluate
 from distill_pl import study
 from distill_pl.cli import main
 from distill_pl.errors import InputError
-from distill_pl.evaluate import columns, evaluate, generate, recovery, table
+from distill_pl.evaluate import evaluate, generate, recovery, table
 from distill_pl.teacher import Teacher
 
 
@@ -101,12 +101,12 @@ def scores(accuracy: dict[str, float]) -> dict:
 
 def test_average_is_the_papers():
     for row in [study.TEACHER, *study.TABLE_2.values(), *study.TABLE_3.values(), *study.APPENDIX_B.values()]:
-        ours = columns(scores({column: value / 100 for column, value in zip(study.COLUMNS, row, strict=False)}))
+        ours = study.columns(scores({column: value / 100 for column, value in zip(study.COLUMNS, row, strict=False)}))
         if row[-1] is not None:
             assert 100 * ours["Avg."][0] == pytest.approx(row[-1], abs=0.025)  # printed rounded, once by 0.02 off
     assert ours["Lamb."][1] == pytest.approx(0.01 / math.sqrt(2)) and ours["PIQA"][1] == 0.01
     assert ours["Avg."][1] == pytest.approx(0.01 * math.sqrt(5.5) / 6)
-    assert "Avg." not in columns({"piqa": {"acc": 0.5, "acc_stderr": 0.0}})
+    assert "Avg." not in study.columns({"piqa": {"acc": 0.5, "acc_stderr": 0.0}})
 
 
 def test_recovery_counts_from_chance():

@@ -1,0 +1,96 @@
+"""The folder a run exports, as people who have never heard of this package's commands use it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from distill_pl import study
+from distill_pl.card import add_results, licence_of
+from distill_pl.cli import main
+from distill_pl.student.factory import StudentFactory
+
+PROMPTS = ["Story 1. A fox sees", "Her aunt", "At dawn the old clock forgets the river. The miller"]
+
+
+@pytest.fixture(scope="module")
+def folder(teacher_folder, corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    keys = {
+        "out": out, "teacher": teacher_folder, "data.dataset": corpus, "data.cache": out.parent / "cache", "tokens": 512,
+        "matrix_mixing.tokens": 128, "data.sequence_length": 32, "data.batch_size": 4, "data.validation_tokens": 320,
+        "trainer.accelerator": "cpu",
+    }  # fmt: skip
+    main(["fit", *(f"--{key}={value}" for key, value in keys.items())])
+    return out / "student"
+
+
+def test_what_is_in_it(folder, teacher_folder):
+    names = {file.name for file in folder.iterdir()}
+    assert names >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md"}
+    assert not [name for name in names if name.endswith((".bin", ".py", ".pt"))]
+    mine, theirs = (json.loads((f / "generation_config.json").read_text()) for f in (folder, teacher_folder))
+    assert mine == theirs
+
+
+def test_a_fresh_process_loads_it(folder):
+    code = f"""
+import distill_pl
+from transformers import pipeline
+print(pipeline("text-generation", model={str(folder)!r})({PROMPTS[0]!r}, max_new_tokens=5)[0]["generated_text"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith(PROMPTS[0]), done.stderr[-2000:]
+
+
+def test_a_pipeline_of_padded_rows_is_one_of_single_rows(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    tokenizer.pad_token = tokenizer.eos_token
+    generate = pipeline("text-generation", model=AutoModelForCausalLM.from_pretrained(folder), tokenizer=tokenizer)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    assert generate(PROMPTS, batch_size=3, **options) == [generate([prompt], **options)[0] for prompt in PROMPTS]
+
+
+def test_device_map(folder):
+    pytest.importorskip("accelerate")
+    tokens = torch.arange(12)[None]
+    expected = AutoModelForCausalLM.from_pretrained(folder).cpu()(tokens).logits
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map="auto")
+    assert torch.allclose(
+        model(tokens.to(model.device)).logits.cpu(), expected, atol=1e-2 if model.device.type == "cuda" else 0
+    )
+
+
+def test_compiled_forward_is_the_forward(teacher, name):
+    model = StudentFactory(name).build(teacher, 0).eval()
+    tokens = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits
+        found = torch.compile(model, backend="aot_eager")(tokens, use_cache=False).logits
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_card_says_what_it_is_and_what_it_scored(folder, teacher_folder):
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "transformers" and "gla" in card.data.tags
+    assert f"`{teacher_folder}`" in card.text and "import distill_pl" in card.text and "Not evaluated yet" in card.text
+    assert "| matrix_mixing | 128 | 0.0002 |" in card.text and "| kd | 384 | 0.0003 |" in card.text
+    assert "{" not in card.text.replace("kd: {", "")  # nothing is left to fill in
+    (folder / "README.md").write_text((folder / "README.md").read_text() + "\nA note of its owner.\n")
+    results = {task: {"acc": 0.5, "acc_stderr": 0.01} for task in study.TASKS}
+    for _ in range(2):  # the second replaces the first
+        add_results(folder, results)
+    card = ModelCard.load(folder / "README.md")
+    assert card.text.count("| piqa | 50.00 ± 1.00 |") == 1 and "Not evaluated yet" not in card.text
+    assert card.text.rstrip().endswith("A note of its owner.")
+    assert {r.dataset_type: r.metric_value for r in card.data.eval_results} == dict.fromkeys(study.TASKS, 0.5)
+
+
+def test_licence_is_the_teachers(tmp_path):
+    assert licence_of(str(tmp_path))[0] is None and "names none" in licence_of(str(tmp_path))[1]
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    assert licence_of(str(tmp_path))[0] == "apache-2.0"
