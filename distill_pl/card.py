@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, model_info
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load, model_info
 from jsonargparse import Namespace
 from transformers import PreTrainedModel
 
@@ -97,7 +97,7 @@ def licence_of(teacher: str) -> tuple[str | None, str]:
     try:
         if Path(teacher).exists():
             card = Path(teacher) / "README.md"
-            found = ModelCard.load(card).data.license if card.is_file() else None
+            found = (metadata_load(card) or {}).get("license") if card.is_file() else None
         else:
             found = getattr(model_info(teacher, timeout=10).card_data, "license", None)
     except Exception as error:  # the hub's client has errors of its network library, which changes, and none is worth a run
