@@ -134,7 +134,7 @@ def overview(runs: list[Run]) -> str:
     teachers = sorted({run.config["teacher"] for run in runs})
     tokens = sorted({str(run.config["tokens"]) for run in runs})
     text = f"{len(runs)} run{'s' * (len(runs) > 1)} of {', '.join(tokens)} tokens, teacher {', '.join(teachers)}"
-    return text + (f"; unfinished: {', '.join(unfinished)}" if unfinished else "")
+    return text + (f"; unfinished: {', '.join(unfinished)} (the same distill-pl fit goes on)" if unfinished else "")
 
 
 def measured(runs: list[Run]) -> dict[str, list[float]]:

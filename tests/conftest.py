@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from distill_pl.cli import main
 from distill_pl.mixers import MIXERS
 from distill_pl.teacher import Teacher
 
@@ -145,6 +146,22 @@ def corpus(tmp_path_factory) -> Path:
     rows = [json.dumps({"text": text}) for text in make_documents(400, seed=1)]
     (folder / "train.jsonl").write_text("\n".join(rows) + "\n")
     return folder
+
+
+@pytest.fixture(scope="session")
+def fitted(teacher_folder, corpus, tmp_path_factory) -> Callable[..., Path]:
+    """`fitted(**options)` -> the folder of a finished `distill-pl fit` of the tiny teacher, on the tiny corpus."""
+
+    def fit(**options) -> Path:
+        folder = tmp_path_factory.mktemp("runs")
+        keys = {
+            "out": folder / "run", "teacher": teacher_folder, "data.dataset": corpus, "data.cache": folder / "cache",
+            "data.sequence_length": 32, "data.batch_size": 4, "data.validation_tokens": 320, "trainer.accelerator": "cpu",
+        }  # fmt: skip
+        main(["fit", *(f"--{key}={value}" for key, value in (keys | options).items())])
+        return folder / "run"
+
+    return fit
 
 
 @pytest.fixture(params=MIXERS)

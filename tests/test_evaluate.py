@@ -9,22 +9,14 @@ import yaml
 
 import distill_pl.evaluate
 from distill_pl import study
-from distill_pl.cli import main
 from distill_pl.errors import InputError
 from distill_pl.evaluate import evaluate, generate, recovery, table
 from distill_pl.teacher import Teacher
 
 
 @pytest.fixture(scope="module")
-def run(teacher_folder, corpus, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    keys = {
-        "out": folder, "teacher": teacher_folder, "data.dataset": corpus, "data.cache": folder.parent / "cache",
-        "tokens": 256, "data.sequence_length": 32, "data.batch_size": 4, "data.validation_tokens": 320,
-        "trainer.accelerator": "cpu",
-    }  # fmt: skip
-    main(["fit", *(f"--{key}={value}" for key, value in keys.items())])
-    return folder
+def run(fitted):
+    return fitted(tokens=256)
 
 
 def test_perplexity_of_both_models_on_the_held_out_text(run, teacher_folder, capsys):

@@ -11,22 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from distill_pl import study
 from distill_pl.card import add_results, licence_of
-from distill_pl.cli import main
 from distill_pl.student.factory import StudentFactory
 
 PROMPTS = ["Story 1. A fox sees", "Her aunt", "At dawn the old clock forgets the river. The miller"]
 
 
 @pytest.fixture(scope="module")
-def folder(teacher_folder, corpus, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "run"
-    keys = {
-        "out": out, "teacher": teacher_folder, "data.dataset": corpus, "data.cache": out.parent / "cache", "tokens": 512,
-        "matrix_mixing.tokens": 128, "data.sequence_length": 32, "data.batch_size": 4, "data.validation_tokens": 320,
-        "trainer.accelerator": "cpu",
-    }  # fmt: skip
-    main(["fit", *(f"--{key}={value}" for key, value in keys.items())])
-    return out / "student"
+def folder(fitted):
+    return fitted(**{"tokens": 512, "matrix_mixing.tokens": 128}) / "student"
 
 
 def test_what_is_in_it(folder, teacher_folder):

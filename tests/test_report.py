@@ -10,22 +10,14 @@ from scipy.stats import t
 
 from distill_pl import study
 from distill_pl.callbacks import perplexity
-from distill_pl.cli import main
 from distill_pl.errors import InputError
 from distill_pl.report import held_out, report
 
 
 @pytest.fixture(scope="module")
-def run(teacher_folder, corpus, tmp_path_factory):
+def run(fitted):
     """Of all three stages: gla_qkv_mm_h2h."""
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    keys = {
-        "out": folder, "teacher": teacher_folder, "data.dataset": corpus, "data.cache": folder.parent / "cache",
-        "tokens": 1024, "matrix_mixing.tokens": 512, "hidden_align.tokens": 256, "data.sequence_length": 32,
-        "data.batch_size": 4, "data.validation_tokens": 320, "trainer.accelerator": "cpu", "trainer.log_every_n_steps": 1,
-    }  # fmt: skip
-    main(["fit", *(f"--{key}={value}" for key, value in keys.items())])
-    return folder
+    return fitted(**{"tokens": 1024, "matrix_mixing.tokens": 512, "hidden_align.tokens": 256, "trainer.log_every_n_steps": 1})
 
 
 @pytest.fixture
