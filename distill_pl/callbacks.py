@@ -61,28 +61,36 @@ class Monitor(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, stage: Stage, outputs, batch, batch_idx: int) -> None:
         """Write to TensorBoard every `trainer.log_every_n_steps` steps, to the console every few seconds."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return  # a part of a step
         step, steps, now = trainer.global_step, trainer.max_steps, time.monotonic()
         if step == self.first_step + 1:  # the first step also compiles and allocates: it says nothing about speed
             self.logged_step, self.logged_at = step, now
             self.began = now
         last = step == steps
         if step % trainer.log_every_n_steps == 0 or last:  # type: ignore[attr-defined]
-            loss = outputs["loss"].item()
-            scalars = {"train/loss": loss, "train/lr": trainer.optimizers[0].param_groups[0]["lr"]}
-            scalars |= {"train/grad_norm": stage.grad_norm.item()}
-            scalars |= dict(zip(stage.part_names, stage.parts.tolist(), strict=True))
+            values = trainer.strategy.reduce(stage.values, reduce_op="mean")  # type: ignore[arg-type]
+            scalars = dict(zip(["train/loss", *stage.part_names], values.tolist(), strict=True))
+            scalars |= {"train/lr": trainer.optimizers[0].param_groups[0]["lr"], "train/grad_norm": stage.grad_norm.item()}
             if step > self.logged_step:
                 scalars["train/tokens_per_second"] = self.speed(step - self.logged_step, now - self.logged_at)
             self.logged_step, self.logged_at = step, now
             self.write(trainer, scalars)
         if now - self.spoke_at >= SECONDS_BETWEEN_LINES or last:
             self.spoke_at = now
-            line = f"{stage.name}  step {step:,}/{steps:,} ({step / steps:.0%})  loss {outputs['loss'].item():.4f}"
+            line = f"{stage.name}  step {step:,}/{steps:,} ({step / steps:.0%})  loss {stage.values[0].item():.4f}"
             if step > self.first_step + 1:
                 speed = self.speed(step - self.first_step - 1, now - self.began)
                 left = (steps - step) * self.tokens_per_step / speed
                 line += f"  {short(speed)} tokens/s  {duration(left)} left"
             say(line)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, stage: Stage, checkpoint: dict) -> None:
+        """Let Lightning count micro-batches as they are now: ranks or data.micro_batch_size may have changed since."""
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            for key in counts:
+                counts[key] = checkpoint["global_step"] * trainer.accumulate_grad_batches
 
     def speed(self, steps: int, seconds: float) -> float:
         """Tokens a second over all ranks."""

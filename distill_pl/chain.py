@@ -53,9 +53,8 @@ def fit(config: Namespace) -> None:
         return
     for leg in legs:
         check_leg(leg)
-    ranks = trainer_for(config).world_size
-    if config.data.batch_size % ranks:
-        raise InputError(f"data.batch_size {config.data.batch_size} is not divisible by the {ranks} ranks: change either")
+    data = ChunkDataModule(**config.data)
+    data.accumulation(trainer_for(config).world_size)
 
     factory = StudentFactory(**config.student)
     bf16 = precision(config).startswith("bf16")
@@ -67,7 +66,6 @@ def fit(config: Namespace) -> None:
     window = getattr(teacher.config, "sliding_window", None)
     if window is not None and length > window:  # within it, attention is plain causal attention
         raise InputError(f"data.sequence_length {length} is beyond the teacher's sliding window of {window}: lower it")
-    data = ChunkDataModule(**config.data)
     data.open(teacher.tokenizer)
     student = factory.build(teacher, config.seed)
     stages = [STAGES[leg.name](student, teacher, **config[leg.name]) for leg in legs]
@@ -124,11 +122,13 @@ def run_stage(config: Namespace, leg: Leg, stage: Stage, data: ChunkDataModule, 
     done = torch.load(leg.checkpoint, mmap=True, weights_only=True)["global_step"] if resume else 0
     data.assign(leg.first, leg.steps)
     before = leg.first * config.data.sequence_length
+    accumulation = data.accumulation(trainer_for(config).world_size)
     trainer = trainer_for(
         config,
         max_steps=leg.steps,
+        accumulate_grad_batches=accumulation,
         max_epochs=1,  # else an exhausted loader begins again, for ever
-        val_check_interval=max(1, config.validate_every // batch_tokens),
+        val_check_interval=accumulation * max(1, config.validate_every // batch_tokens),
         check_val_every_n_epoch=None,
         num_sanity_val_steps=-1,  # the whole held-out text, before the first step
         logger=TensorBoardLogger(leg.folder, name="", version="", purge_step=before + done * batch_tokens + 1),

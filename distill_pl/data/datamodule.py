@@ -28,6 +28,8 @@ class ChunkDataModule(L.LightningDataModule):
         text_column: the column that holds the text.
         sequence_length: tokens in a chunk.
         batch_size: chunks in an optimiser step, over all ranks.
+        micro_batch_size: chunks that a rank takes at a time; gradients add up to those of the whole batch. Default: its
+            whole share, batch_size / ranks.
         validation_tokens: held out, never trained on: the head of the dataset's validation split or, if it has none, of
             the dataset itself.
         repeat: go over the text again where a budget is larger than the dataset, instead of refusing.
@@ -42,19 +44,22 @@ class ChunkDataModule(L.LightningDataModule):
         text_column: str = "text",
         sequence_length: int = 512,
         batch_size: int = 48,
+        micro_batch_size: int | None = None,
         validation_tokens: Tokens = Tokens("256k"),  # noqa: B008 (an int)
         repeat: bool = False,
         cache: str = "~/.cache/distill_pl",
     ):
         super().__init__()
         validation_tokens = Tokens(validation_tokens)  # 256k where it comes from a run's config.yaml
-        for key, value in [("sequence_length", sequence_length), ("batch_size", batch_size)]:
-            if value < (2 if key == "sequence_length" else 1):
+        sizes = {"sequence_length": sequence_length, "batch_size": batch_size, "micro_batch_size": micro_batch_size}
+        for key, value in sizes.items():
+            if value is not None and value < (2 if key == "sequence_length" else 1):
                 raise InputError(f"data.{key} {value} is too small")
         if validation_tokens < sequence_length:
             raise InputError(f"data.validation_tokens {validation_tokens} is less than one chunk of {sequence_length} tokens")
         self.dataset, self.name, self.revision, self.text_column = dataset, name, revision, text_column
-        self.sequence_length, self.batch_size, self.repeat = sequence_length, batch_size, repeat
+        self.sequence_length, self.batch_size, self.micro_batch_size = sequence_length, batch_size, micro_batch_size
+        self.repeat = repeat
         self.validation_chunks = validation_tokens // sequence_length
         self.cache = Path(cache).expanduser()
         self.first, self.steps = 0, 0
@@ -88,42 +93,60 @@ class ChunkDataModule(L.LightningDataModule):
                 f"{short(chunks * length)}: lower tokens, or set data.repeat true to go over the text again"
             )
 
+    def accumulation(self, ranks: int) -> int:
+        """Micro-batches of a rank in an optimiser step. Raises InputError where the batch does not divide into them."""
+        if self.batch_size % ranks:
+            raise InputError(f"data.batch_size {self.batch_size} is not divisible by the {ranks} ranks: change either")
+        share = self.batch_size // ranks
+        micro = self.micro_batch_size or share
+        if share % micro:
+            raise InputError(
+                f"data.micro_batch_size {micro} does not divide a rank's {share} chunks (data.batch_size {self.batch_size} / "
+                f"{ranks} ranks): choose a divisor"
+            )
+        return share // micro
+
     def assign(self, first: int, steps: int) -> None:
         """The next stage takes `steps` batches from chunk `first` on."""
         self.first, self.steps = first, steps
 
     def train_dataloader(self) -> DataLoader:
-        """Batches [batch_size / ranks, T] from where the trainer stands."""
+        """Micro-batches [micro_batch_size, T] from where the trainer stands."""
         trainer = self.trainer
+        parts = self.accumulation(trainer.world_size)
         sampler = SpanSampler(
-            self.first, self.steps, self.batch_size, trainer.global_step, trainer.global_rank, trainer.world_size
+            self.first, self.steps, self.batch_size, trainer.global_step, trainer.global_rank, trainer.world_size, parts
         )
         return _loader(self.chunks.train, sampler)
 
     def val_dataloader(self) -> DataLoader:
         """The held-out chunks, cut by rank."""
-        per_rank = max(1, self.batch_size // self.trainer.world_size)
-        mine = range(self.trainer.global_rank, self.validation_chunks, self.trainer.world_size)
+        ranks = self.trainer.world_size
+        per_rank = self.batch_size // ranks // self.accumulation(ranks)
+        mine = range(self.trainer.global_rank, self.validation_chunks, ranks)
         batches = [list(mine[i : i + per_rank]) for i in range(0, len(mine), per_rank)]
         return _loader(self.chunks.validation, batches)
 
 
 class SpanSampler(Sampler[list[int]]):
-    """Chunk indices of one rank's batches in a span. Its length is the whole span's, also when `done` steps are skipped:
-    Lightning counts batches from the start of the stage.
+    """Chunk indices of one rank's batches in a span, `parts` micro-batches for each of its `steps`. Its length is the whole
+    span's, also when `done` steps are skipped: Lightning counts batches from the start of the stage.
     """
 
-    def __init__(self, first: int, steps: int, batch_size: int, done: int, rank: int, ranks: int):
-        self.first, self.steps, self.batch_size, self.done, self.rank, self.ranks = first, steps, batch_size, done, rank, ranks
+    def __init__(self, first: int, steps: int, batch_size: int, done: int, rank: int, ranks: int, parts: int = 1):
+        self.first, self.steps, self.batch_size, self.done = first, steps, batch_size, done
+        self.rank, self.ranks, self.parts = rank, ranks, parts
 
     def __len__(self) -> int:
-        return self.steps
+        return self.steps * self.parts
 
     def __iter__(self) -> Iterator[list[int]]:
         share = self.batch_size // self.ranks
+        micro = share // self.parts
         for step in range(self.done, self.steps):
             start = self.first + step * self.batch_size + self.rank * share
-            yield list(range(start, start + share))
+            for at in range(start, start + share, micro):
+                yield list(range(at, at + micro))
 
 
 class _ChunkDataset(Dataset[Tensor]):

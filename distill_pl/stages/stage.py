@@ -23,7 +23,8 @@ from distill_pl.tokens import Tokens
 class Stage(L.LightningModule):
     """One objective. A subclass says which `parts` its loss has, computes them, and leaves trainable what it trains.
 
-    After a training step `parts` (the last value of each part), `grad_norm` and the learning rate are there to be logged;
+    After a training step `values` (of this rank's share of the batch: the loss, then its parts), `grad_norm` and the learning
+    rate are there to be logged;
     after a validation run `validation` is: `loss`, and the cross-entropy of teacher and student in nats a token.
 
     Args:
@@ -54,7 +55,7 @@ class Stage(L.LightningModule):
         self.student = student
         self.teacher = teacher  # no nn.Module: neither DDP nor a checkpoint sees it
         self.lr, self.warmup, self.weight_decay, self.clip = lr, warmup, weight_decay, clip
-        self.parts: Tensor = torch.zeros(0)
+        self.values: Tensor = torch.zeros(1)
         self.grad_norm: Tensor = torch.zeros(())
         self.validation: dict[str, float] = {}
         self.validated_at = -1  # step
@@ -98,14 +99,17 @@ class Stage(L.LightningModule):
     on_fit_start = on_validation_start = to_device
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """One step on tokens [B, T]."""
+        """One micro-batch of tokens [B, T]."""
         self.batch = batch
-        loss, self.parts = self.losses(batch, seed=self.global_step)
+        count = self.trainer.accumulate_grad_batches
+        loss, parts = self.losses(batch, seed=self.global_step)
+        values = torch.cat([loss.detach()[None], parts]) / count
+        self.values = values if batch_idx % count == 0 else self.values + values
         return loss
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """The stage's own loss, and next-token cross-entropy of both models, on held-out tokens [B, T]."""
-        loss, _ = self.losses(batch, seed=batch_idx)
+        loss, _ = self.losses(batch, seed=0)  # however the held-out text is cut into batches
         self.metrics["loss"].update(loss, len(batch))
         models: list[tuple[str, Teacher | Student, torch.nn.Module]] = [
             ("teacher_ce", self.teacher, self.teacher.head),
@@ -134,7 +138,7 @@ class Stage(L.LightningModule):
         """Clip to `clip`; stop before the weights are touched if loss or gradient is not finite."""
         parameters = [p for p in self.student.parameters() if p.grad is not None]
         self.grad_norm = get_total_norm([p.grad for p in parameters])
-        if not torch.isfinite(self.grad_norm) or not torch.isfinite(self.parts).all():
+        if not torch.isfinite(self.grad_norm) or not torch.isfinite(self.values).all():
             raise Diverged(
                 f"{self.name}: not finite at step {self.global_step + 1}, {self.culprit()}; the last checkpoint is intact. "
                 f"Try a smaller {self.name}.lr (now {self.lr:g}), or look at this step's text"
@@ -150,7 +154,7 @@ class Stage(L.LightningModule):
             hidden = layer(hidden, position_embeddings=position)
             if not torch.isfinite(hidden).all():
                 return f"in the output of layer {index}"
-        for name, value in zip(self.part_names, self.parts.tolist(), strict=True):
+        for name, value in zip(self.part_names, self.values[1:].tolist(), strict=True):
             if not math.isfinite(value):
                 return f"in {name}"
         bad = [name for name, p in self.student.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]

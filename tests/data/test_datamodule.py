@@ -9,10 +9,11 @@ from distill_pl.data.datamodule import ChunkDataModule, SpanSampler
 from distill_pl.errors import InputError
 
 
-def consumed(first, steps, batch_size, done, ranks):
+def consumed(first, steps, batch_size, done, ranks, parts=1):
     """Chunk indices in the order of the steps, all ranks' slices side by side."""
-    batches = [list(SpanSampler(first, steps, batch_size, done, rank, ranks)) for rank in range(ranks)]
-    return [index for step in zip(*batches, strict=True) for part in step for index in part]
+    batches = [list(SpanSampler(first, steps, batch_size, done, rank, ranks, parts)) for rank in range(ranks)]
+    slices = [[sum(own[i : i + parts], []) for i in range(0, len(own), parts)] for own in batches]
+    return [index for step in zip(*slices, strict=True) for part in step for index in part]
 
 
 def test_every_chunk_once_in_one_order_whatever_the_ranks_and_restarts():
@@ -20,6 +21,7 @@ def test_every_chunk_once_in_one_order_whatever_the_ranks_and_restarts():
     for ranks in (1, 2, 3, 4, 6, 12):
         assert consumed(10, 6, 12, 0, ranks) == whole
     assert consumed(10, 6, 12, 0, 4)[: 2 * 12] + consumed(10, 6, 12, 2, 3) == whole
+    assert consumed(10, 6, 12, 0, 4, parts=3)[: 2 * 12] + consumed(10, 6, 12, 2, 1, parts=4) == whole
     assert len(SpanSampler(10, 6, 12, 4, 0, 1)) == 6  # Lightning counts from the start of the stage
 
 
