@@ -29,6 +29,7 @@ from distill_pl.run_folder import (
     load_student,
     read_metrics,
     save_student,
+    sole_user,
     write_config,
 )
 from distill_pl.stages import STAGES, Stage
@@ -71,18 +72,19 @@ def fit(config: Namespace) -> None:
     stages = [STAGES[leg.name](student, teacher, **config[leg.name]) for leg in legs]
     describe(config, teacher, student, legs)
     data.prepare(legs[-1].first + legs[-1].steps * config.data.batch_size)
-    write_config(config)
+    with sole_user(Path(config.out), trainer_for(config).global_rank):
+        write_config(config)
 
-    expected: float | str | None = "teacher" if factory.is_teacher else None
-    for leg, stage in zip(legs, stages, strict=True):
-        if leg.weights.is_file():
-            say(f"{leg.name} is done: {leg.weights}")
-        else:
-            run_stage(config, leg, stage, data, expected)
-        load_student(student, leg)
-        expected = read_metrics(leg.weights)["student_ce"]
-    export(config, legs, student, teacher)
-    say(f"done: the student is in {exported}; held-out {perplexities(read_metrics(legs[-1].weights))}")
+        expected: float | str | None = "teacher" if factory.is_teacher else None
+        for leg, stage in zip(legs, stages, strict=True):
+            if leg.weights.is_file():
+                say(f"{leg.name} is done: {leg.weights}")
+            else:
+                run_stage(config, leg, stage, data, expected)
+            load_student(student, leg)
+            expected = read_metrics(leg.weights)["student_ce"]
+        export(config, legs, student, teacher)
+        say(f"done: the student is in {exported}; held-out {perplexities(read_metrics(legs[-1].weights))}")
 
 
 def plan(config: Namespace) -> list[Leg]:
@@ -216,6 +218,8 @@ def describe(config: Namespace, teacher: Teacher, student: Student, legs: list[L
 def export(config: Namespace, legs: list[Leg], student: Student, teacher: Teacher) -> None:
     """The Hugging Face folder, written aside and renamed. A student that is all softmax becomes its teacher's own class."""
     folder = Path(config.out) / "student"
+    if folder.is_dir():  # another run did the whole of it while this one packed text
+        return
     aside = folder.with_name("student.new")
     shutil.rmtree(aside, ignore_errors=True)
     student.config.backend = "auto"  # of this machine; the next one chooses for itself

@@ -18,7 +18,7 @@ from distill_pl.chain import quiet
 from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.errors import InputError
 from distill_pl.harness import check_tasks, run_tasks
-from distill_pl.run_folder import read_config, write_aside
+from distill_pl.run_folder import fingerprint, read_config, write_aside
 from distill_pl.tables import aligned, percent
 
 
@@ -104,15 +104,6 @@ def measure(path: str, file: Path, tasks: list[str], texts: dict | None, data: s
             keep(run_tasks(network, tokenizer, [task], data=data, limit=options["limit"], batch_size=batch_size,
                            seed=options["seed"]), source)  # fmt: skip
     return {task: row for task, row in report["results"].items() if task == "held-out" or task in tasks}
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """Of a model's weights as they were loaded."""
-    digest = sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def generate(

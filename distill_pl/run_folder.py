@@ -9,19 +9,25 @@
 Every file is written aside and renamed, so a kill at any moment leaves the old one or the new one, whole.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+import platform
+import zipfile
+from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
+from transformers import PreTrainedModel
 
 from distill_pl.errors import InputError
 from distill_pl.student.modeling import Student
@@ -29,6 +35,7 @@ from distill_pl.tokens import Tokens
 
 # keys that may differ between a run's start and its resumption: they change where and how visibly it runs, not its result
 FREE = {"out", "data.cache", "data.micro_batch_size", "student.backend", "checkpoint_every", "validate_every"}
+LOCK = ".lock"
 BOUND_TRAINER_KEYS = {"trainer.precision", "trainer.limit_val_batches"}
 
 
@@ -110,7 +117,7 @@ def check_run_folder(config: Namespace) -> None:
         raise InputError(f"out {str(out)!r} cannot be written: {home} is no folder or not permitted; choose another out")
     saved = out / "config.yaml"
     if not saved.is_file():
-        if out.exists() and any(out.iterdir()):
+        if out.exists() and any(path.name != LOCK for path in out.iterdir()):
             raise InputError(f"out {str(out)!r} exists and is no run folder (no config.yaml in it): choose another out")
         return
     before, now = yaml.safe_load(saved.read_text()), plain(config)
@@ -119,6 +126,30 @@ def check_run_folder(config: Namespace) -> None:
         before, now = flat(before), flat(now)
         changes = ", ".join(f"{key} {before.get(key)} -> {now.get(key)}" for key in keys)
         raise InputError(f"out {str(out)!r} belongs to another configuration ({changes}): undo that, or choose another out")
+
+
+@contextlib.contextmanager
+def sole_user(out: Path, rank: int) -> Iterator[None]:
+    """Hold the run folder for the run whose rank 0 this is; the system lets go of it when the process dies.
+
+    Raises InputError if another run holds it, naming its process.
+    """
+    if rank:
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    lock, note = FileLock(out / LOCK), out / (LOCK + "ed_by")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        holder = note.read_text() if note.is_file() else "another process"
+        raise InputError(f"out {str(out)!r} is in use by {holder}: wait for it, stop it, or choose another out") from None
+    try:
+        note.write_text(f"process {os.getpid()} on {platform.node()}")
+        yield
+    finally:
+        note.unlink(missing_ok=True)
+        lock.release()
 
 
 @rank_zero_only
@@ -136,11 +167,15 @@ def read_config(out: Path) -> dict[str, Any]:
 
 
 def check_leg(leg: Leg) -> None:
-    """Raise InputError, naming the file and what to delete, where weights or checkpoint were cut short."""
+    """Raise InputError, naming the file and what to delete, where weights were cut short or a checkpoint was damaged."""
     if leg.weights.is_file():
         read_metrics(leg.weights)
     elif leg.checkpoint.is_file():
         try:
+            with zipfile.ZipFile(leg.checkpoint) as records:
+                wrong = records.testzip()  # torch.load does not look at the checksums that torch.save writes
+            if wrong:
+                raise ValueError(f"checksum of {wrong}")
             torch.load(leg.checkpoint, mmap=True, weights_only=True, map_location="cpu")
         except Exception as error:  # pickle, zip and torch each have their own for a file cut short
             raise InputError(f"{leg.checkpoint} is damaged: delete it, and {leg.name} starts over") from error
@@ -149,9 +184,18 @@ def check_leg(leg: Leg) -> None:
 @rank_zero_only
 def save_student(student: Student, leg: Leg, metrics: dict[str, float]) -> None:
     """The student as a finished stage leaves it, with its held-out losses in nats a token; then drop the checkpoint."""
-    note = {"metrics": json.dumps(metrics)}
+    note = {"metrics": json.dumps(metrics), "sha256": fingerprint(student)}
     write_aside(leg.weights, lambda aside: save_model(student, str(aside), metadata=note))
     leg.checkpoint.unlink(missing_ok=True)
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 of a model's weights, as they are in memory."""
+    digest = sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def read_metrics(weights: Path) -> dict[str, float]:
@@ -160,11 +204,17 @@ def read_metrics(weights: Path) -> dict[str, float]:
         with safe_open(weights, framework="pt") as file:
             return json.loads(file.metadata()["metrics"])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{weights} is damaged ({error}): delete {weights.parent} and the stage folders after it, then run again"
-        ) from error
+        raise damaged(weights, error) from error
 
 
 def load_student(student: Student, leg: Leg) -> None:
-    """The weights that a finished stage left, every tensor of them."""
+    """The weights that a finished stage left, every tensor of them. Raises InputError where they are not what it left."""
     load_model(student, str(leg.weights), strict=True)
+    with safe_open(leg.weights, framework="pt") as file:
+        if file.metadata()["sha256"] != fingerprint(student):
+            raise damaged(leg.weights, "its checksum is off")
+
+
+def damaged(weights: Path, why: object) -> InputError:
+    """What to do about a stage's weights."""
+    return InputError(f"{weights} is damaged ({why}): delete {weights.parent} and the stage folders after it, then run again")

@@ -3,9 +3,12 @@
 import io
 import multiprocessing
 import os
+import platform
 import random
 import re
 import signal
+import socket
+import time
 from contextlib import redirect_stderr
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 import distill_pl.run_folder
 from distill_pl import Student
 from distill_pl.cli import DistillCLI, main
+from distill_pl.run_folder import sole_user
 from distill_pl.stages import STAGES
 
 processes = multiprocessing.get_context("forkserver")  # a process that has imported everything forks in milliseconds
@@ -245,23 +249,46 @@ def test_out_of_another_run(finished, arguments, tmp_path):
     assert "cannot be written" in refused(arguments("file"))
 
 
-def test_damaged_files_are_named(arguments, tmp_path):
+@pytest.fixture
+def begun(arguments, tmp_path):
+    """A run that died in its second stage: weights of the first, a checkpoint, chunks."""
     child = processes.Process(target=run, args=(arguments(),), kwargs={"die_at_replace": 7})
     child.start()
     child.join()
-    checkpoint = tmp_path / "run" / "2_hidden_align" / "last.ckpt"
-    whole = checkpoint.read_bytes()
-    checkpoint.write_bytes(whole[: len(whole) // 2])
-    assert str(checkpoint) in refused(arguments())
-    checkpoint.write_bytes(whole)
-    done = tmp_path / "run" / "1_matrix_mixing" / "student.safetensors"
-    saved = done.read_bytes()
-    done.write_bytes(saved[: len(saved) // 2])
-    assert str(done) in refused(arguments())
-    done.write_bytes(saved)
-    chunks = next((tmp_path / "cache").rglob("train.bin"))
-    chunks.write_bytes(chunks.read_bytes()[:100])
-    assert str(chunks) in refused(arguments())
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+@pytest.mark.parametrize("file", ["2_hidden_align/last.ckpt", "1_matrix_mixing/student.safetensors", "train.bin"])
+def test_damaged_files_are_named(begun, arguments, tmp_path, file, damage):
+    path = next((tmp_path / "cache").rglob(file)) if file.endswith(".bin") else begun / file
+    saved = path.read_bytes()
+    places = random.Random(0)
+    for _ in range(1 if damage == "cut" else 4):
+        at = places.randrange(len(saved) // 2, len(saved) - 2048)  # beyond headers, before the tail of a last partial chunk
+        path.write_bytes(saved[:at] + (b"" if damage == "cut" else bytes([saved[at] ^ 16]) + saved[at + 1 :]))
+        assert str(path) in refused(arguments())
+    path.write_bytes(saved)
+    fit_here(arguments())
+
+
+def test_second_run_on_the_same_folder_is_refused(begun, arguments, tmp_path):
+    with sole_user(begun, rank=0):
+        assert re.search(rf"out .*run' is in use by process {os.getpid()} on ", refused(arguments()))
+        with sole_user(begun, rank=1):  # the ranks of one run share it
+            pass
+    fit_here(arguments())
+
+
+def test_clock_and_hostname_may_change(begun, arguments, tmp_path, monkeypatch):
+    fit_here(arguments("whole"))
+    now, ticks = time.time, time.monotonic
+    monkeypatch.setattr(time, "time", lambda: now() - 1e7)
+    monkeypatch.setattr(time, "monotonic", lambda: ticks() - 1e7)
+    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+    monkeypatch.setattr(platform, "node", lambda: "elsewhere")
+    fit_here(arguments())
+    assert_same(begun, tmp_path / "whole")
 
 
 def test_full_disk_keeps_the_last_checkpoint(arguments, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ import os
 import re
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -30,7 +31,7 @@ from filelock import FileLock, Timeout
 
 from distill_pl.errors import InputError
 
-FORMAT = 1  # part of the key: raise it when the same text would be packed differently
+FORMAT = 2  # part of the key: raise it when the same text would be packed differently
 FILES = ["validation", "train"]  # in the order in which they are filled
 KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".txt": "text"}
 COMPRESSED = {".gz", ".zst", ".xz", ".bz2"}
@@ -38,6 +39,7 @@ NOT_DATA = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_d
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 2_000_000  # whichever comes first; batches of thousands were slower
 SAVE_TOKENS, SAVE_SECONDS = 4_000_000, 3.0  # a kill costs at most this much work
 PROGRESS_SECONDS = 5.0
+CRC_TOKENS = 2**24  # checked at a time
 
 
 class Chunks:
@@ -74,6 +76,7 @@ class Chunks:
         self.dataset, self.name, self.revision, self.text_column = dataset, name, revision, text_column
         self.tokenizer, self.sequence_length, self.validation_chunks = tokenizer, sequence_length, validation_chunks
         self.cache = Path(cache).expanduser()
+        self._intact: dict[str, int] = {}  # by file, the tokens whose checksum was found right
 
     def check(self) -> None:
         """Look for what would make `prepare` fail; write nothing, read at most the head of each split.
@@ -311,6 +314,7 @@ class Chunks:
                         ids = np.array([*encoding.ids, self.tokenizer.eos_token_id], self._dtype)
                         files[name].write(ids.data)
                         tokens[name] += len(ids)
+                        sidecar["crc32"][name] = zlib.crc32(ids.data, sidecar["crc32"][name])
                     position[split] = after
                     if all(tokens[name] >= need[name] for name in names):
                         break
@@ -336,13 +340,14 @@ class Chunks:
         _say(f"{have / 1e6:.1f}M tokens{ended} in {self.folder}, {rate / 1e6:.1f}M tokens/s")
 
     def _first_sidecar(self) -> dict:
-        """The sidecar of nothing yet. Read back are commit, tokens, position and exhausted; the rest is for people."""
+        """The sidecar of nothing yet. Read back are commit, tokens, crc32, position and exhausted; the rest is for people."""
         return {
             **{"dataset": self.dataset, "name": self.name, "revision": self.revision, "commit": None},
             **self._packing,
             "dtype": self._dtype.str,
             "versions": {library: version(library) for library in ("datasets", "tokenizers")},
             "tokens": dict.fromkeys(FILES, 0),
+            "crc32": dict.fromkeys(FILES, 0),  # of so many tokens
             "position": dict.fromkeys(FILES),
             "exhausted": False,
         }
@@ -373,11 +378,20 @@ class Chunks:
         os.replace(aside, self.folder / "sidecar.json")
 
     def _map(self, name: str) -> np.ndarray:
-        sidecar = self._sidecar()
-        chunks = sidecar["tokens"][name] // self.sequence_length if sidecar else 0
-        if not chunks:
+        sidecar, file = self._sidecar(), self.folder / f"{name}.bin"
+        tokens = sidecar["tokens"][name] if sidecar else 0
+        if not sidecar or tokens < self.sequence_length:
             return np.empty((0, self.sequence_length), self._dtype)  # an empty file cannot be mapped
-        return np.memmap(self.folder / f"{name}.bin", self._dtype, mode="r", shape=(chunks, self.sequence_length))
+        ids = np.memmap(file, self._dtype, mode="r", shape=(tokens,))
+        if self._intact.get(name) != tokens:  # read through once a process
+            crc = 0
+            for start in range(0, tokens, CRC_TOKENS):
+                crc = zlib.crc32(ids[start : start + CRC_TOKENS].data, crc)
+            if crc != sidecar["crc32"][name]:
+                raise InputError(f"{file} is damaged (its checksum is off): delete {self.folder} and run again")
+            self._intact[name] = tokens
+        chunks = tokens // self.sequence_length
+        return ids[: chunks * self.sequence_length].reshape(chunks, self.sequence_length)
 
 
 def _kind(file: str | Path) -> str | None:
