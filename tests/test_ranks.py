@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import time
@@ -16,6 +17,7 @@ from distill_pl.cli import main
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["distill_pl.cli"])
 STEP = 4 * 32  # tokens of one step
+KILLS = int(os.environ.get("KILLS", "3"))
 STAGE_FOLDERS = ["1_matrix_mixing", "2_hidden_align", "3_kd"]
 
 
@@ -54,14 +56,20 @@ def be_rank(args: list[str], rank: int, ranks: int, port: int, die_at_replace: i
     main([*args, f"--trainer.devices={ranks}"])
 
 
-def launch(args: list[str], ranks: int, die_at_replace: int = 0) -> bool:
-    """Run to the end, or till a rank dies, which takes the others along -> whether it ended well."""
+def launch(args: list[str], ranks: int, die_at_replace: int = 0, kill: tuple[int, float] | None = None) -> bool:
+    """Run to the end, or till a rank dies, which takes the others along -> whether it ended well.
+
+    kill: a rank, and the seconds after which it is killed.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     children = [processes.Process(target=be_rank, args=(args, rank, ranks, port, die_at_replace)) for rank in range(ranks)]
     for child in children:
         child.start()
+    if kill:
+        children[kill[0]].join(timeout=kill[1])
+        children[kill[0]].kill()
     while any(child.is_alive() for child in children):
         if any(child.exitcode for child in children):
             for child in children:
@@ -112,3 +120,22 @@ def test_another_number_of_ranks_and_another_micro_batch_go_on(arguments, whole,
         assert not launch(arguments("changed", **{"data.micro_batch_size": micro}), ranks, die_at_replace=2)
     assert launch(arguments("changed", **{"data.micro_batch_size": tries[-1][1]}), tries[-1][0])
     assert_same_to_rounding(tmp_path / "changed", whole)
+
+
+def test_any_rank_may_be_killed_at_any_moment(arguments, tmp_path):
+    assert launch(arguments("first"), 2)  # which imports everything and packs the text
+    began = time.monotonic()
+    assert launch(arguments("whole"), 2)
+    took, chance = time.monotonic() - began, random.Random(0)
+    kills, runs = 0, 1
+    while kills < KILLS:
+        if launch(arguments(f"killed{runs}"), 2, kill=(chance.randrange(2), chance.uniform(0.2, 0.8) * took)):
+            runs += 1  # it was faster
+        else:
+            kills += 1
+    assert launch(arguments(f"killed{runs}"), 2)
+    print(f"killed {kills} times in {runs} runs")
+    expected = load_file(tmp_path / "whole" / "student" / "model.safetensors")
+    for out in (tmp_path / f"killed{number}" for number in range(1, runs + 1)):
+        assert all(torch.equal(x, expected[name]) for name, x in load_file(out / "student" / "model.safetensors").items())
+        assert not [*out.rglob("*.new"), *out.rglob("*.ckpt")]
