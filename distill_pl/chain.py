@@ -5,6 +5,7 @@ import logging
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -15,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
+from torch.distributed.fsdp import FSDPModule
 
 from distill_pl.callbacks import Monitor, perplexities, say
 from distill_pl.card import model_card
@@ -32,6 +34,7 @@ from distill_pl.run_folder import (
     sole_user,
     write_config,
 )
+from distill_pl.sharding import FullyShardedStrategy, whole
 from distill_pl.stages import STAGES, Stage
 from distill_pl.student.factory import StudentFactory, check_teacher
 from distill_pl.student.modeling import Student
@@ -57,6 +60,10 @@ def fit(config: Namespace) -> None:
     data = ChunkDataModule(**config.data)
     data.accumulation(trainer_for(config).world_size)
 
+    exact = legs[0].name == "matrix_mixing" and config.matrix_mixing.estimator == "exact"
+    if exact and config.trainer.strategy == "fsdp":  # ranks gather a mixer's slices once a sequence, and may hold out one more
+        raise InputError("matrix_mixing.estimator exact does not go with trainer.strategy fsdp: choose probe, or ddp")
+
     factory = StudentFactory(**config.student)
     bf16 = precision(config).startswith("bf16")
     teacher = Teacher(config.teacher, torch.bfloat16 if bf16 else torch.float32)
@@ -80,7 +87,8 @@ def fit(config: Namespace) -> None:
             if leg.weights.is_file():
                 say(f"{leg.name} is done: {leg.weights}")
             else:
-                run_stage(config, leg, stage, data, expected)
+                stage.student = student
+                student = run_stage(config, leg, stage, data, expected)
             load_student(student, leg)
             expected = read_metrics(leg.weights)["student_ce"]
         export(config, legs, student, teacher)
@@ -117,8 +125,11 @@ def plan(config: Namespace) -> list[Leg]:
     return legs
 
 
-def run_stage(config: Namespace, leg: Leg, stage: Stage, data: ChunkDataModule, expected: float | str | None) -> None:
-    """Train one stage to its end, from its checkpoint if it has one, and leave the student's weights in its folder."""
+def run_stage(config: Namespace, leg: Leg, stage: Stage, data: ChunkDataModule, expected: float | str | None) -> Student:
+    """Train one stage to its end, from its checkpoint if it has one, and leave the student's weights in its folder.
+
+    Returns the student, unsharded; where the ranks had a slice each, of its weights only rank 0's are right.
+    """
     batch_tokens = config.data.batch_size * config.data.sequence_length
     resume = leg.checkpoint.is_file()
     done = torch.load(leg.checkpoint, mmap=True, weights_only=True)["global_step"] if resume else 0
@@ -155,8 +166,10 @@ def run_stage(config: Namespace, leg: Leg, stage: Stage, data: ChunkDataModule, 
         )
     if stage.validated_at != leg.steps:
         trainer.validate(stage, datamodule=data, verbose=False)
-    save_student(stage.student, leg, stage.validation)
+    student = whole(stage.student) if isinstance(stage.student, FSDPModule) else stage.student
+    save_student(student, leg, stage.validation)
     trainer.strategy.barrier()
+    return student
 
 
 def trainer_for(config: Namespace, **ours) -> L.Trainer:
@@ -164,7 +177,9 @@ def trainer_for(config: Namespace, **ours) -> L.Trainer:
     plugins: list = [AsideCheckpointIO()]
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))  # it loses steps; the batch script requeues
-    defaults = {"logger": False, "enable_checkpointing": False}
+    defaults: dict[str, Any] = {"logger": False, "enable_checkpointing": False}
+    if config.trainer.strategy == "fsdp":
+        defaults["strategy"] = FullyShardedStrategy()
     try:
         return L.Trainer(
             **(config.trainer.as_dict() | {"precision": precision(config)} | defaults | ours),

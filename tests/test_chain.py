@@ -231,6 +231,9 @@ def refused(args: list[str]) -> str:
         ({"tokens": "10M"}, "data.dataset.*tokens.*data.repeat"),
         ({"trainer.devices": 0}, "trainer.*devices"),
         ({"student.backend": "fla"}, "student.backend fla.*GPU"),
+        ({"data.micro_batch_size": 3}, "data.micro_batch_size 3.*4 chunks"),
+        ({"data.batch_size": 9, "trainer.devices": 9}, "data.validation_tokens is 8 chunks.*9 ranks"),
+        ({"trainer.strategy": "fsdp", "matrix_mixing.estimator": "exact"}, "matrix_mixing.estimator exact.*fsdp"),
     ],
 )
 def test_bad_input(arguments, tmp_path, keys, says):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
 
 from distill_pl.cli import main
 
@@ -112,6 +113,15 @@ def whole(arguments, tmp_path):
 def test_ranks_and_micro_batches_take_the_same_steps(arguments, whole, tmp_path, ranks, micro):
     assert launch(arguments("other", **({"data.micro_batch_size": micro} if micro else {})), ranks)
     assert_same_to_rounding(tmp_path / "other", whole)
+
+
+def test_sharded_models_take_the_same_steps(arguments, whole, tmp_path):
+    sharded = arguments("sharded", **{"trainer.strategy": "fsdp", "data.micro_batch_size": 1})
+    for _ in range(3):
+        assert not launch(sharded, 2, die_at_replace=2)
+    assert launch(sharded, 2)
+    assert_same_to_rounding(tmp_path / "sharded", whole)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "sharded" / "student").config.mixer == "gla"
 
 
 def test_another_number_of_ranks_and_another_micro_batch_go_on(arguments, whole, tmp_path):

@@ -97,6 +97,11 @@ class ChunkDataModule(L.LightningDataModule):
         """Micro-batches of a rank in an optimiser step. Raises InputError where the batch does not divide into them."""
         if self.batch_size % ranks:
             raise InputError(f"data.batch_size {self.batch_size} is not divisible by the {ranks} ranks: change either")
+        if self.validation_chunks < ranks:
+            raise InputError(
+                f"data.validation_tokens is {self.validation_chunks} chunks of {self.sequence_length}, fewer than the {ranks} "
+                "ranks: raise it"
+            )
         share = self.batch_size // ranks
         micro = self.micro_batch_size or share
         if share % micro:
@@ -120,12 +125,12 @@ class ChunkDataModule(L.LightningDataModule):
         return _loader(self.chunks.train, sampler)
 
     def val_dataloader(self) -> DataLoader:
-        """The held-out chunks, cut by rank."""
+        """The held-out chunks, cut by rank: as many batches for each, since sharded ranks compute together."""
         ranks = self.trainer.world_size
         per_rank = self.batch_size // ranks // self.accumulation(ranks)
-        mine = range(self.trainer.global_rank, self.validation_chunks, ranks)
-        batches = [list(mine[i : i + per_rank]) for i in range(0, len(mine), per_rank)]
-        return _loader(self.chunks.validation, batches)
+        mine = np.arange(self.trainer.global_rank, self.validation_chunks, ranks)
+        batches = np.array_split(mine, -(-(self.validation_chunks // ranks) // per_rank))
+        return _loader(self.chunks.validation, [batch.tolist() for batch in batches])
 
 
 class SpanSampler(Sampler[list[int]]):

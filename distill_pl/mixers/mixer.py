@@ -136,6 +136,13 @@ class SequenceMixer(nn.Module):
         inputs = self.inputs(hidden, position, None, None)
         return self.op.matrix(**{name: x for name, x in inputs.items() if name not in ("v", "bypass")})
 
+    def matrix_times(self, z: Tensor, hidden: Tensor, position: Position) -> Tensor:
+        """A z [B, T, H, P] for z [1, T, 1, P], the same for every sequence and head; A is never built."""
+        inputs = self.inputs(hidden, position, None, None)
+        inputs.pop("bypass", None)
+        v = inputs["v"]
+        return self.op.mix(**inputs | {"v": z.to(v.dtype).expand(*v.shape[:3], -1)})[0]
+
     def forward(self, hidden_states: Tensor, position_embeddings: Position, attention_mask: Tensor | None = None,
                 past_key_values=None, **unused) -> tuple[Tensor, None]:  # fmt: skip
         """[B, T, D] -> [B, T, D], None: the signature of a transformers attention module.

@@ -95,14 +95,9 @@ def squared_distance(mixer: SequenceMixer, hidden: Tensor, layer: Layer) -> Tens
 
 def probed_distance(mixer: SequenceMixer, hidden: Tensor, layer: Layer, signs: Tensor) -> Tensor:
     """An unbiased estimate of |A_teacher - A_student|_F^2, [B, H], from probes signs [1, T, 1, P] of +1 and -1."""
-
-    def values(like: Tensor) -> Tensor:
-        return signs.to(like.dtype).expand(*like.shape[:3], -1)  # the same probe for every sequence and head
-
-    inputs = mixer.inputs(hidden, layer.position, None, None)
-    inputs.pop("bypass", None)
-    student, _ = mixer.op.mix(**inputs | {"v": values(inputs["v"])})
-    teacher, _ = softmax.mix(layer.query, layer.key, values(layer.key), layer.scale)
+    student = mixer.matrix_times(signs, hidden, layer.position)
+    values = signs.to(layer.key.dtype).expand(*layer.key.shape[:3], -1)
+    teacher, _ = softmax.mix(layer.query, layer.key, values, layer.scale)
     return (teacher.float() - student.float()).square().sum(1).mean(-1)
 
 

@@ -7,6 +7,8 @@ from typing import ClassVar
 import lightning as L
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -15,6 +17,7 @@ from torchmetrics import MeanMetric
 from distill_pl.errors import Diverged, InputError
 from distill_pl.losses import next_token_losses
 from distill_pl.optim import adamw
+from distill_pl.sharding import shard
 from distill_pl.student.modeling import Student
 from distill_pl.teacher import Teacher
 from distill_pl.tokens import Tokens
@@ -86,11 +89,15 @@ class Stage(L.LightningModule):
         """The parameters of the student that this stage trains; all others are frozen."""
 
     def configure_model(self) -> None:
-        """Freeze and unfreeze: before DDP wraps the module, which fixes what it reduces."""
+        """Freeze and unfreeze: before DDP wraps the module, which fixes what it reduces. Under FSDP, cut the models up."""
+        if isinstance(self.student, FSDPModule):
+            return  # by an earlier call
         trained = self.trained()
         self.student.requires_grad_(False)
         for parameter in trained:
             parameter.requires_grad_(True)
+        if self.device_mesh is not None:
+            shard(self.student, self.teacher.model, self.device_mesh["data_parallel"])
 
     def to_device(self) -> None:
         """The teacher follows the student."""
@@ -137,13 +144,14 @@ class Stage(L.LightningModule):
     def configure_gradient_clipping(self, optimizer: Optimizer, *args, **kwargs) -> None:
         """Clip to `clip`; stop before the weights are touched if loss or gradient is not finite."""
         parameters = [p for p in self.student.parameters() if p.grad is not None]
-        self.grad_norm = get_total_norm([p.grad for p in parameters])
+        norm = get_total_norm([p.grad for p in parameters])
+        self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not torch.isfinite(self.grad_norm) or not torch.isfinite(self.values).all():
             raise Diverged(
                 f"{self.name}: not finite at step {self.global_step + 1}, {self.culprit()}; the last checkpoint is intact. "
                 f"Try a smaller {self.name}.lr (now {self.lr:g}), or look at this step's text"
             )
-        clip_grads_with_norm_(parameters, self.clip, self.grad_norm)
+        clip_grads_with_norm_(parameters, self.clip, norm)
 
     @torch.no_grad()
     def culprit(self) -> str:
