@@ -2,14 +2,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-gpu bench-gpu lint typecheck tensorboard clean-quickstart
+.PHONY: help quickstart test constraints test-gpu bench-gpu lint typecheck tensorboard clean-quickstart
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(BIN)/.installed: pyproject.toml
+$(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 quickstart: $(BIN)/.installed  ## set up, train a tiny teacher, distil it into GLA, compare the two (CPU, minutes)
@@ -33,6 +33,12 @@ test-gpu: $(BIN)/.installed  ## the kernels against their matrices, on a GPU (fi
 
 bench-gpu: $(BIN)/.installed  ## errors, time and memory of every mixer's op, on a GPU
 	$(BIN)/python benchmarks/mixing.py
+
+constraints:  ## the newest versions of everything into constraints.txt, from a fresh environment: then make test
+	rm -rf .venv && $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@sed -n '/^#/p' constraints.txt > constraints.new
+	@$(BIN)/pip freeze --exclude-editable --exclude triton | sed -E 's/[+][^ ]*//; s/$$/ ; python_version >= "3.11"/' >> constraints.new
+	@mv constraints.new constraints.txt
 
 lint: $(BIN)/.installed  ## style
 	$(BIN)/ruff check .

@@ -142,7 +142,7 @@ def find(model: str, positions: int) -> str:
     try:
         if model[:1] in "./~" and not Path(model).exists():
             raise OSError("no such folder")
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"model {model!r} cannot be had ({str(error).strip().splitlines()[0][:200]}): give a run folder, a Hugging Face "

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+from transformers import AutoTokenizer, PreTrainedModel, set_seed
 
 from distill_pl import study
 from distill_pl.callbacks import perplexity, say
@@ -20,6 +20,7 @@ from distill_pl.errors import InputError
 from distill_pl.harness import check_tasks, run_tasks
 from distill_pl.run_folder import fingerprint, read_config, write_aside
 from distill_pl.tables import aligned, percent
+from distill_pl.teacher import load_model
 
 
 def evaluate(
@@ -149,9 +150,9 @@ def load(path: str) -> tuple[PreTrainedModel, Any]:
     """A causal language model, on the GPU in bf16 if there is one, and its tokenizer."""
     gpu = torch.cuda.is_available()
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16 if gpu else torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+        model = load_model(path, dtype=torch.bfloat16 if gpu else torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(
             f"model {path!r} cannot be loaded ({str(error).strip().splitlines()[0][:200]}): give a run folder, "
             "a Hugging Face model folder with its tokenizer, or a hub id"

@@ -80,7 +80,7 @@ def run_tasks(
     """
     check_tasks(tasks, data)
     # A cache of our own: datasets' common one tells files apart by time stamp, so it can serve rows since replaced.
-    with _quiet(), tempfile.TemporaryDirectory(prefix="distill_pl-", ignore_cleanup_errors=True) as cache:
+    with _quiet(), _no_metric_scripts(), tempfile.TemporaryDirectory(prefix="distill_pl-", ignore_cleanup_errors=True) as cache:
         from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
         from transformers import set_seed
@@ -92,7 +92,9 @@ def run_tasks(
             loaded["tasks"].update(found["tasks"])
             if data is None:  # from files, the only group is the one that _load makes up
                 loaded["groups"].update(found["groups"])
-        for task in loaded["tasks"].values():
+        for name, task in loaded["tasks"].items():
+            if getattr(task, "UNSAFE_CODE", False):
+                raise InputError(f"tasks={name}: it runs what the model writes as code; name another task")
             task.set_config("num_fewshot", 0)
             task.set_fewshot_seed(seed)
         # A copy of the tokenizer, since HFLM gives it a padding token if it has none.
@@ -139,6 +141,28 @@ def _load(name: str, data: str | Path | None, cache: str) -> dict[str, dict]:
     except Exception as error:  # datasets, huggingface_hub and a task's own code raise errors of no common type
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise InputError(f"tasks={name}: its rows cannot be loaded ({reason}); {remedy}") from error
+
+
+@contextlib.contextmanager
+def _no_metric_scripts() -> Iterator[None]:
+    """Refuse `evaluate.load`, by which some of lm-eval's tasks run a script from the hub or the current folder, unasked."""
+    import evaluate
+
+    refused = []
+
+    def refuse(path: str, *args, **kwargs):
+        refused.append(path)
+        raise RuntimeError(f"no metric {path} from the hub")
+
+    load, evaluate.load = evaluate.load, refuse
+    try:
+        yield
+    except Exception as error:  # lm-eval's or a task's own, after it met the one above
+        if not refused:
+            raise
+        raise InputError(f"tasks: lm-eval would run the script of metric {refused[0]!r} from the hub; name others") from error
+    finally:
+        evaluate.load = load
 
 
 @contextlib.contextmanager

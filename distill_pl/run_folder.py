@@ -120,7 +120,7 @@ def check_run_folder(config: Namespace) -> None:
         if out.exists() and any(path.name != LOCK for path in out.iterdir()):
             raise InputError(f"out {str(out)!r} exists and is no run folder (no config.yaml in it): choose another out")
         return
-    before, now = yaml.safe_load(saved.read_text()), plain(config)
+    before, now = read_config(out), plain(config)
     keys = differing(before, now)
     if keys:
         before, now = flat(before), flat(now)
@@ -162,8 +162,13 @@ def write_config(config: Namespace) -> None:
 
 
 def read_config(out: Path) -> dict[str, Any]:
-    """The configuration a run was made with, nested."""
-    return yaml.safe_load((out / "config.yaml").read_text())
+    """The configuration a run was made with, nested. Raises InputError where that is not plain YAML."""
+    file = out / "config.yaml"
+    try:
+        return yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = " ".join(str(error).split())[:160]
+        raise InputError(f"{file} is damaged or no plain YAML ({text}): mend it, or choose another folder") from error
 
 
 def check_leg(leg: Leg) -> None:

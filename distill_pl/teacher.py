@@ -1,11 +1,13 @@
 """The frozen teacher: one forward pass that yields, layer by layer, what the stages align to."""
 
+import pickle
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AttentionInterface,
@@ -58,28 +60,29 @@ class Teacher:
         if (Path(path).is_dir() or path[:1] in "./~") and not (Path(path) / "config.json").is_file():
             raise InputError(f"teacher {path!r} is no folder with a config.json: give a Hugging Face model folder or a hub id")
         try:
-            self.config = AutoConfig.from_pretrained(path)
+            self.config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise InputError(
                 f"teacher {path!r} is no model folder and could not be had from the hub: give a folder with config.json, "
                 f"or check the id and the network ({_first_line(error)})"
             ) from error
         try:
-            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except Exception as error:  # transformers raises whatever its tokenizer files made it trip over
             raise InputError(
                 f"teacher {path!r} has no usable tokenizer: put tokenizer.json beside its weights ({_first_line(error)})"
             ) from error
         if not getattr(self.tokenizer, "is_fast", False) or len(self.tokenizer) == 0:
             raise InputError(f"teacher {path!r} has no usable tokenizer: put tokenizer.json beside its weights")
+        templates = self.tokenizer.chat_template
+        if odd := [name for name in (templates if isinstance(templates, dict) else ()) if name != Path(name).name]:
+            raise InputError(f"teacher {path!r}: its chat template {odd[0]!r} would be a file elsewhere: rename or delete it")
         if self.tokenizer.eos_token_id is None:
             raise InputError(f"teacher {path!r}: its tokenizer has no eos_token, which separates documents; set one")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
-                )
+                loaded: Any = load_model(path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(
                 f"teacher {path!r} is not a supported decoder, or its weights are missing ({_first_line(error)}): "
@@ -121,6 +124,21 @@ class Teacher:
         for layer in self.layers(input_ids):
             hidden = layer.output
         return self.model.model.norm(hidden)
+
+
+def load_model(path: str, **options) -> Any:
+    """A causal language model from a folder or the hub, running no code that lies there: neither modules nor pickles.
+
+    transformers reads .bin files by `weights_only` even untold; its own words on one it refuses recommend to switch that off.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, weights_only=True, **options)
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
+        files = sorted(str(file) for file in Path(path).glob("*") if file.suffix in (".safetensors", ".bin"))
+        raise InputError(
+            f"{', '.join(files) or path}: weights that are damaged, of other shapes, or no plain tensors but code, which was "
+            f"not run ({type(error).__name__}): get them again from a source you trust, best as safetensors"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -64,7 +64,7 @@ class Student(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: StudentConfig):
         super().__init__(config)
-        decoder = AutoModel.from_config(teacher_config(config))
+        decoder = AutoModel.from_config(teacher_config(config), trust_remote_code=False)
         kept = copy.copy(config)
         kept.shape, kept.rope = "copyable", None
         for index, layer in enumerate(decoder.layers):

@@ -1,0 +1,204 @@
+"""Nothing that comes from outside is run, and no name leads out of the folder that the user named."""
+
+import io
+import json
+import os
+import pickle
+from contextlib import redirect_stderr
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from distill_pl import evaluate as evaluation
+from distill_pl.cli import main
+from distill_pl.errors import InputError
+from distill_pl.harness import run_tasks
+from distill_pl.teacher import Teacher
+
+
+@pytest.fixture
+def trap(tmp_path, monkeypatch) -> Path:
+    """A file that every piece of foreign code below makes when it runs; the current folder is a fresh one beside it."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # must not open the door that is shut
+    monkeypatch.setenv("HF_DATASETS_TRUST_REMOTE_CODE", "1")
+    monkeypatch.setattr("builtins.input", lambda *args: "y")  # nobody is asked whether to trust
+    yield tmp_path / "sprung"
+    assert not (tmp_path / "sprung").exists()
+
+
+class Evil:
+    """Makes a folder when unpickled."""
+
+    def __init__(self, trap: Path):
+        self.trap = trap
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trap),)
+
+
+def poison(file: Path, trap: Path, form: str) -> None:
+    """A pickle that springs the trap, bare or as torch saves it."""
+    file.write_bytes(pickle.dumps({"global_step": Evil(trap)}))
+    if form == "torch":
+        torch.save({"global_step": Evil(trap)}, file)
+
+
+def copy(folder: Path, to: Path) -> Path:
+    to.mkdir()
+    for file in folder.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    return to
+
+
+def refused(*args: str | Path) -> str:
+    """The one line that `distill-pl` ends with, exit code 2."""
+    with redirect_stderr(io.StringIO()) as error, pytest.raises(SystemExit) as exit:
+        main([str(arg) for arg in args])
+    lines = [line for line in error.getvalue().strip().splitlines() if not line.startswith("chunks: ")]
+    assert exit.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.fixture
+def fit(teacher_folder, corpus, tmp_path):
+    """`fit(**keys)` -> the command line of a run of two steps in tmp_path/run."""
+    keys = {
+        "out": tmp_path / "run", "teacher": teacher_folder, "data.dataset": corpus, "data.cache": tmp_path / "cache",
+        "tokens": 256, "data.sequence_length": 32, "data.batch_size": 4, "data.validation_tokens": 64,
+        "trainer.accelerator": "cpu",
+    }  # fmt: skip
+    return lambda **ours: ["fit", *(f"--{key}={value}" for key, value in (keys | ours).items())]
+
+
+def test_the_trap_springs(tmp_path):
+    """What the other tests rest on."""
+    for form in ("bare", "torch"):
+        trap = tmp_path / form
+        poison(tmp_path / "file", trap, form)
+        with (tmp_path / "file").open("rb") as file:
+            torch.load(file, weights_only=False) if form == "torch" else pickle.load(file)
+        assert trap.exists()
+
+
+@pytest.mark.parametrize("form", ["bare", "torch"])
+def test_checkpoint_with_code(fit, trap, tmp_path, form):
+    main(fit())
+    for file in (tmp_path / "run" / "student").iterdir():
+        file.unlink()
+    (tmp_path / "run" / "student").rmdir()
+    (tmp_path / "run" / "3_kd" / "student.safetensors").unlink()
+    checkpoint = tmp_path / "run" / "3_kd" / "last.ckpt"
+    poison(checkpoint, trap, form)
+    line = refused(*fit())
+    assert str(checkpoint) in line and "delete it" in line
+
+
+@pytest.mark.parametrize("form", ["bare", "torch"])
+def test_weights_with_code(teacher_folder, fit, trap, tmp_path, form):
+    folder = copy(teacher_folder, tmp_path / "teacher")
+    (folder / "model.safetensors").unlink()
+    for command in [fit(teacher=folder), ["generate", folder], ["bench", folder, "--lengths=4"]]:
+        poison(folder / "pytorch_model.bin", trap, form)
+        line = refused(*command)
+        assert str(folder / "pytorch_model.bin") in line and "safetensors" in line and "weights_only" not in line
+    model = AutoModelForCausalLM.from_pretrained(teacher_folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")  # honest ones are read
+    assert torch.equal(Teacher(str(folder)).head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("known", [True, False])
+def test_folder_with_code(teacher_folder, fit, trap, tmp_path, file, known):
+    """Where transformers knows the architecture its own classes serve; elsewhere the folder is refused."""
+    folder = copy(teacher_folder, tmp_path / "teacher")
+    (folder / "evil.py").write_text(f"import os\nos.mkdir({str(trap)!r})\n")
+    config = json.loads((folder / file).read_text())
+    classes = ["AutoConfig", "AutoModel", "AutoModelForCausalLM"]
+    config["auto_map"] = {"AutoTokenizer": ["evil.T", "evil.T"], **dict.fromkeys(classes, "evil.C")}
+    config |= {} if known else {"model_type": "evil", "tokenizer_class": "Evil"}
+    (folder / file).write_text(json.dumps(config))
+    if known:
+        Teacher(str(folder))
+        evaluation.load(str(folder))
+        return
+    if file == "config.json":
+        for command in [fit(teacher=folder), ["generate", folder], ["bench", folder]]:
+            assert str(folder) in refused(*command)
+    else:
+        assert str(folder) in refused(*fit(teacher=folder))
+
+
+def test_student_whose_teacher_has_code(teacher, trap, tmp_path):
+    """A student's config.json carries its teacher's, auto_map and all."""
+    from distill_pl.student.factory import StudentFactory
+
+    folder = tmp_path / "student"
+    StudentFactory().build(teacher, 0).save_pretrained(folder)
+    teacher.tokenizer.save_pretrained(folder)
+    (folder / "evil.py").write_text(f"import os\nos.mkdir({str(trap)!r})\n")
+    config = json.loads((folder / "config.json").read_text())
+    config["teacher"] |= {"auto_map": {"AutoModel": "evil.C", "AutoConfig": "evil.C"}, "_name_or_path": str(folder)}
+    (folder / "config.json").write_text(json.dumps(config))
+    evaluation.load(str(folder))
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.parquet", "train.txt", "train.pkl", "train.pt", "train.py"])
+def test_text_with_code(fit, trap, tmp_path, name):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    poison(folder / name, trap, "bare")
+    if name.endswith(".py"):
+        (folder / name).write_text(f"import os\nos.mkdir({str(trap)!r})\n")
+    assert "data.dataset" in refused(*fit(**{"data.dataset": folder}))
+
+
+def test_yaml_with_code(fit, trap, tmp_path):
+    evil = f"!!python/object/apply:os.mkdir [{str(trap)!r}]"
+    config = tmp_path / "config.yaml"
+    config.write_text(f"teacher: {evil}\n")
+    refused("fit", f"--config={config}", "--out=run", "--teacher=x")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(f"out: {evil}\n")
+    for command in [fit(), ["evaluate", tmp_path / "run"], ["report", tmp_path / "run"]]:
+        assert str(tmp_path / "run") in refused(*command)
+
+
+def test_metric_with_code(teacher, trap, tmp_path):
+    """Some tasks of lm-eval fetch their metric as a script, by a name that a folder here may bear as well."""
+    (tmp_path / "here" / "code_eval").mkdir()
+    (tmp_path / "here" / "code_eval" / "code_eval.py").write_text(f"import os\nos.mkdir({str(trap)!r})\n")
+    (tmp_path / "humaneval.jsonl").write_text('{"prompt": "def f():", "test": "", "entry_point": "f", "task_id": 0}\n')
+    with pytest.raises(InputError, match="humaneval|code_eval"):
+        run_tasks(teacher.model, teacher.tokenizer, ["humaneval"], data=tmp_path)
+
+
+def test_names_stay_inside(teacher_folder, corpus, fit, tmp_path, monkeypatch):
+    """Whatever a model, task, data set or chat template is called: files are made in the folders named and nowhere else."""
+    here = tmp_path / "a" / "b" / "here"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    model = copy(teacher_folder, tmp_path / "a" / "x")
+    before = set(tmp_path.rglob("*"))
+    monkeypatch.setattr(evaluation, "run_tasks", lambda *args, **kwargs: {"piqa": {"acc": 1.0, "acc_stderr": 0.1, "n": 1}})
+    for name in ("../../x", "./../../x", f"{model}/", "../../../a/x"):
+        main(["evaluate", name, "--tasks=piqa"])
+    made = set(tmp_path.rglob("*")) - before
+    assert made and all(file.is_relative_to(here / "eval") and file.parent in (here, here / "eval") for file in made)
+
+    for task in ("../../x", "/etc/passwd", "..", str(model)):
+        assert "no such task" in refused("evaluate", "../../x", f"--tasks={task}")
+
+    text = tmp_path / "a" / "...jsonl"
+    text.write_bytes((corpus / "train.jsonl").read_bytes())
+    main(fit(**{"data.dataset": text}))
+    allowed = [here / "eval", tmp_path / "run", tmp_path / "cache", text]
+    assert all(any(file.is_relative_to(home) for home in allowed) for file in set(tmp_path.rglob("*")) - before)
+
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config["chat_template"] = [{"name": "default", "template": ""}, {"name": "../../../../gone", "template": "x"}]
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    assert "gone" in refused(*fit(teacher=model, out=tmp_path / "run2"))
