@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any, NamedTuple
 
 import torch
@@ -69,8 +70,10 @@ def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
         os.replace(aside, path)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
         aside.unlink(missing_ok=True)
+        home = next(folder for folder in path.absolute().parents if folder.exists())
         raise InputError(
-            f"cannot write {path} ({str(error).splitlines()[0]}): free some space or permit it; "
+            f"cannot write {path} ({str(error).splitlines()[0]}; {disk_usage(home).free / 1e6:.0f} MB are free there): free "
+            "some space or permit it; "
             "what was there before is intact, run the same command again to go on"
         ) from error
 
