@@ -110,7 +110,7 @@ def check_run_folder(config: Namespace) -> None:
         raise InputError(f"out {str(out)!r} cannot be written: {home} is no folder or not permitted; choose another out")
     saved = out / "config.yaml"
     if not saved.is_file():
-        if out.exists() and any(out.iterdir()):
+        if out.exists() and any(file.name != "config.yaml.new" for file in out.iterdir()):  # rank 0 may be writing that
             raise InputError(f"out {str(out)!r} exists and is no run folder (no config.yaml in it): choose another out")
         return
     before, now = yaml.safe_load(saved.read_text()), plain(config)
