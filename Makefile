@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test constraints test-gpu bench-gpu lint typecheck tensorboard clean-quickstart
+.PHONY: help quickstart test constraints test-gpu test-slurm bench-gpu lint typecheck tensorboard clean-quickstart
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ test: $(BIN)/.installed  ## set up and run all tests
 
 test-gpu: $(BIN)/.installed  ## the kernels against their matrices, on a GPU (first time: minutes of tuning)
 	$(BIN)/python -m pytest -q tests/gpu
+
+test-slurm: $(BIN)/.installed  ## the batch scripts on a Slurm set up for it (apt install slurmctld slurmd slurm-client munge)
+	$(BIN)/python -m pytest -q -m slurm tests/slurm
 
 bench-gpu: $(BIN)/.installed  ## errors, time and memory of every mixer's op, on a GPU
 	$(BIN)/python benchmarks/mixing.py

@@ -1,6 +1,8 @@
 """What a person sees of a running stage: a console line now and then, and TensorBoard with tokens on its x-axis."""
 
 import math
+import signal
+import sys
 import time
 
 import lightning as L
@@ -38,6 +40,21 @@ def perplexities(losses: dict[str, float]) -> str:
     return f"perplexity {perplexity(losses['student_ce']):.4g}{teacher}"
 
 
+def leave_on_sigterm(trainer: L.Trainer) -> None:
+    """Until the stage is over, leave on SIGTERM as on Ctrl-C: what is on disk is whole at any moment.
+
+    Lightning's own handler broadcasts, which breaks into the collective that is under way: ranks that are all signalled at
+    once, as by Slurm, crash or hang.
+    """
+
+    def leave(*_) -> None:
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signal.SIGTERM)  # the ranks that it started
+        sys.exit(1)
+
+    signal.signal(signal.SIGTERM, leave)
+
+
 class Monitor(Callback):
     """Reports a stage, and checks at its first validation that it starts from where the one before it ended.
 
@@ -56,6 +73,7 @@ class Monitor(Callback):
 
     def on_train_start(self, trainer: L.Trainer, stage: Stage) -> None:
         """Start the clocks."""
+        leave_on_sigterm(trainer)  # a resumed stage starts here, without the validation at step 0
         self.first_step = self.logged_step = trainer.global_step
         self.began = self.logged_at = time.monotonic()
 
@@ -97,7 +115,8 @@ class Monitor(Callback):
         return steps * self.tokens_per_step / max(seconds, 1e-9)
 
     def on_validation_start(self, trainer: L.Trainer, stage: Stage) -> None:
-        """Stop the clocks: tokens/s is of training."""
+        """Stop the clocks: tokens/s is of training. A stage's first hook once Lightning has installed its signal handlers."""
+        leave_on_sigterm(trainer)
         self.paused_at = time.monotonic()
 
     def write(self, trainer: L.Trainer, scalars: dict[str, float]) -> None:

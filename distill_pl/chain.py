@@ -160,10 +160,11 @@ def run_stage(config: Namespace, leg: Leg, stage: Stage, data: ChunkDataModule, 
     with contextlib.suppress(SystemExit):  # how Lightning leaves on Ctrl-C and SIGTERM: silently, the latter with code 0
         trainer.fit(stage, datamodule=data, ckpt_path=leg.checkpoint if resume else None, weights_only=True)
     if trainer.global_step < leg.steps:
-        raise SystemExit(
+        stopped = (
             f"distill-pl: {leg.name} was stopped at step {trainer.global_step:,}: run the same command again to go on from "
             + ("its last checkpoint" if leg.checkpoint.is_file() else "its beginning")
         )
+        raise SystemExit(stopped if trainer.is_global_zero else 1)
     if stage.validated_at != leg.steps:
         trainer.validate(stage, datamodule=data, verbose=False)
     student = whole(stage.student) if isinstance(stage.student, FSDPModule) else stage.student

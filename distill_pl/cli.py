@@ -2,8 +2,10 @@
 
 import difflib
 import inspect
+import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -122,6 +124,8 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         DistillCLI(args)
     except (InputError, Diverged) as error:
+        if int(os.environ.get("SLURM_PROCID", 0)):
+            time.sleep(5)  # what every rank trips over is rank 0's to say: srun ends the others as soon as one has failed
         print(f"distill-pl: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 

@@ -36,7 +36,8 @@ from distill_pl.tokens import Tokens
 
 # keys that may differ between a run's start and its resumption: they change where and how visibly it runs, not its result
 FREE = {"out", "data.cache", "data.micro_batch_size", "student.backend", "checkpoint_every", "validate_every"}
-LOCK = ".lock"
+LOCK, HOLDER = ".lock", ".locked_by"
+BEGINNING = {LOCK, HOLDER, "config.yaml.new"}  # there before config.yaml is, which makes a folder a run's
 BOUND_TRAINER_KEYS = {"trainer.precision", "trainer.limit_val_batches"}
 
 
@@ -120,7 +121,7 @@ def check_run_folder(config: Namespace) -> None:
         raise InputError(f"out {str(out)!r} cannot be written: {home} is no folder or not permitted; choose another out")
     saved = out / "config.yaml"
     if not saved.is_file():
-        if out.exists() and any(path.name != LOCK for path in out.iterdir()):
+        if out.exists() and any(path.name not in BEGINNING for path in out.iterdir()):
             raise InputError(f"out {str(out)!r} exists and is no run folder (no config.yaml in it): choose another out")
         return
     before, now = read_config(out), plain(config)
@@ -141,7 +142,7 @@ def sole_user(out: Path, rank: int) -> Iterator[None]:
         yield
         return
     out.mkdir(parents=True, exist_ok=True)
-    lock, note = FileLock(out / LOCK), out / (LOCK + "ed_by")
+    lock, note = FileLock(out / LOCK), out / HOLDER
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -245,6 +245,9 @@ def test_out_of_another_run(finished, arguments, tmp_path):
     line = refused(arguments(**{"kd.lr": 1e-3, "student.retention": 0.9}))
     assert "kd.lr 0.0003 -> 0.001" in line and "student.retention 0.982 -> 0.9" in line
     fit_here(arguments(**{"trainer.log_every_n_steps": 7, "validate_every": "1k"}))  # these cannot matter
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.yaml.new").write_text("out")  # killed there, or another rank is writing it
+    fit_here(arguments("begun"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("dear")
     assert "is no run folder" in refused(arguments("full"))
