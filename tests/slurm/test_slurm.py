@@ -290,9 +290,9 @@ def test_table_2(slurm, options, tmp_path, monkeypatch):
     assert sorted(names) == sorted(TABLE_2) and f"--array=0-{len(names) - 1}\n" in script.read_text()
 
     tasks = {name: names.index(name) for name in ("gla", "retnet")}
-    array = slurm.submit(
-        f"--array={','.join(map(str, tasks.values()))}", "--output=table2-%a.out", "configs/slurm/table2.sbatch", *options()
-    )
+    indices = ",".join(map(str, tasks.values()))
+    keys = options(**{"data.cache": slurm.home / "cache"})  # a new one, which both want to fill
+    array = slurm.submit(f"--array={indices}", "--output=table2-%a.out", "configs/slurm/table2.sbatch", *keys)
     for name in tasks:
         wait_for(lambda folder=slurm.home / "runs" / name / "3_kd": saved_step(folder) > 0, f"start of {name}", seconds=90)
     jobs = {name: f"{array}_{task}" for name, task in tasks.items()}
@@ -306,5 +306,5 @@ def test_table_2(slurm, options, tmp_path, monkeypatch):
     assert (ends[last]["Restarts"], ends[other]["Restarts"]) == ("1", "0")
 
     monkeypatch.chdir(tmp_path)
-    main(["fit", "--config", str(REPOSITORY / "experiments" / f"{last}.yaml"), *options()])
+    main(["fit", "--config", str(REPOSITORY / "experiments" / f"{last}.yaml"), *keys])
     assert_same(slurm.home / "runs" / last, tmp_path / "runs" / last)
