@@ -180,8 +180,8 @@ def known(file: Path, settings: dict[str, Any]) -> list[Row]:
 
 def open_model(model: str, source: str, seed: int, positions: int) -> PreTrainedModel:
     """What `find` found at `source`, on the GPU in bf16 if there is one; says so where it is not made for `positions`."""
-    teacher, gpu = smollm_360m(), torch.cuda.is_available()
     if source == RANDOM:
+        teacher, gpu = smollm_360m(), torch.cuda.is_available()
         # a softmax student is exported as its teacher's class, too
         config = teacher.config if model == "softmax" else StudentFactory(model).config(teacher)
         set_seed(seed)

@@ -58,7 +58,8 @@ def fit(config: Namespace) -> None:
     for leg in legs:
         check_leg(leg)
     data = ChunkDataModule(**config.data)
-    data.accumulation(trainer_for(config).world_size)
+    probe = trainer_for(config)
+    accumulation = data.accumulation(probe.world_size)
 
     exact = legs[0].name == "matrix_mixing" and config.matrix_mixing.estimator == "exact"
     if exact and config.trainer.strategy == "fsdp":  # ranks gather a mixer's slices once a sequence, and may hold out one more
@@ -79,7 +80,7 @@ def fit(config: Namespace) -> None:
     stages = [STAGES[leg.name](student, teacher, **config[leg.name]) for leg in legs]
     describe(config, teacher, student, legs)
     data.prepare(legs[-1].first + legs[-1].steps * config.data.batch_size)
-    with sole_user(Path(config.out), trainer_for(config).global_rank):
+    with sole_user(Path(config.out), probe.global_rank):
         write_config(config)
 
         expected: float | str | None = "teacher" if factory.is_teacher else None
@@ -88,7 +89,7 @@ def fit(config: Namespace) -> None:
                 say(f"{leg.name} is done: {leg.weights}")
             else:
                 stage.student = student
-                student = run_stage(config, leg, stage, data, expected)
+                student = run_stage(config, leg, stage, data, accumulation, expected)
             load_student(student, leg)
             expected = read_metrics(leg.weights)["student_ce"]
         export(config, legs, student, teacher)
@@ -125,7 +126,8 @@ def plan(config: Namespace) -> list[Leg]:
     return legs
 
 
-def run_stage(config: Namespace, leg: Leg, stage: Stage, data: ChunkDataModule, expected: float | str | None) -> Student:
+def run_stage(config: Namespace, leg: Leg, stage: Stage, data: ChunkDataModule, accumulation: int,
+              expected: float | str | None) -> Student:  # fmt: skip
     """Train one stage to its end, from its checkpoint if it has one, and leave the student's weights in its folder.
 
     Returns the student, unsharded; where the ranks had a slice each, of its weights only rank 0's are right.
@@ -135,7 +137,6 @@ def run_stage(config: Namespace, leg: Leg, stage: Stage, data: ChunkDataModule, 
     done = torch.load(leg.checkpoint, mmap=True, weights_only=True)["global_step"] if resume else 0
     data.assign(leg.first, leg.steps)
     before = leg.first * config.data.sequence_length
-    accumulation = data.accumulation(trainer_for(config).world_size)
     trainer = trainer_for(
         config,
         max_steps=leg.steps,

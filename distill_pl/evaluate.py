@@ -69,8 +69,9 @@ def evaluate(
             results[label] = found if texts is None or label != model else found | {"teacher": runs[model]["teacher"]}
         if model in runs and limit is None:
             add_results(Path(path), found)
-    say("\n" + table(results))
-    if "kept" in table(results):
+    text = table(results)
+    say("\n" + text)
+    if "kept" in text:
         say("kept: of the teacher's average margin over guessing")
 
 
