@@ -1,17 +1,17 @@
 """The paper's equations 5 to 8, each a plain function.
 
-Shape letters: B batch, T time, H heads, D hidden, V here the vocabulary.
+Shape letters: B batch, T time, H heads, D hidden, N = B T, V here the vocabulary.
 """
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, log_softmax
-from torch.utils.checkpoint import checkpoint
+from torch.nn.functional import log_softmax
 
-TOKENS_AT_ONCE = 1024  # logits exist for this many tokens only
+from distill_pl.compiling import compiled_on_gpu
+
+TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 4096}  # logits exist for this many tokens only; more fill a GPU, fewer a cache
 
 
 def matrix_distance(squared: Tensor, length: int, norm: Literal["frobenius", "mse"]) -> Tensor:
@@ -31,46 +31,87 @@ def hidden_distance(student: Tensor, teacher: Tensor) -> Tensor:
     return (squared + 1e-12).sqrt().mean()
 
 
-def next_token_losses(
+def next_token_loss(
     tokens: Tensor,
     student_hidden: Tensor,
-    student_head: nn.Module,
+    student_head: nn.Linear,
     teacher_hidden: Tensor | None = None,
-    teacher_head: nn.Module | None = None,
+    teacher_head: nn.Linear | None = None,
+    alpha: float = 1.0,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The two terms of Eq. 5: next-token cross-entropy, and Eq. 6's KL(teacher || student), per-token means in nats.
+    """Eq. 5, CE + alpha KL, with a gradient; and [CE, KL] without: of the next token, per-token means in nats.
+
+    CE is cross-entropy with the text, KL is Eq. 6's KL(teacher || student) of the distributions softened by `temperature`,
+    times its square, so that its gradient keeps its size (Hinton et al., 2015); 0 without a teacher.
 
     tokens [B, T]; hidden states [B, T, D] after the final norm; heads map D to V. Both means run over the same B (T - 1)
-    predictions. The KL is of the distributions softened by `temperature`, times its square, so that its gradient keeps its
-    size (Hinton et al., 2015); 0 without a teacher. [B, T, V] never exists: logits are made for a piece of the tokens at a
-    time, and again in the backward pass.
+    predictions. [B, T, V] never exists: logits are made for some of the tokens at a time and, since their gradient follows from
+    themselves, so are the gradients of hidden states and head. Nothing is computed a second time in the backward pass.
     """
-    labels = tokens[:, 1:].flatten()
+    labels = torch.cat([tokens[:, 1:], tokens.new_full((len(tokens), 1), -1)], 1).flatten()  # -1: nothing to predict
+    return _NextTokenLoss.apply(
+        student_hidden.flatten(0, 1), student_head.weight, labels, tokens[:, 1:].numel(),
+        None if teacher_hidden is None else teacher_hidden.flatten(0, 1),
+        None if teacher_head is None else teacher_head.weight,
+        alpha, temperature, torch.is_grad_enabled(),
+    )  # fmt: skip
 
-    def pieces(hidden: Tensor | None) -> tuple[Tensor | None, ...]:
-        count = -(-len(labels) // TOKENS_AT_ONCE)
-        return (None,) * count if hidden is None else hidden[:, :-1].flatten(0, 1).split(TOKENS_AT_ONCE)
 
-    def sums(student: Tensor, teacher: Tensor | None, target: Tensor) -> Tensor:
-        logits = student_head(student).float()
-        ce = cross_entropy(logits, target, reduction="sum")
-        if teacher is None or teacher_head is None:
-            return torch.stack([ce, torch.zeros_like(ce)])
-        with torch.no_grad():
-            log_p = log_softmax(teacher_head(teacher).float() / temperature, -1)
-        log_q = log_softmax(logits / temperature, -1)
-        kl = (log_p.exp() * (log_p - log_q)).sum() * temperature**2
-        return torch.stack([ce, kl])
+class _NextTokenLoss(torch.autograd.Function):
+    """`next_token_loss` over hidden [N, D], head [V, D] and labels [N], with its gradients made in the forward pass."""
 
-    run: Callable = sums
-    if torch.is_grad_enabled():
+    @staticmethod
+    def forward(ctx, hidden, head, labels, count, teacher_hidden, teacher_head, alpha, temperature, differentiate):
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        weight = head.to(dtype)
+        need_hidden, need_head = (need and differentiate for need in ctx.needs_input_grad[:2])
+        d_hidden = torch.empty_like(hidden) if need_hidden else None
+        d_head = torch.zeros_like(head) if need_head else None
+        total = torch.zeros(2, device=hidden.device)
+        pieces = -(-len(labels) // TOKENS_AT_ONCE.get(device, 4096))
+        for rows in torch.arange(len(labels)).tensor_split(pieces):
+            rows = slice(int(rows[0]), int(rows[-1]) + 1)
+            x, expected = hidden[rows].to(dtype), None
+            if teacher_hidden is not None:
+                expected = teacher_hidden[rows].to(teacher_head.dtype) @ teacher_head.mT
+            terms, d_logits = _terms(x @ weight.mT, expected, labels[rows], alpha, temperature)
+            total += terms
+            if need_hidden:
+                d_hidden[rows] = d_logits @ weight
+            if need_head:
+                d_head += d_logits.mT @ x
+        ctx.count = count
+        ctx.save_for_backward(d_hidden, d_head)
+        parts = total / count
+        ctx.mark_non_differentiable(parts)
+        return parts[0] + alpha * parts[1], parts
 
-        def run(*piece):
-            return checkpoint(sums, *piece, use_reentrant=False, preserve_rng_state=False)
+    @staticmethod
+    def backward(ctx, grad, _):
+        d_hidden, d_head = ctx.saved_tensors
+        grad = grad / ctx.count
+        return *(d if d is None else d * grad.to(d.dtype) for d in (d_hidden, d_head)), *[None] * 7
 
-    total = torch.zeros(2, device=tokens.device)
-    for piece in zip(pieces(student_hidden), pieces(teacher_hidden), labels.split(TOKENS_AT_ONCE), strict=True):
-        total = total + run(*piece)
-    ce, kl = total / len(labels)
-    return ce, kl
+
+@compiled_on_gpu
+def _terms(logits: Tensor, expected: Tensor | None, labels: Tensor, alpha: float, temperature: float) -> tuple[Tensor, Tensor]:
+    """Sums over tokens of CE and KL, [2] in fp32, and the gradient of CE + alpha KL with respect to the logits.
+
+    logits and the teacher's, `expected`, [N, V]; labels [N], -1 where the token does not count.
+    """
+    counts = labels >= 0
+    hit = torch.arange(logits.shape[-1], device=logits.device) == labels[:, None]
+    log_q = log_softmax(logits.float(), -1)
+    ce = -torch.where(hit, log_q, 0).sum()
+    gradient = log_q.exp() - hit.float()
+    kl = torch.zeros_like(ce)
+    if expected is not None:
+        log_p = log_softmax(expected.float() / temperature, -1)
+        if temperature != 1:
+            log_q = log_softmax(logits.float() / temperature, -1)
+        p = log_p.exp()
+        kl = ((p * (log_p - log_q)).sum(-1) * counts).sum() * temperature**2
+        gradient = gradient + alpha * temperature * (log_q.exp() - p)
+    return torch.stack([ce, kl]), torch.where(counts[:, None], gradient, 0).to(logits.dtype)

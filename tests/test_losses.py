@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import distill_pl.losses
-from distill_pl.losses import hidden_distance, matrix_distance, next_token_losses
+from distill_pl.losses import hidden_distance, matrix_distance, next_token_loss
 
 ROWS, LENGTH, HIDDEN, VOCAB = 3, 9, 8, 23
 
@@ -32,43 +32,50 @@ def whole(tokens: Tensor, student_logits: Tensor, teacher_logits: Tensor, temper
     return ce, kl
 
 
-@pytest.mark.parametrize("at_once", [1, 5, 8, 24, 1024])  # there are 24 predictions
+@pytest.mark.parametrize("at_once", [1, 5, 9, 27, 1024])  # there are 27 positions, 24 with a prediction
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_losses_and_gradients_are_those_of_whole_logits(monkeypatch, at_once, temperature):
-    monkeypatch.setattr(distill_pl.losses, "TOKENS_AT_ONCE", at_once)
+def test_loss_and_its_gradients_are_those_of_whole_logits(monkeypatch, at_once, temperature):
+    monkeypatch.setitem(distill_pl.losses.TOKENS_AT_ONCE, "cpu", at_once)
     tokens, student, head, teacher, teacher_head = make()
+    leaves = [student, head.weight]
     expected = whole(tokens, head(student), teacher_head(teacher), temperature)
-    got = next_token_losses(tokens, student, head, teacher, teacher_head, temperature)
-    for value, reference in zip(got, expected, strict=True):
-        assert reference > 0.1
-        torch.testing.assert_close(value, reference, rtol=1e-5, atol=0)
-        leaves = [student, head.weight]
-        gradients = [torch.autograd.grad(loss, leaves, retain_graph=True) for loss in (value, reference)]
-        for gradient, correct in zip(*gradients, strict=True):
-            torch.testing.assert_close(gradient, correct, rtol=1e-5, atol=1e-7)
+    assert min(expected) > 0.1
+    for alpha in (0.0, 0.7, 2.0):
+        loss, parts = next_token_loss(tokens, student, head, teacher, teacher_head, alpha, temperature)
+        reference = expected[0] + alpha * expected[1]
+        torch.testing.assert_close(loss, reference, rtol=1e-5, atol=0)
+        torch.testing.assert_close(parts, torch.stack(expected), rtol=1e-5, atol=0)
+        for weight in (1.0, 0.3):  # as where gradients of micro-batches add up
+            gradients = [torch.autograd.grad(weight * x, leaves, retain_graph=True) for x in (loss, reference)]
+            for gradient, correct in zip(*gradients, strict=True):
+                torch.testing.assert_close(gradient, correct, rtol=1e-5, atol=1e-7)
     with torch.no_grad():
-        for value, reference in zip(
-            next_token_losses(tokens, student, head, teacher, teacher_head, temperature), expected, strict=True
-        ):
-            torch.testing.assert_close(value, reference, rtol=1e-5, atol=0)
+        _, parts = next_token_loss(tokens, student, head, teacher, teacher_head, temperature=temperature)
+    torch.testing.assert_close(parts, torch.stack(expected), rtol=1e-5, atol=0)
 
 
 def test_logits_of_all_tokens_never_exist(monkeypatch):
-    monkeypatch.setattr(distill_pl.losses, "TOKENS_AT_ONCE", 5)
+    monkeypatch.setitem(distill_pl.losses.TOKENS_AT_ONCE, "cpu", 5)
     tokens, student, head, teacher, teacher_head = make()
     seen = []
-    for module in (head, teacher_head):
-        module.register_forward_hook(lambda module, inputs, logits: seen.append(logits.shape))
-    sum(next_token_losses(tokens, student, head, teacher, teacher_head)).backward()
-    assert seen and all(shape.numel() <= 5 * VOCAB for shape in seen)
+    terms = distill_pl.losses._terms
+    monkeypatch.setattr(distill_pl.losses, "_terms", lambda *args: (seen.extend(args[:2]), terms(*args))[1])
+    next_token_loss(tokens, student, head, teacher, teacher_head)[0].backward()
+    assert seen and all(logits.numel() <= 5 * VOCAB for logits in seen)
 
 
 def test_without_a_teacher_there_is_cross_entropy_alone():
     tokens, student, head, teacher, teacher_head = make()
-    ce, kl = next_token_losses(tokens, student, head)
-    assert kl == 0
-    torch.testing.assert_close(ce, next_token_losses(tokens, student, head, teacher, teacher_head)[0])
-    assert torch.autograd.grad(ce + kl, head.weight)[0].abs().max() > 0
+    loss, (ce, kl) = next_token_loss(tokens, student, head)
+    assert kl == 0 and loss == ce
+    torch.testing.assert_close(ce, next_token_loss(tokens, student, head, teacher, teacher_head)[1][0])
+    assert torch.autograd.grad(loss, head.weight)[0].abs().max() > 0
+
+
+def identity(size: int) -> nn.Linear:
+    head = nn.Linear(size, size, bias=False)
+    nn.init.eye_(head.weight)
+    return head
 
 
 def distributions(*rows: list[float]) -> Tensor:
@@ -78,34 +85,37 @@ def distributions(*rows: list[float]) -> Tensor:
 
 def test_kl_is_of_the_teacher_from_the_student():
     sure, even = [0.9, 0.1], [0.5, 0.5]
-    tokens, head = torch.zeros(1, 2, dtype=torch.long), nn.Identity()
-    _, kl = next_token_losses(tokens, distributions(even), head, distributions(sure), head)
+    tokens, head = torch.zeros(1, 2, dtype=torch.long), identity(2)
+    _, (_, kl) = next_token_loss(tokens, distributions(even), head, distributions(sure), head)
     assert kl.item() == pytest.approx(0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5), rel=1e-5)
-    _, reverse = next_token_losses(tokens, distributions(sure), head, distributions(even), head)
+    _, (_, reverse) = next_token_loss(tokens, distributions(sure), head, distributions(even), head)
     assert reverse.item() == pytest.approx(0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1), rel=1e-5)
 
 
 def test_each_position_predicts_the_next_token():
-    head = nn.Identity()
+    head = identity(3)
     certain = distributions([1 - 2e-6, 1e-6, 1e-6], [1e-6, 1 - 2e-6, 1e-6])
     right, wrong = torch.tensor([[2, 0, 1]]), torch.tensor([[0, 1, 2]])
-    assert next_token_losses(right, certain, head)[0].item() < 1e-5
-    assert next_token_losses(wrong, certain, head)[0].item() > 10
+    assert next_token_loss(right, certain, head)[0].item() < 1e-5
+    assert next_token_loss(wrong, certain, head)[0].item() > 10
 
 
 def test_kl_of_equals_is_zero_with_a_zero_gradient():
     tokens, _, _, hidden, head = make()
     student = hidden.clone().requires_grad_(True)
-    _, kl = next_token_losses(tokens, student, head, hidden, head, temperature=2.0)
+    _, (_, kl) = next_token_loss(tokens, student, head, hidden, head, temperature=2.0)
     assert abs(kl.item()) < 1e-6
-    assert torch.autograd.grad(kl, student)[0].abs().max() < 1e-6
+    gradients = [
+        torch.autograd.grad(next_token_loss(tokens, student, head, hidden, head, alpha, 2.0)[0], student)[0] for alpha in (0, 1)
+    ]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-6)  # of the cross-entropy alone
 
 
 def test_losses_are_means_over_tokens():
     tokens, student, head, teacher, teacher_head = make()
-    once = next_token_losses(tokens, student, head, teacher, teacher_head)
+    once = next_token_loss(tokens, student, head, teacher, teacher_head)
     twice = [x.repeat(2, *[1] * (x.ndim - 1)) for x in (tokens, student, teacher)]
-    again = next_token_losses(twice[0], twice[1], head, twice[2], teacher_head)
+    again = next_token_loss(twice[0], twice[1], head, twice[2], teacher_head)
     for value, expected in zip(again, once, strict=True):
         torch.testing.assert_close(value, expected)
 
@@ -114,10 +124,9 @@ def test_bf16_is_summed_in_fp32():
     tokens, student, head, teacher, teacher_head = make()
     student, teacher, head, teacher_head = (x.bfloat16() for x in (student, teacher, head, teacher_head))
     expected = whole(tokens, head(student).float(), teacher_head(teacher).float(), temperature=2.0)
-    half = next_token_losses(tokens, student, head, teacher, teacher_head, temperature=2.0)
-    for value, reference in zip(half, expected, strict=True):
-        assert value.dtype == torch.float32
-        torch.testing.assert_close(value, reference, rtol=1e-5, atol=0)
+    _, half = next_token_loss(tokens, student, head, teacher, teacher_head, temperature=2.0)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, torch.stack(expected), rtol=1e-5, atol=0)
 
 
 def test_matrix_distance():

@@ -1,0 +1,35 @@
+"""What torch.compile does to the inner loops: on a GPU, where it fuses the many small passes between matrix products."""
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+
+def compiled_on_gpu(function: Callable) -> Callable:
+    """`function`, compiled for each shape it is called with where its arguments lie on a GPU; as it is elsewhere.
+
+    One compilation serves all layers that are alike: their weights are inputs to it.
+    """
+    compiled = functools.cache(lambda: torch.compile(function, dynamic=False))  # on first use: a CPU need not load the compiler
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        on_gpu = any(x.is_cuda for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+        return (compiled() if on_gpu else function)(*args, **kwargs)
+
+    return run
+
+
+def switch(on: bool) -> None:
+    """Whether whatever asks to be compiled is, from now on."""
+    torch._dynamo.config.optimize_ddp = False  # which would cut graphs; a layer a graph lets gradients travel early as it is
+    torch.compiler.set_stance("default" if on else "force_eager")
+
+
+def plainly(device: torch.device) -> AbstractContextManager:
+    """A context in which nothing is compiled."""
+    return torch.compiler.set_stance("force_eager") if device.type == "cuda" else nullcontext()
