@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 
 Backend = Literal["auto", "torch", "fla"]
+HAS_FLA = importlib.util.find_spec("fla") is not None  # asked once: torch.compile could not look into it
 
 
 def use_fla(backend: Backend, device: torch.device) -> bool:
@@ -25,7 +26,7 @@ def use_fla(backend: Backend, device: torch.device) -> bool:
     Kernels have been wrong on some GPUs: tests/gpu holds each against its matrix, benchmarks/README.md has what was measured.
     """
     if backend == "auto":
-        return device.type == "cuda" and importlib.util.find_spec("fla") is not None
+        return device.type == "cuda" and HAS_FLA
     return backend == "fla"
 
 

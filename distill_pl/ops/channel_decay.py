@@ -13,7 +13,9 @@ from torch.nn.functional import pad
 
 from distill_pl.ops import Backend, promoted, use_fla
 
+SMALL = 8
 CHUNK = 64  # tokens mixed through their matrix; chunks exchange only the K x V state
+FUSED = (16, 32, 64, 128)  # the K and V that our own kernel is for; fla's tunes itself for minutes, for every shape anew
 
 
 def _triangle(q: Tensor, k: Tensor, g: Tensor) -> Tensor:
@@ -22,10 +24,15 @@ def _triangle(q: Tensor, k: Tensor, g: Tensor) -> Tensor:
     while (size := blocks.shape[-1]) < q.shape[-2]:
         halves = (x.unflatten(-2, (-1, 2, size)).unbind(-3) for x in (q, k, g))  # each [..., T / 2 size, size, K]
         (_, q_right), (k_left, _), (g_left, g_right) = halves
-        lower = (q_right * g_right.cumsum(-2).exp()) @ (k_left * _sum_after(g_left).exp()).mT
+        lower = _products(q_right * g_right.cumsum(-2).exp(), k_left * _sum_after(g_left).exp())
         top = torch.cat([blocks[..., 0::2, :, :], torch.zeros_like(lower)], -1)
         blocks = torch.cat([top, torch.cat([lower, blocks[..., 1::2, :, :]], -1)], -2)
     return blocks.squeeze(-3)
+
+
+def _products(q: Tensor, k: Tensor) -> Tensor:
+    """[..., size, K], [..., size, K] -> [..., size, size]: of very many very small matrices, no matrix product is quick."""
+    return (q[..., :, None, :] * k[..., None, :, :]).sum(-1) if q.shape[-2] <= SMALL else q @ k.mT
 
 
 def _sum_after(g: Tensor) -> Tensor:
@@ -50,10 +57,14 @@ def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, backend: Backe
         state: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q, k, g [B, T, H, K], v [B, T, H, V], state [B, H, K, V] fp32 -> y [B, T, H, V], state."""
     if use_fla(backend, q.device):
-        from fla.ops.gla import chunk_gla
-
         q, k = q.to(v.dtype), k.to(v.dtype)
-        return chunk_gla(q, k, v, g.float(), scale=scale, initial_state=state, output_final_state=True)
+        if q.shape[-1] in FUSED and v.shape[-1] in FUSED:
+            from distill_pl.ops.channel_decay_kernel import fused
+
+            return fused(q, k, v, g.float(), scale, state)
+        from distill_pl.ops import kernels
+
+        return kernels.chunk_gla(q, k, v, g.float(), scale=scale, initial_state=state, output_final_state=True)
 
     length, dtype = q.shape[1], v.dtype
     size = min(CHUNK, 1 << (length - 1).bit_length())

@@ -33,10 +33,9 @@ def mix(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float, backend: Ba
         state: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q, k [B, T, H, K], v [B, T, H, V], beta [B, T, H], state [B, H, K, V] fp32 -> y [B, T, H, V], state."""
     if use_fla(backend, q.device) and v.dtype != torch.float32:  # the kernel refuses fp32
-        from fla.ops.delta_rule import chunk_delta_rule
+        from distill_pl.ops import kernels
 
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        return chunk_delta_rule(q, k, v, beta.float(), scale=scale, initial_state=state, output_final_state=True)
+        return kernels.delta_rule(q.to(v.dtype), k.to(v.dtype), v, beta.float(), scale, state)
 
     dtype, key_dim = v.dtype, k.shape[-1]
     with torch.autocast(q.device.type, enabled=False):

@@ -51,19 +51,19 @@ def mix(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float, power: int = 
     """q, k [B, T, H, K], v [B, T, H, V], state [B, H, F, V + 1] fp32 -> y [B, T, H, V], state (None: not `remember`)."""
     dtype, columns = v.dtype, v.shape[-1] + 1
     if use_fla(backend, q.device) and power == 1:
-        from fla.ops.simple_gla import fused_chunk_simple_gla
+        from distill_pl.ops import kernels
 
         q, k, v = q.to(dtype), k.to(dtype), pad(v, (0, 1), value=1)
         odd = columns % 2  # an even width is what the kernel is measured with
         v, state = pad(v, (0, odd)), None if state is None else pad(state, (0, odd))
-        sums, state = fused_chunk_simple_gla(q, k, v, scale=scale, initial_state=state, output_final_state=remember)
+        sums, state = kernels.scalar_decay(q, k, v, None, scale, state)
         state = state[..., :columns].contiguous() if remember else None
         return _divided(sums[..., :columns].float(), eps).to(dtype), state
     if use_fla(backend, q.device) and state is None and not remember and q.shape[-1] <= 128:
-        from fla.ops.rebased import parallel_rebased  # quadratic in time, and without states
+        from distill_pl.ops import kernels
 
-        # unscaled: rounding scale * q to bf16 would cost more than all else where q . k is almost 0
-        y, total = parallel_rebased(q.to(dtype), k.to(dtype), v, use_scale=False, return_both=True)  # [B, H, T, V], [B, H, T]
+        # quadratic in time, no states; unscaled: rounding scale * q to bf16 costs more than all else where q . k is almost 0
+        y, total = kernels.squared(*(x.to(dtype).transpose(1, 2).contiguous() for x in (q, k, v)))  # [B, H, T, V], [B, H, T]
         return (y.float() / (total.float()[..., None] + eps / scale**2)).transpose(1, 2).to(dtype), None
 
     length, key_dim = q.shape[1], q.shape[-1]

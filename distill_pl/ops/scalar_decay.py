@@ -22,10 +22,9 @@ def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, backend: Backe
     """q, k [B, T, H, K], v [B, T, H, V], g [B, T, H], state [B, H, K, V] fp32 -> y [B, T, H, V], state."""
     if use_fla(backend, q.device):
         # not chunk_simple_gla, which fla refuses on Hopper: Triton 3.4 to 3.7 miscompiles its backward pass
-        from fla.ops.simple_gla import fused_chunk_simple_gla
+        from distill_pl.ops import kernels
 
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        return fused_chunk_simple_gla(q, k, v, g.float(), scale=scale, initial_state=state, output_final_state=True)
+        return kernels.scalar_decay(q.to(v.dtype), k.to(v.dtype), v, g.float(), scale, state)
     return channel_decay.mix(q, k, v, g[..., None], scale, "torch", state)
 
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 from op_inputs import FAMILIES, KEEP_FP32, cast, make, matrix_times_v, tensors_of
 
+from distill_pl.ops import channel_decay
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 LENGTH, HEADS, HEAD = 512, 15, 64  # as in the study: kernels are tuned anew for every shape
 # of the norm; the kernels multiply fp32 numbers as tf32
@@ -60,6 +62,13 @@ def test_mix_and_its_gradients_are_those_of_the_matrix(family, backend, dtype, s
     if strong and (backend, dtype) == ("fla", torch.bfloat16):
         tolerance = STRONG_TOLERANCE.get(family, tolerance)
     assert max(errors.values()) < tolerance, errors
+
+
+@pytest.mark.parametrize("strong", [False, True], ids=["ordinary", "strong"])
+def test_channel_decay_of_other_widths_is_fla_s(monkeypatch, strong):
+    pytest.importorskip("fla")
+    monkeypatch.setattr(channel_decay, "FUSED", ())
+    test_mix_and_its_gradients_are_those_of_the_matrix("channel_decay", "fla", torch.bfloat16, strong)
 
 
 @pytest.mark.parametrize("borders", [[1], [64], [100, 300]], ids=str)

@@ -1,4 +1,4 @@
-"""fla's kernels without a GPU: Triton's interpreter runs them, in a process of its own, against each op's matrix."""
+"""The Triton kernels without a GPU: Triton's interpreter runs them, in a process of its own, against each op's matrix."""
 
 import importlib
 import importlib.util
@@ -12,7 +12,12 @@ import pytest
 import torch
 from op_inputs import FAMILIES, KEEP_FP32, cast, make, matrix_times_v, tensors_of
 
-KERNELS = [name for name in FAMILIES if name != "softmax"]
+# name -> family, and how it is not the usual; a border is where the state is handed on, and its gradient back
+KERNELS = {name: (name, {}) for name in FAMILIES if name != "softmax"} | {
+    "channel_decay, fla's": ("channel_decay", {"key": 24}),
+    "channel_decay, pieces": ("channel_decay", {"length": 200, "border": 150, "value": 32}),
+    "channel_decay, strong pieces": ("channel_decay", {"length": 200, "border": 150, "key": 32, "strong": True}),
+}
 
 
 class Index(int):
@@ -39,16 +44,22 @@ def patch() -> None:
             module.range = indices
 
 
-def errors(family: str) -> dict[str, float]:
+def errors(family: str, length=40, border=0, **options) -> dict[str, float]:
     """||value - expected|| / ||expected|| of y and of each gradient."""
-    op, inputs = FAMILIES[family][0], make(family, 40, torch.float32, batch=1, heads=2, key=16, value=16)
+    op = FAMILIES[family][0]
+    inputs = make(family, length, torch.float32, **({"batch": 1, "heads": 2, "key": 16, "value": 16} | options))
     if family == "squared":
         inputs["remember"] = False  # as with a state there is no kernel
     if family == "delta_rule":
         inputs = cast(inputs, torch.float16, keep=KEEP_FP32)  # whose kernel refuses fp32
     exact = cast(inputs, torch.float64)
     leaves, exact_leaves = ([x.requires_grad_(True) for x in tensors_of(i).values()] for i in (inputs, exact))
-    y, expected = op.mix(**inputs, backend="fla")[0], matrix_times_v(op, exact)
+    state, outputs = None, []
+    for piece in [slice(border), slice(border, None)] if border else [slice(None)]:
+        some = inputs | {name: x[:, piece] for name, x in tensors_of(inputs).items()}
+        y, state = op.mix(**some, backend="fla", state=state)
+        outputs.append(y)
+    y, expected = torch.cat(outputs, 1), matrix_times_v(op, exact)
     weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
     values = [y, *torch.autograd.grad(y, leaves, weight)]
     expectations = [expected, *torch.autograd.grad(expected, exact_leaves, weight.double())]
@@ -68,11 +79,11 @@ def measured() -> dict[str, dict[str, float]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("family", KERNELS)
-def test_kernel_is_the_matrix(measured, family):
-    assert max(measured[family].values()) < (2e-3 if family == "delta_rule" else 1e-5), measured[family]
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernel_is_the_matrix(measured, kernel):
+    assert max(measured[kernel].values()) < (2e-3 if kernel == "delta_rule" else 1e-5), measured[kernel]
 
 
 if __name__ == "__main__":
     patch()
-    print(json.dumps({family: errors(family) for family in KERNELS}))
+    print(json.dumps({name: errors(family, **options) for name, (family, options) in KERNELS.items()}))

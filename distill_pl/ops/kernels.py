@@ -1,0 +1,211 @@
+"""fla's kernels, tuned ahead and as operators that torch.compile takes for one step of a graph.
+
+An op imports them from here when it first calls one, as loading them takes seconds.
+
+Left alone, fla tries each kernel in up to 48 configurations at its first call, half a minute to three of an op. tuned.json has
+what it settled on at the study's shapes; a kernel tries that one alone where it knows its arguments. On other GPUs, for other
+shapes and dtypes, with another fla, or where the user has told fla its own way (FLA_CACHE_MODE), fla tunes as ever.
+"""
+
+import functools
+import importlib
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from fla.ops.common.fused_chunk import fused_chunk_bwd, fused_chunk_fwd
+from fla.ops.delta_rule.chunk import chunk_delta_rule_bwd, chunk_delta_rule_fwd
+from fla.ops.gla import chunk_gla
+from fla.ops.rebased.parallel import ParallelBasedFunction
+from fla.ops.utils import chunk_local_cumsum
+from fla.ops.utils.cache import FLA_CACHE_MODE, FlaCacheMode
+from fla.ops.utils.constant import RCP_LN2
+from torch import Tensor
+from torch.library import custom_op
+from triton import Config, next_power_of_2
+from triton.runtime.autotuner import Autotuner
+
+__all__ = ["chunk_gla", "delta_rule", "scalar_decay", "squared"]
+
+TUNED = json.loads(Path(__file__).with_name("tuned.json").read_text())
+COUNTS = {"B", "H", "HV"}  # arguments that say how many programs run, not what one does
+
+
+def autotuner(kernel: str) -> Autotuner:
+    """Of the kernel with this dotted name."""
+    module, name = kernel.rsplit(".", 1)
+    found = getattr(importlib.import_module(module), name)
+    while not isinstance(found, Autotuner):
+        found = found.fn
+    return found
+
+
+def arguments(tuner: Autotuner, values: dict[str, Any]) -> dict[str, Any]:
+    """Of a kernel's arguments, what its best configuration depends on: as fla's own key, without COUNTS."""
+    dtypes = sorted({str(x.dtype).removeprefix("torch.") for x in values.values() if isinstance(x, torch.Tensor)})
+    return {name: values[name] for name in tuner.keys if name in values and name not in COUNTS} | {"dtypes": dtypes}
+
+
+def candidates(tuner: Autotuner, tuned: list[dict], prune, configs: Sequence[Config], named: dict[str, Any],
+               **given) -> Sequence[Config]:  # fmt: skip
+    """Triton's early_config_prune: the tuned configuration alone, or what fla's own `prune` leaves."""
+    wanted = arguments(tuner, named | given)
+    known = [Config(**entry["config"]) for entry in tuned if entry["arguments"] == wanted]
+    return known or (prune(configs, named, **given) if prune else configs)
+
+
+def applies() -> bool:
+    """Whether tuned.json is about this fla and this GPU, and fla is not told otherwise."""
+    return (
+        FLA_CACHE_MODE is FlaCacheMode.DISABLED
+        and version("fla-core") == TUNED["fla-core"]
+        and torch.cuda.is_available()
+        and list(torch.cuda.get_device_capability()) == TUNED["capability"]
+    )
+
+
+if applies():
+    for kernel, tuned in TUNED["kernels"].items():
+        tuner = autotuner(kernel)
+        tuner.early_config_prune = functools.partial(candidates, tuner, tuned, tuner.early_config_prune)
+
+
+CHUNK = 64  # fla's; fewer tokens are one chunk
+
+
+def _new(like: Tensor, *shape: int) -> Tensor:
+    """Contiguous, like a tensor; or of another shape, then in fp32."""
+    return like.new_empty(shape or like.shape, dtype=torch.float32 if shape else like.dtype)
+
+
+@custom_op("distill_pl::scalar_decay", mutates_args=())
+def _scalar_decay(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float,
+                  state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, the state, and the sums of g that the backward pass needs."""
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    size = min(CHUNK, max(16, next_power_of_2(q.shape[1])))
+    with torch.cuda.device_of(q):
+        sums = None if g is None else chunk_local_cumsum(g.contiguous(), chunk_size=size, scale=RCP_LN2)  # the kernels use 2^x
+        state = None if state is None else state.contiguous()
+        y, state = fused_chunk_fwd(q, k, v, sums, None, scale, state, output_final_state=True, chunk_size=size)
+    return y, state, q.new_empty(0) if sums is None else sums
+
+
+@_scalar_decay.register_fake
+def _(q, k, v, g, scale, state):
+    return _new(v), _new(v, v.shape[0], *k.shape[2:], v.shape[3]), q.new_empty(0) if g is None else _new(g)
+
+
+@custom_op("distill_pl::scalar_decay_backward", mutates_args=())
+def _scalar_decay_backward(q: Tensor, k: Tensor, v: Tensor, sums: Tensor, scale: float, state: Tensor | None, dy: Tensor,
+                           d_final: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q, k, v, dy = (x.contiguous() for x in (q, k, v, dy))
+    state, d_final = (x if x is None else x.contiguous() for x in (state, d_final))
+    size = min(CHUNK, max(16, next_power_of_2(q.shape[1])))
+    g = sums if sums.numel() else None
+    with torch.cuda.device_of(q):
+        dq, dk, dv, dg, d_state = fused_chunk_bwd(q, k, v, g, None, dy, scale, state, d_final, chunk_size=size)
+    dg, d_state = (q.new_empty(0) if x is None else x for x in (dg, d_state))
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dg, d_state
+
+
+@_scalar_decay_backward.register_fake
+def _(q, k, v, sums, scale, state, dy, d_final):
+    return _new(q), _new(k), _new(v), _new(sums), q.new_empty(0) if state is None else _new(state)
+
+
+@custom_op("distill_pl::delta_rule", mutates_args=())
+def _delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float,
+                state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, the state, and the inverses that the backward pass needs, [B, T, H, CHUNK]."""
+    q, k, v, beta = (x.contiguous() for x in (q, k, v, beta))
+    state = None if state is None else state.contiguous()
+    with torch.cuda.device_of(q):
+        y, inverse, state = chunk_delta_rule_fwd(q, k, v, beta, scale, state, output_final_state=True)
+    return y, state, inverse
+
+
+@_delta_rule.register_fake
+def _(q, k, v, beta, scale, state):
+    return _new(v), _new(v, v.shape[0], *k.shape[2:], v.shape[3]), k.new_empty(*k.shape[:3], CHUNK)
+
+
+@custom_op("distill_pl::delta_rule_backward", mutates_args=())
+def _delta_rule_backward(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, inverse: Tensor, scale: float, state: Tensor | None,
+                         dy: Tensor, d_final: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q, k, v, beta, dy = (x.contiguous() for x in (q, k, v, beta, dy))
+    state, d_final = (x if x is None else x.contiguous() for x in (state, d_final))
+    with torch.cuda.device_of(q):
+        dq, dk, dv, d_beta, d_state = chunk_delta_rule_bwd(q, k, v, beta, inverse, scale, state, dy, d_final)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_beta.to(beta.dtype), q.new_empty(0) if state is None else d_state
+
+
+@_delta_rule_backward.register_fake
+def _(q, k, v, beta, inverse, scale, state, dy, d_final):
+    return _new(q), _new(k), _new(v), _new(beta), q.new_empty(0) if state is None else _new(state)
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.scale, state = inputs
+    ctx.save_for_backward(*tensors, state, output[2])
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(backward):
+    def run(ctx, dy, d_final, _):
+        q, k, v, gate, state, kept = ctx.saved_tensors
+        dy = torch.zeros_like(v) if dy is None else dy
+        given = (kept,) if backward is _scalar_decay_backward else (gate, kept)
+        dq, dk, dv, d_gate, d_state = backward(q, k, v, *given, ctx.scale, state, dy, d_final)
+        return dq, dk, dv, None if gate is None else d_gate, None, None if state is None else d_state
+
+    return run
+
+
+_scalar_decay.register_autograd(_differentiate(_scalar_decay_backward), setup_context=_save)
+_delta_rule.register_autograd(_differentiate(_delta_rule_backward), setup_context=_save)
+
+
+def scalar_decay(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float,
+                 state: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """fla's fused_chunk_simple_gla: q, k [B, T, H, K], v [B, T, H, V] of one dtype, g [B, T, H] fp32 or None -> y, state."""
+    return _scalar_decay(q, k, v, g, scale, state)[:2]
+
+
+def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """fla's chunk_delta_rule: q, k [B, T, H, K], v [B, T, H, V] of one dtype other than fp32, beta [B, T, H] -> y, state."""
+    return _delta_rule(q, k, v, beta, scale, state)[:2]
+
+
+@custom_op("distill_pl::squared", mutates_args=())
+def squared(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """fla's parallel_rebased without its scale: contiguous [B, H, T, K or V] of one dtype -> sum_j S_ij v_j, sum_j S_ij."""
+    ctx: Any = SimpleNamespace(save_for_backward=lambda *tensors: None)
+    return ParallelBasedFunction.forward(ctx, q, k, v, 1)
+
+
+@squared.register_fake
+def _(q, k, v):
+    return _new(v), v.new_empty(v.shape[:3])
+
+
+@custom_op("distill_pl::squared_backward", mutates_args=())
+def _squared_backward(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, d_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    ctx: Any = SimpleNamespace(saved_tensors=(q, k, v), scale=1, _fwd_used_autocast=False, _dtype=q.dtype)
+    return ParallelBasedFunction.backward(ctx, dy, d_sum)[:3]
+
+
+@_squared_backward.register_fake
+def _(q, k, v, dy, d_sum):
+    return _new(q), _new(k), _new(v)
+
+
+squared.register_autograd(
+    lambda ctx, *gradients: _squared_backward(*ctx.saved_tensors, *gradients),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
