@@ -6,6 +6,7 @@ import sys
 import time
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -92,6 +93,8 @@ class Monitor(Callback):
             scalars |= {"train/lr": trainer.optimizers[0].param_groups[0]["lr"], "train/grad_norm": stage.grad_norm.item()}
             if step > self.logged_step:
                 scalars["train/tokens_per_second"] = self.speed(step - self.logged_step, now - self.logged_at)
+            if stage.device.type == "cuda":
+                scalars["train/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
             self.logged_step, self.logged_at = step, now
             self.write(trainer, scalars)
         if now - self.spoke_at >= SECONDS_BETWEEN_LINES or last:

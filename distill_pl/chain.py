@@ -18,6 +18,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 from torch.distributed.fsdp import FSDPModule
 
+from distill_pl import compiling
 from distill_pl.callbacks import Monitor, perplexities, say
 from distill_pl.card import model_card
 from distill_pl.data.datamodule import ChunkDataModule
@@ -57,6 +58,8 @@ def fit(config: Namespace) -> None:
         return
     for leg in legs:
         check_leg(leg)
+    if device(config).type == "cuda":
+        compiling.switch(config.compile and config.trainer.strategy != "fsdp")  # nobody has measured the two together
     data = ChunkDataModule(**config.data)
     probe = trainer_for(config)
     accumulation = data.accumulation(probe.world_size)

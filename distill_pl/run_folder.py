@@ -35,7 +35,7 @@ from distill_pl.student.modeling import Student
 from distill_pl.tokens import Tokens
 
 # keys that may differ between a run's start and its resumption: they change where and how visibly it runs, not its result
-FREE = {"out", "data.cache", "data.micro_batch_size", "student.backend", "checkpoint_every", "validate_every"}
+FREE = {"out", "data.cache", "data.micro_batch_size", "student.backend", "compile", "checkpoint_every", "validate_every"}
 LOCK, HOLDER = ".lock", ".locked_by"
 BEGINNING = {LOCK, HOLDER, "config.yaml.new"}  # there before config.yaml is, which makes a folder a run's
 BOUND_TRAINER_KEYS = {"trainer.precision", "trainer.limit_val_batches"}

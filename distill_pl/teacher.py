@@ -21,6 +21,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from distill_pl.compiling import compiled_on_gpu
 from distill_pl.errors import InputError
 
 TAP = "distill_pl_tap"
@@ -42,6 +43,15 @@ def _tap(module, query, key, value, attention_mask, scaling=None, **kwargs):
     if getattr(module, "tapped", None) is not None:
         module.tapped = (query.transpose(1, 2), key.transpose(1, 2), scaling)
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+@compiled_on_gpu
+def _run(layer, hidden: Tensor, position: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, float]:
+    """A decoder layer on hidden [B, T, D] -> its output, q, k and scale."""
+    layer.self_attn.tapped = ()
+    output = layer(hidden, attention_mask=None, position_embeddings=position)
+    (query, key, scale), layer.self_attn.tapped = layer.self_attn.tapped, None
+    return output, query, key, scale
 
 
 AttentionInterface.register(TAP, _tap)
@@ -112,9 +122,7 @@ class Teacher:
         hidden = decoder.embed_tokens(input_ids)
         position = decoder.rotary_emb(hidden, torch.arange(input_ids.shape[1], device=input_ids.device)[None])
         for layer in decoder.layers:
-            layer.self_attn.tapped = ()
-            output = layer(hidden, attention_mask=None, position_embeddings=position)
-            (query, key, scale), layer.self_attn.tapped = layer.self_attn.tapped, None
+            output, query, key, scale = _run(layer, hidden, position)
             yield Layer(hidden, output, query, key, scale, position)
             hidden = output
 

@@ -129,7 +129,8 @@ class ChunkDataModule(L.LightningDataModule):
         ranks = self.trainer.world_size
         per_rank = self.batch_size // ranks // self.accumulation(ranks)
         mine = np.arange(self.trainer.global_rank, self.validation_chunks, ranks)
-        batches = np.array_split(mine, -(-(self.validation_chunks // ranks) // per_rank))
+        count = -(-(self.validation_chunks // ranks) // per_rank)
+        batches = np.split(mine, range(per_rank, count * per_rank, per_rank))  # all of a size but the last
         return _loader(self.chunks.validation, [batch.tolist() for batch in batches])
 
 

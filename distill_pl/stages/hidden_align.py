@@ -1,11 +1,13 @@
 """Stage 2, hidden-to-hidden alignment (paper, section 3.1, Eq. 8): each block's output is pulled to the teacher's."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from distill_pl.compiling import compiled_on_gpu
 from distill_pl.losses import hidden_distance
 from distill_pl.optim import warmup_stable_decay
 from distill_pl.stages.stage import Stage
+from distill_pl.teacher import Layer
 
 
 class HiddenAlignStage(Stage):
@@ -42,7 +44,12 @@ class HiddenAlignStage(Stage):
         """Mean over layers of Eq. 8's distances."""
         distances = []
         for student_layer, layer in zip(self.student.model.layers, self.teacher.layers(tokens), strict=True):
-            output = student_layer(layer.input, position_embeddings=layer.position)
-            distances.append(hidden_distance(output, layer.output))
+            distances.append(block_distance(student_layer, layer))
         parts = torch.stack(distances)
         return parts.mean(), parts.detach()
+
+
+@compiled_on_gpu
+def block_distance(student_layer: nn.Module, layer: Layer) -> Tensor:
+    """Eq. 8 of one layer, scalar."""
+    return hidden_distance(student_layer(layer.input, position_embeddings=layer.position), layer.output)

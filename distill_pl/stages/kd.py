@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from distill_pl.errors import InputError
-from distill_pl.losses import next_token_losses
+from distill_pl.losses import next_token_loss
 from distill_pl.optim import linear
 from distill_pl.stages.stage import Stage
 from distill_pl.tokens import Tokens
@@ -38,6 +38,13 @@ class KDStage(Stage):
         """Everything."""
         return list(self.student.parameters())
 
+    def on_fit_start(self) -> None:
+        """On a GPU, compile the student's layers: one compilation serves all that are alike."""
+        super().on_fit_start()
+        if self.device.type == "cuda":
+            for layer in self.student.model.layers:
+                layer.compile(dynamic=False)
+
     @property
     def part_names(self) -> list[str]:
         """The two terms of Eq. 5."""
@@ -49,12 +56,23 @@ class KDStage(Stage):
 
     def losses(self, tokens: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Eq. 5."""
-        student = self.student.hidden_states(tokens)
-        if not self.alpha:
-            ce, _ = next_token_losses(tokens, student, self.student.lm_head)
-            return ce, ce.detach()[None]
-        teacher = self.teacher.hidden_states(tokens)
-        ce, kl = next_token_losses(
-            tokens, student, self.student.lm_head, teacher, self.teacher.head, self.temperature
-        )  # fmt: skip
-        return ce + self.alpha * kl, torch.stack([ce, kl]).detach()
+        return self.losses_of(tokens, *self.hidden_states(tokens))
+
+    def hidden_states(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[B, T] -> [B, T, D] of the student and, if it counts, of the teacher."""
+        return self.student.hidden_states(tokens), self.teacher.hidden_states(tokens) if self.alpha else None
+
+    def losses_of(self, tokens: Tensor, student: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`losses` from what the heads read."""
+        head = self.student.lm_head
+        if teacher is None:
+            loss, parts = next_token_loss(tokens, student, head)
+            return loss, parts[:1]
+        return next_token_loss(tokens, student, head, teacher, self.teacher.head, self.alpha, self.temperature)
+
+    def validate(self, tokens: Tensor) -> dict[str, Tensor]:
+        """As every stage does, but that the loss has seen it all already."""
+        student, teacher = self.hidden_states(tokens)
+        loss, parts = self.losses_of(tokens, student, teacher)
+        found = {"loss": loss, "student_ce": parts[0]}
+        return found if teacher is None else found | {"teacher_ce": next_token_loss(tokens, teacher, self.teacher.head)[0]}

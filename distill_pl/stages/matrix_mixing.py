@@ -3,9 +3,10 @@
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from distill_pl.compiling import compiled_on_gpu
 from distill_pl.errors import InputError
 from distill_pl.losses import matrix_distance
 from distill_pl.mixers import SequenceMixer
@@ -13,6 +14,8 @@ from distill_pl.ops import softmax
 from distill_pl.optim import warmup_stable_decay
 from distill_pl.stages.stage import Stage
 from distill_pl.teacher import Layer
+
+ENTRIES_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}  # of the matrices of all heads together; at least a sequence's
 
 
 class MatrixMixingStage(Stage):
@@ -22,7 +25,7 @@ class MatrixMixingStage(Stage):
 
     Args:
         decay: share of the steps, at the end, in which the learning rate falls.
-        estimator: `exact` builds both T x T matrices, one sequence of the batch at a time; `probe` never does: for random
+        estimator: `exact` builds both T x T matrices, a few sequences of the batch at a time; `probe` never does: for random
             signs z, E |(A_t - A_s) z|^2 = |A_t - A_s|_F^2, and both products are one fast pass.
         norm: `frobenius`, the norm itself, or `mse`, the mean squared error over the matrix (Appendix B).
         probes: columns of z; more estimate better.
@@ -71,31 +74,37 @@ class MatrixMixingStage(Stage):
         signs = signs.to(tokens.device)
         distances = []
         for student_layer, layer in zip(self.student.model.layers, self.teacher.layers(tokens), strict=True):
-            hidden = student_layer.input_layernorm(layer.input)
             if self.estimator == "exact":
-                squared = squared_distance(student_layer.self_attn, hidden, layer)
+                squared = squared_distance(student_layer, layer)
             else:
-                squared = probed_distance(student_layer.self_attn, hidden, layer, signs)
+                squared = probed_distance(student_layer, layer, signs)
             distances.append(matrix_distance(squared, tokens.shape[1], self.norm))
         parts = torch.stack(distances)
         return parts.mean(), parts.detach()
 
 
-def squared_distance(mixer: SequenceMixer, hidden: Tensor, layer: Layer) -> Tensor:
-    """|A_teacher - A_student|_F^2, [B, H], both matrices built for one sequence at a time, in the backward pass again."""
-    position = layer.position
+def squared_distance(student_layer: nn.Module, layer: Layer) -> Tensor:
+    """|A_teacher - A_student|_F^2, [B, H], both matrices built for a few sequences at a time, in the backward pass again."""
+    batch, length, heads, _ = layer.query.shape
+    at_once = max(1, ENTRIES_AT_ONCE["cuda" if layer.query.is_cuda else "cpu"] // (heads * length**2))
+    rows = zip(*(x.tensor_split(-(-batch // at_once)) for x in (layer.input, layer.query, layer.key)), strict=True)
 
-    def one(hidden: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        difference = softmax.matrix(query, key, layer.scale) - mixer.matrix(hidden, position)
-        return difference.square().sum((-2, -1))
+    def distance(*row: Tensor) -> Tensor:
+        return _squared_distance(student_layer, *row, layer.scale, layer.position)
 
-    rows = zip(hidden.split(1), layer.query.split(1), layer.key.split(1), strict=True)
-    return torch.cat([checkpoint(one, *row, use_reentrant=False, preserve_rng_state=False) for row in rows])
+    return torch.cat([checkpoint(distance, *row, use_reentrant=False, preserve_rng_state=False) for row in rows])
 
 
-def probed_distance(mixer: SequenceMixer, hidden: Tensor, layer: Layer, signs: Tensor) -> Tensor:
+@compiled_on_gpu
+def _squared_distance(student_layer: nn.Module, hidden: Tensor, query: Tensor, key: Tensor, scale: float, position) -> Tensor:
+    student = student_layer.self_attn.matrix(student_layer.input_layernorm(hidden), position)
+    return (softmax.matrix(query, key, scale) - student).square().sum((-2, -1))
+
+
+@compiled_on_gpu
+def probed_distance(student_layer: nn.Module, layer: Layer, signs: Tensor) -> Tensor:
     """An unbiased estimate of |A_teacher - A_student|_F^2, [B, H], from probes signs [1, T, 1, P] of +1 and -1."""
-    student = mixer.matrix_times(signs, hidden, layer.position)
+    student = student_layer.self_attn.matrix_times(signs, student_layer.input_layernorm(layer.input), layer.position)
     values = signs.to(layer.key.dtype).expand(*layer.key.shape[:3], -1)
     teacher, _ = softmax.mix(layer.query, layer.key, values, layer.scale)
     return (teacher.float() - student.float()).square().sum(1).mean(-1)

@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
+from distill_pl.compiling import plainly
 from distill_pl.errors import Diverged, InputError
-from distill_pl.losses import next_token_losses
+from distill_pl.losses import next_token_loss
 from distill_pl.optim import adamw
 from distill_pl.sharding import shard
 from distill_pl.student.modeling import Student
@@ -115,17 +116,19 @@ class Stage(L.LightningModule):
         return loss
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """The stage's own loss, and next-token cross-entropy of both models, on held-out tokens [B, T]."""
-        loss, _ = self.losses(batch, seed=0)  # however the held-out text is cut into batches
-        self.metrics["loss"].update(loss, len(batch))
-        models: list[tuple[str, Teacher | Student, torch.nn.Module]] = [
-            ("teacher_ce", self.teacher, self.teacher.head),
-            ("student_ce", self.student, self.student.lm_head),
-        ]
-        for key, model, head in models:
-            if key in self.metrics:
-                ce, _ = next_token_losses(batch, model.hidden_states(batch), head)
-                self.metrics[key].update(ce, len(batch))
+        """Held-out tokens [B, T]."""
+        with plainly(self.device):  # the first losses come before anything is compiled: they are to be had at once
+            for key, value in self.validate(batch).items():
+                self.metrics[key].update(value, len(batch))
+
+    def validate(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Of held-out tokens [B, T], by metric: the stage's own loss, next-token cross-entropy of teacher and student."""
+        loss, _ = self.losses(tokens, seed=0)  # however the held-out text is cut into batches
+        return {
+            "loss": loss,
+            "teacher_ce": next_token_loss(tokens, self.teacher.hidden_states(tokens), self.teacher.head)[0],
+            "student_ce": next_token_loss(tokens, self.student.hidden_states(tokens), self.student.lm_head)[0],
+        }
 
     def on_validation_epoch_end(self) -> None:
         """Gather the means over all ranks."""

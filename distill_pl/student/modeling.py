@@ -102,6 +102,8 @@ class Student(PreTrainedModel, GenerationMixin):
         """[B, T] -> [B, T, D] after the final norm: what the head reads. attention_mask bool [B, T]."""
         hidden = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         position = self.position(hidden, position_ids)
+        if torch.is_autocast_enabled(hidden.device.type):  # what all layers add to is half of the bytes that are moved
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         for layer in self.model.layers:
             hidden = layer(hidden, attention_mask=attention_mask, position_embeddings=position, past_key_values=cache)
         return self.model.norm(hidden)

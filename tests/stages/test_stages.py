@@ -157,14 +157,14 @@ def test_probe_is_an_unbiased_estimate(teacher, tokens, name):
 def test_probe_is_exact_where_its_signs_are_orthogonal(variant, tokens, name, shape):
     """With a Hadamard matrix for z, the mean of z z^T over the columns is the identity."""
     teacher = variant(shape)
-    mixer = StudentFactory(name, init="fresh").build(teacher, seed=0).mixers[0]
+    student_layer = StudentFactory(name, init="fresh").build(teacher, seed=0).model.layers[0]
     hadamard = torch.ones(1, 1)
     while len(hadamard) < LENGTH:
         hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
     layer = next(teacher.layers(tokens))
     with torch.no_grad():
-        exact = squared_distance(mixer, layer.input, layer)
-        probed = probed_distance(mixer, layer.input, layer, hadamard[None, :, None, :])
+        exact = squared_distance(student_layer, layer)
+        probed = probed_distance(student_layer, layer, hadamard[None, :, None, :])
     torch.testing.assert_close(probed, exact, rtol=1e-4, atol=0)
 
 

@@ -1,0 +1,47 @@
+"""What is compiled on a GPU computes what is not: every stage's loss and gradients, of all mixers."""
+
+import pytest
+import torch
+
+from distill_pl.stages import STAGES
+from distill_pl.student.factory import StudentFactory
+from distill_pl.teacher import Teacher
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+BATCH, LENGTH = 8, 128
+
+
+@pytest.fixture(scope="module")
+def small(save_model) -> Teacher:
+    """Two layers with heads as wide as the study's, for which the kernels are."""
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "head_dim": 64, "max_position_embeddings": 512}
+    teacher = Teacher(str(save_model("llama", randomise=True, **sizes, initializer_range=0.05)), torch.bfloat16)
+    return teacher.to(torch.device("cuda"))
+
+
+def loss_and_gradients(stage, tokens: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    with torch.autocast("cuda", torch.bfloat16):
+        loss, _ = stage.losses(tokens, seed=0)
+    trained = [p for p in stage.student.parameters() if p.requires_grad]
+    return loss.detach(), list(torch.autograd.grad(loss, trained, allow_unused=True))
+
+
+@pytest.mark.parametrize("stage_name", [*STAGES, "exact"])
+def test_compiled_is_plain(small, name, stage_name):
+    torch.compiler.reset()
+    options = {"estimator": "exact"} if stage_name == "exact" else {}
+    student = StudentFactory(name, init="fresh").build(small, seed=0).cuda()
+    stage = STAGES["matrix_mixing" if stage_name == "exact" else stage_name](student, small, **options)
+    stage.configure_model()
+    tokens = torch.randint(small.config.vocab_size, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0)).cuda()
+    with torch.compiler.set_stance("force_eager"):
+        expected, gradients = loss_and_gradients(stage, tokens)
+    if stage_name == "kd":  # as on_fit_start does
+        for layer in student.model.layers:
+            layer.compile(dynamic=False)
+    found, others = loss_and_gradients(stage, tokens)
+    torch.testing.assert_close(found, expected, rtol=5e-3, atol=1e-4)
+    error = sum((x.float() - y.float()).square().sum() for x, y in zip(others, gradients, strict=True) if x is not None)
+    size = sum(y.float().square().sum() for y in gradients if y is not None)
+    print(name, stage_name, expected.item(), found.item(), "gradients off by", (error / size).sqrt().item())
+    assert error.sqrt() < 5e-2 * size.sqrt()  # two roundings to bf16 of the same
