@@ -108,11 +108,16 @@ class StudentFactory:
 
     def build(self, teacher: Teacher, seed: int) -> Student:
         """A student in fp32 on the CPU, the same for the same seed."""
+        with torch.device("meta"):  # random numbers for what is copied anyway would take seconds
+            student = Student(self.config(teacher))
+        student.to_empty(device="cpu")
+        student.tie_weights()
+        if self.init != "scratch":
+            for name in copy_weights(teacher.model, student, attention=self.init == "qkv"):
+                student.get_parameter(name)._is_hf_initialized = True  # transformers' mark of a weight that stays
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            student = Student(self.config(teacher))
-        if self.init != "scratch":
-            copy_weights(teacher.model, student, attention=self.init == "qkv")
+            student.initialize_weights()
         return student
 
     @property
