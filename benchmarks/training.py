@@ -1,0 +1,205 @@
+"""Every stage's training step at the study's shape, beside the same step written by hand: speed, memory, share of the peak.
+
+    python benchmarks/training.py [--stages kd,hidden_align,matrix_mixing,exact] [--mixers gla,mlstm] [--steps 40] [--batch 48]
+
+Ours is `distill-pl fit` itself: Lightning, fp32 weights, bf16 compute, clipping, TensorBoard; printed is what it logs. By hand is
+what one would write with transformers and fla.layers: the whole logits, torch's own losses, nothing compiled (for a mixer that
+fla.layers has not, or not without further packages, this package's, not compiled). The peak is that of a large bf16 matrix
+product in the same process. Prints Markdown. Needs a GPU and `pip install -e '.[gpu,bench]'`.
+"""
+
+import argparse
+import gc
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import synthetic
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from transformers import LlamaForCausalLM
+
+from distill_pl.cli import main as distill_pl
+from distill_pl.losses import hidden_distance
+from distill_pl.mixers import MIXERS
+from distill_pl.params import count, smollm_360m
+from distill_pl.student.factory import StudentFactory
+from distill_pl.student.modeling import Student
+
+LENGTH = 512
+GIB = 2**30
+
+
+def attention_by_hand(mixer: str, layer_idx: int) -> nn.Module | None:
+    """fla's layer with heads like SmolLM-360M's; None where there is none that runs on fla alone."""
+    import fla.layers as layers
+
+    shape = {"hidden_size": 960, "num_heads": 15, "layer_idx": layer_idx}
+    made: dict[str, Callable[[], nn.Module]] = {
+        "gla": lambda: layers.GatedLinearAttention(expand_k=1.0, **shape),
+        "hgrn2": lambda: layers.HGRN2Attention(expand_ratio=64, **shape),
+        "retnet": lambda: layers.MultiScaleRetention(expand_v=1.0, **shape),
+        "delta_net": lambda: layers.DeltaNet(**shape),
+        "rebased": lambda: layers.ReBasedLinearAttention(feature_dim=64, num_key_value_heads=15, **shape),
+        "hedgehog": lambda: layers.LinearAttention(mode="fused_chunk", feature_map="hedgehog", **shape),
+    }
+    return made[mixer]() if mixer in made else None
+
+
+class ByHand(nn.Module):
+    """fla's layer in place of a Llama's attention."""
+
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, hidden_states: Tensor, **unused) -> tuple[Tensor, None]:
+        """[B, T, D] -> [B, T, D], None."""
+        found = self.attention(hidden_states)
+        return (found[0] if isinstance(found, tuple) else found), None
+
+
+def student_by_hand(mixer: str) -> nn.Module:
+    """SmolLM-360M's shape with other attention, random, in fp32."""
+    config = smollm_360m().config
+    with torch.device("cuda"):
+        if attention_by_hand(mixer, 0) is None:
+            return Student(StudentFactory(mixer, "fresh").config(smollm_360m()))
+        student = LlamaForCausalLM(config)
+        for index, layer in enumerate(student.model.layers):
+            layer.self_attn = ByHand(attention_by_hand(mixer, index))
+    return student
+
+
+def kd_by_hand(student: nn.Module, teacher: nn.Module, tokens: Tensor) -> Tensor:
+    """Eq. 5 from whole logits."""
+    with torch.no_grad():
+        expected = teacher(tokens, use_cache=False).logits[:, :-1]
+    logits = student(tokens, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+    log_q, log_p = log_softmax(logits, -1), log_softmax(expected.flatten(0, 1).float(), -1)
+    return cross_entropy(logits, tokens[:, 1:].flatten()) + kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+
+
+def align_by_hand(student: nn.Module, teacher: nn.Module, tokens: Tensor) -> Tensor:
+    """Eq. 8, every block on the teacher's input."""
+    with torch.no_grad():
+        states = teacher.model(tokens, use_cache=False, output_hidden_states=True).hidden_states
+        position = teacher.model.rotary_emb(states[0], torch.arange(LENGTH, device="cuda")[None])
+    layers = zip(student.model.layers, states[:-1], states[1:], strict=True)
+    return sum(hidden_distance(layer(x, position_embeddings=position), y) for layer, x, y in layers)
+
+
+def speed_by_hand(stage: str, mixer: str, batch: int, repeats: int = 8) -> tuple[float, float]:
+    """Tokens a second and GiB of a whole step."""
+    student, teacher = student_by_hand(mixer), LlamaForCausalLM(smollm_360m().config).bfloat16().cuda()
+    if stage == "hidden_align":
+        student.requires_grad_(False)
+        for layer in student.model.layers:
+            layer.self_attn.requires_grad_(True)
+    loss_of = align_by_hand if stage == "hidden_align" else kd_by_hand
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = loss_of(student, teacher, torch.randint(49152, (batch, LENGTH), device="cuda"))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return batch * LENGTH / timed(step, repeats), torch.cuda.max_memory_allocated() / GIB
+
+
+def timed(run: Callable[[], object], repeats: int, warm_up: int = 3) -> float:
+    """Seconds of a call, the median; the GPU is waited for each time."""
+    times = []
+    for _ in range(warm_up + repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[warm_up:])
+
+
+def peak_of_products() -> float:
+    """FLOP/s of a bf16 product of two random 8192 x 8192 matrices."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / timed(lambda: a @ b, 20)
+
+
+@torch.no_grad()
+def speed_of_teacher(batch: int) -> float:
+    """Tokens a second of the teacher's own forward pass, logits included."""
+    teacher = LlamaForCausalLM(smollm_360m().config).bfloat16().cuda()
+    tokens = torch.randint(49152, (batch, LENGTH), device="cuda")
+    return batch * LENGTH / timed(lambda: teacher(tokens, use_cache=False), 10)
+
+
+def fitted(stage: str, mixer: str, folder: Path, args: argparse.Namespace) -> tuple[list[float], float]:
+    """Tokens a second of `distill-pl fit` between its log lines, and GiB at the peak."""
+    name = "matrix_mixing" if stage == "exact" else stage
+    tokens = args.steps * args.batch * LENGTH
+    out = Path(tempfile.mkdtemp(dir=folder))
+    distill_pl([
+        "fit", f"--out={out / 'run'}", f"--teacher={folder / 'teacher'}", f"--data.dataset={folder / 'text.jsonl'}",
+        f"--data.cache={folder / 'cache'}", "--student.init=fresh", f"--student.mixer={mixer}", f"--tokens={tokens}",
+        "--kd.tokens=0", f"--{name}.tokens={tokens}", f"--data.batch_size={args.batch}", "--data.validation_tokens=25k",
+        "--trainer.log_every_n_steps=5", *(["--matrix_mixing.estimator=exact"] if stage == "exact" else []), *args.options,
+    ])  # fmt: skip
+    events = EventAccumulator(str(next(out.glob("run/*_*"))))
+    events.Reload()
+    found = {key: [event.value for event in events.Scalars(f"train/{key}")] for key in ("tokens_per_second", "peak_gib")}
+    return found["tokens_per_second"][2:], max(found["peak_gib"])
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", default="kd,hidden_align,matrix_mixing,exact")
+    parser.add_argument("--mixers", default=",".join(name for name in MIXERS if name != "softmax"))
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument("--options", nargs="*", default=[], help="more options for distill-pl fit")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        synthetic.teacher(folder / "teacher")
+        synthetic.text(folder / "text.jsonl", int(1.2 * args.steps * args.batch * LENGTH) + 100_000)
+        peak, teacher = peak_of_products(), speed_of_teacher(args.batch)
+        print(
+            f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.batch} x {LENGTH} tokens; bf16 products at "
+            f"{peak / 1e12:.0f} TFLOP/s; the teacher's forward pass alone, by hand: {teacher / 1e3:.0f} thousand tokens/s"
+        )
+        rows = ["| stage | mixer | thousand tokens/s (range) | of the peak | GiB | by hand | GiB | ratio |", "|---" * 8 + "|"]
+        for stage in args.stages.split(","):
+            for mixer in args.mixers.split(","):
+                gc.collect()
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                speeds, memory = fitted(stage, mixer, folder, args)
+                speed = statistics.median(speeds)
+                cells = [f"{speed / 1e3:.1f} ({min(speeds) / 1e3:.1f} to {max(speeds) / 1e3:.1f})", "", f"{memory:.1f}"]
+                gc.collect()
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                if stage in ("kd", "hidden_align"):
+                    hand, hand_memory = speed_by_hand(stage, mixer, args.batch)
+                    cells += [f"{hand / 1e3:.1f}", f"{hand_memory:.1f}", f"{speed / hand:.2f}"]
+                else:
+                    cells += ["teacher's forward", "", f"{teacher / speed:.2f} x its time"]
+                if stage == "kd":
+                    flops = 2 * 362e6 + 6 * count(StudentFactory(mixer), smollm_360m())
+                    cells[1] = f"{speed * flops / peak:.0%}"
+                rows.append(f"| {stage} | {mixer} | {' | '.join(cells)} |")
+                print(rows[-1], flush=True)
+        print("\n" + "\n".join(rows))
+
+
+if __name__ == "__main__":
+    main()
