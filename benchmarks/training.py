@@ -1,14 +1,15 @@
 """Every stage's training step at the study's shape, beside the same step written by hand: speed, memory, share of the peak.
 
-    python benchmarks/training.py [--stages kd,hidden_align,matrix_mixing,exact] [--mixers gla,mlstm] [--steps 40] [--batch 48]
+    python benchmarks/training.py [--stages kd,hidden_align,matrix_mixing,exact] [--mixers gla,mlstm] [--steps 20]
 
-Ours is `distill-pl fit` itself: Lightning, fp32 weights, bf16 compute, clipping, TensorBoard; printed is what it logs. By hand is
-what one would write with transformers and fla.layers: the whole logits, torch's own losses, nothing compiled (for a mixer that
-fla.layers has not, or not without further packages, this package's, not compiled). The peak is that of a large bf16 matrix
-product in the same process. Prints Markdown. Needs a GPU and `pip install -e '.[gpu,bench]'`.
+Ours is `distill-pl fit` itself (Lightning, fp32 weights, bf16 compute, clipping, TensorBoard), to which all other options go;
+printed is what it logs. By hand is what one would write with transformers and fla.layers: the whole logits, torch's own losses,
+nothing compiled (for a mixer that fla.layers has not, or not without further packages, this package's, not compiled). The peak
+is that of a large bf16 matrix product in the same process. Prints Markdown. Needs a GPU and `pip install -e '.[gpu,bench]'`.
 """
 
 import argparse
+import contextlib
 import gc
 import statistics
 import tempfile
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import LlamaForCausalLM
 
+from distill_pl import chain
 from distill_pl.cli import main as distill_pl
 from distill_pl.losses import hidden_distance
 from distill_pl.mixers import MIXERS
@@ -141,21 +143,41 @@ def speed_of_teacher(batch: int) -> float:
     return batch * LENGTH / timed(lambda: teacher(tokens, use_cache=False), 10)
 
 
-def fitted(stage: str, mixer: str, folder: Path, args: argparse.Namespace) -> tuple[list[float], float]:
-    """Tokens a second of `distill-pl fit` between its log lines, and GiB at the peak."""
+class Trained(Exception):
+    """A stage has taken its last step."""
+
+
+def stop(*args) -> None:
+    """In place of what saves a student."""
+    raise Trained
+
+
+def fitted(stage: str, mixer: str, folder: Path, args: argparse.Namespace) -> tuple[list[float], float, float]:
+    """Of `distill-pl fit`: tokens a second between its log lines, GiB at the peak, the last training loss."""
     name = "matrix_mixing" if stage == "exact" else stage
     tokens = args.steps * args.batch * LENGTH
     out = Path(tempfile.mkdtemp(dir=folder))
-    distill_pl([
-        "fit", f"--out={out / 'run'}", f"--teacher={folder / 'teacher'}", f"--data.dataset={folder / 'text.jsonl'}",
-        f"--data.cache={folder / 'cache'}", "--student.init=fresh", f"--student.mixer={mixer}", f"--tokens={tokens}",
-        "--kd.tokens=0", f"--{name}.tokens={tokens}", f"--data.batch_size={args.batch}", "--data.validation_tokens=25k",
-        "--trainer.log_every_n_steps=5", *(["--matrix_mixing.estimator=exact"] if stage == "exact" else []), *args.options,
-    ])  # fmt: skip
+    chain.save_student = stop
+    with contextlib.suppress(Trained):
+        distill_pl([
+            "fit", f"--out={out / 'run'}", f"--teacher={folder / 'teacher'}", f"--data.dataset={folder / 'text.jsonl'}",
+            f"--data.cache={folder / 'cache'}", "--student.init=fresh", f"--student.mixer={mixer}", f"--tokens={tokens}",
+            "--kd.tokens=0", f"--{name}.tokens={tokens}", f"--data.batch_size={args.batch}", "--data.validation_tokens=25k",
+            "--trainer.log_every_n_steps=2", *(["--matrix_mixing.estimator=exact"] if stage == "exact" else []), *args.options,
+        ])  # fmt: skip
     events = EventAccumulator(str(next(out.glob("run/*_*"))))
     events.Reload()
-    found = {key: [event.value for event in events.Scalars(f"train/{key}")] for key in ("tokens_per_second", "peak_gib")}
-    return found["tokens_per_second"][2:], max(found["peak_gib"])
+    keys = ("tokens_per_second", "peak_gib", "loss")
+    speeds, peaks, losses = ([event.value for event in events.Scalars(f"train/{key}")] for key in keys)
+    return speeds[3:], max(peaks), losses[-1]
+
+
+def clear() -> None:
+    """Forget what was measured before."""
+    torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
 
 
 def main() -> None:
@@ -163,10 +185,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", default="kd,hidden_align,matrix_mixing,exact")
     parser.add_argument("--mixers", default=",".join(name for name in MIXERS if name != "softmax"))
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--hand", default="kd,hidden_align", help="the stages that are also measured by hand")
     parser.add_argument("--batch", type=int, default=48)
-    parser.add_argument("--options", nargs="*", default=[], help="more options for distill-pl fit")
-    args = parser.parse_args()
+    args, args.options = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         synthetic.teacher(folder / "teacher")
@@ -176,23 +198,21 @@ def main() -> None:
             f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.batch} x {LENGTH} tokens; bf16 products at "
             f"{peak / 1e12:.0f} TFLOP/s; the teacher's forward pass alone, by hand: {teacher / 1e3:.0f} thousand tokens/s"
         )
-        rows = ["| stage | mixer | thousand tokens/s (range) | of the peak | GiB | by hand | GiB | ratio |", "|---" * 8 + "|"]
+        header = ["stage", "mixer", "thousand tokens/s (range)", "of the peak", "GiB", "last loss", "by hand", "GiB", "ratio"]
+        rows = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
         for stage in args.stages.split(","):
             for mixer in args.mixers.split(","):
-                gc.collect()
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-                speeds, memory = fitted(stage, mixer, folder, args)
+                clear()
+                speeds, memory, loss = fitted(stage, mixer, folder, args)
                 speed = statistics.median(speeds)
-                cells = [f"{speed / 1e3:.1f} ({min(speeds) / 1e3:.1f} to {max(speeds) / 1e3:.1f})", "", f"{memory:.1f}"]
-                gc.collect()
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-                if stage in ("kd", "hidden_align"):
+                spread = f"{speed / 1e3:.1f} ({min(speeds) / 1e3:.1f} to {max(speeds) / 1e3:.1f})"
+                cells = [spread, "", f"{memory:.1f}", f"{loss:.4f}"]
+                clear()
+                if stage in args.hand.split(","):
                     hand, hand_memory = speed_by_hand(stage, mixer, args.batch)
                     cells += [f"{hand / 1e3:.1f}", f"{hand_memory:.1f}", f"{speed / hand:.2f}"]
                 else:
-                    cells += ["teacher's forward", "", f"{teacher / speed:.2f} x its time"]
+                    cells += ["", "", f"{teacher / speed:.2f} x the teacher's forward"]
                 if stage == "kd":
                     flops = 2 * 362e6 + 6 * count(StudentFactory(mixer), smollm_360m())
                     cells[1] = f"{speed * flops / peak:.0%}"

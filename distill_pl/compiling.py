@@ -27,6 +27,8 @@ def compiled_on_gpu(function: Callable) -> Callable:
 def switch(on: bool) -> None:
     """Whether whatever asks to be compiled is, from now on."""
     torch._dynamo.config.optimize_ddp = False  # which would cut graphs; a layer a graph lets gradients travel early as it is
+    # norms and gates are made again for the products of the backward pass: a third of all that is kept for it
+    torch._functorch.config.ban_recompute_materialized_backward = False
     torch.compiler.set_stance("default" if on else "force_eager")
 
 

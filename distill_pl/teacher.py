@@ -109,7 +109,7 @@ class Teacher:
         return self
 
     @property
-    def head(self) -> torch.nn.Module:
+    def head(self) -> torch.nn.Linear:
         """Hidden states [.., D] -> logits [.., vocab]."""
         return self.model.lm_head
 

@@ -114,7 +114,7 @@ class StudentFactory:
         student.tie_weights()
         if self.init != "scratch":
             for name in copy_weights(teacher.model, student, attention=self.init == "qkv"):
-                student.get_parameter(name)._is_hf_initialized = True  # transformers' mark of a weight that stays
+                setattr(student.get_parameter(name), "_is_hf_initialized", True)  # noqa: B010 (transformers' mark: it stays)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             student.initialize_weights()
