@@ -25,14 +25,16 @@ from distill_pl.mixers import MIXERS
 from distill_pl.params import smollm_360m
 from distill_pl.run_folder import write_aside
 from distill_pl.student.cache import state_bytes
+from distill_pl.student.decoding import Decoder, why_not
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.modeling import Student, StudentConfig
 from distill_pl.tokens import short
 
 RANDOM = "random"  # stands for the place of weights that come from nowhere
 GPU, CPU = ("1024,4096,16384,65536", 5), ("128,256,512,1024", 3)  # default lengths and repeats
-WIDTHS = {"length": 8, "prefill tokens/s": 16, "decode ms/token": 24, "tokens/s": 8, "GiB prefill": 11, "GiB decode": 10,
-          "state bytes": 14, "in theory": 14}  # fmt: skip
+DECODE = ("auto", "graph", "plain")
+WIDTHS = {"length": 8, "prefill tokens/s": 16, "decode": 6, "decode ms/token": 24, "of limit": 8, "tokens/s": 8,
+          "GiB prefill": 11, "GiB decode": 10, "state bytes": 14, "in theory": 14}  # fmt: skip
 
 Row = dict[str, Any]
 
@@ -44,16 +46,18 @@ def bench(
     batch_size: int = 1,
     repeats: int | None = None,
     prefill_chunk: int = 0,
+    decode: str = "auto",
     seed: int = 0,
     out: str = "bench",
 ) -> None:
     """Time generation against the length of the prompt, prefill and decode apart, and its memory (paper, Figure 2).
 
-    Each model reads a prompt of random tokens, then adds tokens one at a time by its own cached forward pass, each time the
-    likeliest; bf16 on a GPU, fp32 on a CPU; by the clock, neither compiled nor captured. Prints a row a length: prompt tokens
-    a second; milliseconds a decoded token (of the whole batch at a time), median and range of the repeats; decoded tokens a
-    second over the batch; at their peak the GiB that prefill and decode add to the weights, on a GPU only; the bytes of the
-    state after the prompt, measured and in theory.
+    Each model reads a prompt of random tokens, then adds tokens one at a time, each time the likeliest; bf16 on a GPU, fp32 on
+    a CPU; by the clock. Prints a row a length: prompt tokens a second; how it decodes (--decode); milliseconds a decoded token
+    (of the whole batch at a time), median and range of the repeats; how near that is to the limit, the time in which the GPU
+    copies as many bytes as the weights and the state have, measured in the same run; decoded tokens a second over the batch;
+    at their peak the GiB that prefill and decode add to the weights, on a GPU only; the bytes of the state, measured (before
+    the first decoded token; decoding by graph, of the buffers that have room for all) and in theory.
 
     Writes bench.json (all repeats), bench.csv and bench.png after every row. The same command goes on where it was stopped
     and never measures a row twice.
@@ -69,6 +73,9 @@ def bench(
         repeats: of each length, after one that is not counted. Default: 5; 3 on a CPU.
         prefill_chunk: read the prompt in pieces of so many tokens, which bounds the memory of prefill; 0: at once, the
             fastest way for softmax attention, which has kernels for a whole triangle and masks a piece.
+        decode: graph, each step compiled and captured as one CUDA graph, states in fixed buffers (softmax attention too, whose
+            keys and values have room for the length and the new tokens), for what is built like Llama; plain, by the model's
+            own cached forward pass; auto, graph on a GPU.
         seed: of random weights and prompts.
         out: folder to write to. Results that are there under other settings are refused, not replaced.
     """
@@ -82,8 +89,12 @@ def bench(
         if value < least:
             raise InputError(f"{name} {value} is too small: give at least {least}")
     sources = {model: find(model, at[-1] + new_tokens) for model in dict.fromkeys(models)}
+    if decode not in DECODE or (decode == "graph" and not gpu):
+        raise InputError(f"decode {decode!r}: " + ("needs a GPU" if decode in DECODE else f"choose from {', '.join(DECODE)}"))
+    if decode == "auto":
+        decode = "graph" if gpu else "plain"
     settings = {"new_tokens": new_tokens, "batch_size": batch_size, "repeats": repeats, "prefill_chunk": prefill_chunk,
-                "seed": seed} | environment()  # fmt: skip
+                "decode": decode, "seed": seed} | environment()  # fmt: skip
     file = Path(out) / "bench.json"
     rows = known(file, settings)
 
@@ -92,6 +103,7 @@ def bench(
         say("no GPU: lengths and repeats are small unless given; memory has no honest peak here, only the state's size is told")
     width = max(map(len, sources))
     say(line(["model", *WIDTHS], width))
+    bandwidth = None
     for model, source in sources.items():
         network = None
         for length in at:
@@ -101,9 +113,15 @@ def bench(
                 first, row = network is None, {"model": model, "weights": source, "length": length}
                 if network is None:
                     network = open_model(model, source, seed, at[-1] + new_tokens)
-                row |= {"softmax": not isinstance(network, Student), "weights_bytes": network.get_memory_footprint()}
+                    bandwidth = bandwidth or measured_bandwidth()
+                    reason = why_not(network, at[-1] + new_tokens) if decode == "graph" else None
+                    if reason:
+                        say(f"{model}: decodes the plain way: {reason}")
+                row |= {"softmax": not isinstance(network, Student), "weights_bytes": network.get_memory_footprint(),
+                        "decode": "plain" if reason else decode, "bandwidth": bandwidth}  # fmt: skip
                 try:
-                    row |= measure(network, length, settings, warm_up=new_tokens if first else 1)
+                    row |= measure(network, length, settings | {"decode": row["decode"]}, warm_up=new_tokens if first else 1)
+                    row |= limit(network, row)
                 except torch.OutOfMemoryError:
                     row["out_of_memory"] = True
                 rows.append(row)
@@ -230,6 +248,32 @@ def decode(network: PreTrainedModel, token: Tensor, cache: Cache, steps: int) ->
     return torch.cat(tokens, 1)
 
 
+def measured_bandwidth() -> float | None:
+    """Bytes a second that the GPU reads and writes in a large copy."""
+    if not torch.cuda.is_available():
+        return None
+    source, target = (torch.empty(2**30, dtype=torch.uint8, device="cuda") for _ in range(2))
+    times = []
+    for _ in range(10):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return 2 * source.nbytes / median(times)
+
+
+def limit(network: PreTrainedModel, row: Row) -> Row:
+    """The time of a token if reading weights and state once were all, and what share of its time that is."""
+    if row["bandwidth"] is None:
+        return {}
+    embedding, head = network.get_input_embeddings(), network.get_output_embeddings()
+    looked_up = 0 if embedding.weight is head.weight else embedding.weight.nbytes  # only a row of it is read
+    ms = 1000 * (row["weights_bytes"] - looked_up + row["state_bytes"]) / row["bandwidth"]
+    return {"limit_ms": ms, "decode_of_limit": ms / row["decode_ms"]}
+
+
 def measure(network: PreTrainedModel, length: int, settings: dict[str, Any], warm_up: int) -> Row:
     """Time and memory at one length, after a repetition of `warm_up` decoded tokens that is not counted."""
     gpu, batch = network.device.type == "cuda", settings["batch_size"]
@@ -242,25 +286,33 @@ def measure(network: PreTrainedModel, length: int, settings: dict[str, Any], war
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def peak() -> int | None:  # since the last call, beyond `before`
+    def peak() -> int | None:  # since the last call, beyond `before`, with what a graph keeps
         if not gpu:
             return None
         found = torch.cuda.max_memory_allocated() - before
         torch.cuda.reset_peak_memory_stats()
-        return found
+        return found + (decoder.pool_bytes() if decoder else 0)
 
+    before = torch.cuda.memory_allocated() if gpu else 0
+    decoder = Decoder(network, length + settings["new_tokens"]) if settings["decode"] == "graph" else None
     row: Row = {"prefill_seconds": [], "decode_seconds": [], "state_in_theory": theory(network, batch, length)}
-    before = 0
     for steps in [warm_up] + [settings["new_tokens"]] * settings["repeats"]:
+        cache: Any = None
         if gpu:
-            before = torch.cuda.memory_allocated()
             peak()
         start = now()
-        token, cache = prefill(network, prompt, settings["prefill_chunk"])
+        if decoder is None:
+            token, cache = prefill(network, prompt, settings["prefill_chunk"])
+        else:
+            decoder.prefill(prompt, settings["prefill_chunk"])
         read = now() - start
-        row |= {"prefill_peak_bytes": peak(), "state_bytes": state_bytes(cache)}
+        row |= {"prefill_peak_bytes": peak(), "state_bytes": decoder.nbytes() if decoder else state_bytes(cache)}
         start = now()
-        decode(network, token, cache, steps)
+        if decoder is None:
+            decode(network, token, cache, steps)
+        else:
+            for _ in range(steps):
+                decoder.step()
         row["prefill_seconds"].append(read)
         row["decode_seconds"].append(now() - start)
         row["decode_peak_bytes"] = peak()
@@ -287,7 +339,9 @@ def cells(row: Row) -> list[str]:
         row["model"],
         str(row["length"]),
         short(row["prefill_tokens_per_second"]),
+        row["decode"],
         f"{row['decode_ms']:.2f} ({row['decode_ms_min']:.2f} to {row['decode_ms_max']:.2f})",
+        f"{row['decode_of_limit']:.0%}" if "decode_of_limit" in row else "",
         short(row["decode_tokens_per_second"]),
         *("" if peak is None else f"{peak / 2**30:.3f}" for peak in peaks),
         *("" if size is None else f"{size:,}" for size in (row["state_bytes"], row["state_in_theory"])),

@@ -19,6 +19,7 @@ from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.errors import InputError
 from distill_pl.harness import check_tasks, run_tasks
 from distill_pl.run_folder import fingerprint, read_config, write_aside
+from distill_pl.student.decoding import continued
 from distill_pl.tables import aligned, percent
 from distill_pl.teacher import load_model
 
@@ -132,10 +133,14 @@ def generate(
     if inputs["input_ids"].shape[1] == 0:
         raise InputError(f"prompt {prompt!r} is no token long: give at least a word")
     set_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    tokens = network.generate(
-        **inputs, max_new_tokens=max_new_tokens, num_beams=beams, pad_token_id=tokenizer.eos_token_id, **sampling
-    )
+    tokens = None
+    if beams == 1 and network.device.type == "cuda":
+        tokens = continued(network, inputs["input_ids"], max_new_tokens, temperature)
+    if tokens is None:
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        tokens = network.generate(
+            **inputs, max_new_tokens=max_new_tokens, num_beams=beams, pad_token_id=tokenizer.eos_token_id, **sampling
+        )
     say(tokenizer.decode(tokens[0], skip_special_tokens=True))
 
 

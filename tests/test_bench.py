@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import distill_pl.bench
-from distill_pl.bench import bench, decode, prefill, theory
+from distill_pl.bench import bench, decode, limit, measure, prefill, theory
 from distill_pl.cli import main
 from distill_pl.errors import InputError
 from distill_pl.mixers import MIXERS
@@ -94,6 +94,7 @@ def test_bench_of_a_mixer_and_a_folder(here, teacher_folder, capsys):
     assert [float(row["decode_ms"]) for row in table] == [row["decode_ms"] for row in rows.values()]
     assert (here / "bench" / "bench.png").read_bytes().startswith(b"\x89PNG")
     settings = json.loads((here / "bench" / "bench.json").read_text())["settings"]
+    assert settings["decode"] == "plain" and {row["decode"] for row in rows.values()} == {"plain"}
     assert settings["torch"] == torch.__version__ and settings["dtype"] == "float32" and settings["device"].startswith("CPU")
 
 
@@ -120,6 +121,30 @@ def test_what_was_measured_is_kept(here, monkeypatch, capsys):
     with pytest.raises(InputError, match=r"other settings \(new_tokens 2, now 3; seed 0, now 1\): give another --out"):
         bench(["gla"], **QUICK | {"new_tokens": 3, "seed": 1})
     assert (here / "bench" / "bench.json").read_bytes() == before
+
+
+def test_rows_of_either_way_to_decode(teacher, name):
+    """Out of fixed buffers as a graph does; softmax has room for all tokens there, in whole blocks."""
+    student = StudentFactory(name).build(teacher, seed=0).eval()
+    settings = {"new_tokens": 2, "repeats": 2, "batch_size": 2, "prefill_chunk": 0, "seed": 0}
+    rows = {way: measure(student, 300, settings | {"decode": way}, warm_up=1) for way in ("graph", "plain")}
+    assert rows["graph"].keys() == rows["plain"].keys()
+    assert rows["plain"]["state_bytes"] == rows["plain"]["state_in_theory"] == theory(student, 2, 300)
+    room = theory(student, 2, 512) - 2 * 2 * 512 if name == "softmax" else theory(student, 2, 300)  # without the key mask
+    assert rows["graph"]["state_bytes"] == room
+
+
+def test_limit_reads_weights_and_state_once(teacher):
+    student = StudentFactory("gla").build(teacher, seed=0)
+    for tied in (True, False):
+        if not tied:
+            student.lm_head = torch.nn.Linear(*student.lm_head.weight.T.shape, bias=False)
+        embedding = student.model.embed_tokens.weight.nbytes
+        row = {"weights_bytes": student.get_memory_footprint(), "state_bytes": 1000, "bandwidth": 1e6, "decode_ms": 10.0}
+        read = sum(p.nbytes for p in student.parameters()) - (0 if tied else embedding) + 1000
+        read += student.get_memory_footprint() - sum(p.nbytes for p in student.parameters())  # RoPE's table
+        assert limit(student, row) == {"limit_ms": read / 1000, "decode_of_limit": read / 10000}
+    assert limit(student, {"bandwidth": None}) == {}
 
 
 def test_out_of_memory_ends_a_model_not_the_bench(here, monkeypatch, capsys):
@@ -157,6 +182,8 @@ def test_a_folder_comes_before_a_mixer(here, teacher_folder):
     ({"repeats": 0}, "repeats 0 is too small"),
     ({"batch_size": 0}, "batch_size 0 is too small"),
     ({"prefill_chunk": -1}, "prefill_chunk -1 is too small"),
+    ({"decode": "graph"}, "decode 'graph': needs a GPU"),
+    ({"decode": "grpah"}, "decode 'grpah': choose from auto, graph, plain"),
     ({"models": ["gla", "gla2"]}, "neither a folder nor a mixer: did you mean gla?"),
     ({"models": ["gla", "/nowhere"]}, r"'/nowhere' cannot be had \(no such folder\): give .* a mixer: softmax, "),
 ])  # fmt: skip

@@ -1,0 +1,37 @@
+"""Captured decoding gives the tokens of plain decoding; what else it must be is shown on the CPU (tests/student)."""
+
+import pytest
+import torch
+
+from distill_pl.bench import decode, prefill
+from distill_pl.evaluate import generate
+from distill_pl.student.decoding import Decoder
+from distill_pl.student.factory import StudentFactory
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+STEPS = 12
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "captured"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_tokens_are_those_of_the_plain_way(teacher, name, rows, compiled):
+    """In fp32, where no two tokens are as likely: bf16 rounds at other places when compiled."""
+    model = StudentFactory(name, init="fresh", softmax_layers=[1]).build(teacher, seed=0).to("cuda").eval()
+    decoder = Decoder(model, max_length=80, **{} if compiled else {"backend": None})
+    assert decoder.graph is not None
+    for length in (40, 7):
+        prompt = torch.randint(1, teacher.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(length))
+        prompt = prompt.to("cuda")
+        token, cache = prefill(model, prompt)
+        expected = torch.cat([token, decode(model, token, cache, STEPS - 1)], 1)
+        assert torch.equal(torch.cat(list(decoder.generate(prompt, STEPS)), 1), expected)
+
+
+def test_generate_takes_the_graph(teacher_folder, monkeypatch, capsys):
+    printed = []
+    for captured in (True, False):
+        if not captured:
+            monkeypatch.setattr("distill_pl.evaluate.continued", lambda *args: None)
+        generate(str(teacher_folder), prompt="Story", max_new_tokens=12)
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
