@@ -34,8 +34,12 @@ test-gpu: $(BIN)/.installed  ## the kernels against their matrices, on a GPU (fi
 test-slurm: $(BIN)/.installed  ## the batch scripts on a Slurm set up for it (apt install slurmctld slurmd slurm-client munge)
 	$(BIN)/python -m pytest -q -m slurm tests/slurm
 
-bench-gpu: $(BIN)/.installed  ## errors, time and memory of every mixer's op, on a GPU
+bench-gpu: $(BIN)/.installed  ## on a GPU: every mixer's op, every stage's step beside one by hand, the start, generation
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,bench]'
 	$(BIN)/python benchmarks/mixing.py
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/distill-pl bench gla mlstm softmax
 
 constraints:  ## the newest versions of everything into constraints.txt, from a fresh environment: then make test
 	rm -rf .venv && $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'

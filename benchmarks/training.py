@@ -40,6 +40,8 @@ def attention_by_hand(mixer: str, layer_idx: int) -> nn.Module | None:
     """fla's layer with heads like SmolLM-360M's; None where there is none that runs on fla alone."""
     import fla.layers as layers
 
+    import distill_pl.ops.kernels  # noqa: F401 (fla's kernels tuned ahead, as far as they are: else it takes minutes)
+
     shape = {"hidden_size": 960, "num_heads": 15, "layer_idx": layer_idx}
     made: dict[str, Callable[[], nn.Module]] = {
         "gla": lambda: layers.GatedLinearAttention(expand_k=1.0, **shape),

@@ -170,4 +170,5 @@ class _ChunkDataset(Dataset[Tensor]):
 
 def _loader(chunks: np.ndarray, batches) -> DataLoader:
     # no workers: a memory map is read a thousand times faster than any model trains
-    return DataLoader(_ChunkDataset(chunks), batch_sampler=batches, collate_fn=lambda batch: batch)
+    pinned = torch.cuda.is_available()  # or the CPU waits for the GPU at every batch
+    return DataLoader(_ChunkDataset(chunks), batch_sampler=batches, collate_fn=lambda batch: batch, pin_memory=pinned)

@@ -70,8 +70,8 @@ class MatrixMixingStage(Stage):
     def losses(self, tokens: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Mean over layers of Eq. 7's distances."""
         generator = torch.Generator().manual_seed(seed)
-        signs = torch.randint(0, 2, (1, tokens.shape[1], 1, self.probes), generator=generator) * 2 - 1
-        signs = signs.to(tokens.device)
+        bits = torch.randint(0, 2, (1, tokens.shape[1], 1, self.probes), generator=generator, dtype=torch.int8)
+        signs = bits.to(tokens.device) * 2 - 1  # bytes: for a copy of more than 64 KiB the CPU would wait until the GPU is idle
         distances = []
         for student_layer, layer in zip(self.student.model.layers, self.teacher.layers(tokens), strict=True):
             if self.estimator == "exact":

@@ -149,7 +149,7 @@ class Stage(L.LightningModule):
         parameters = [p for p in self.student.parameters() if p.grad is not None]
         norm = get_total_norm([p.grad for p in parameters])
         self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if not torch.isfinite(self.grad_norm) or not torch.isfinite(self.values).all():
+        if not torch.isfinite(self.grad_norm + self.values.sum()):  # at once: asking makes the CPU wait for the GPU
             raise Diverged(
                 f"{self.name}: not finite at step {self.global_step + 1}, {self.culprit()}; the last checkpoint is intact. "
                 f"Try a smaller {self.name}.lr (now {self.lr:g}), or look at this step's text"

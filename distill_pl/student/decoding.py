@@ -117,11 +117,11 @@ def dressed(model: PreTrainedModel) -> Student:
     return student.eval().requires_grad_(False)
 
 
-def fuse(layer: nn.Module, norm: str, part: nn.Module, last: str) -> None:
-    """Move a layer's norm into the linears of `part` that read it: all as wide as it but the `last`."""
+def fuse(layer: nn.Module, norm: str, part: nn.Module, *later: str) -> None:
+    """Move a layer's norm into the linears of `part` that read it: all as wide as it but the `later` ones."""
     width = len(layer.get_parameter(f"{norm}.weight"))
     for name, linear in list(part.named_modules()):
-        if isinstance(linear, nn.Linear) and linear.in_features == width and name != last:
+        if isinstance(linear, nn.Linear) and linear.in_features == width and name not in later:
             parent, _, own = name.rpartition(".")
             setattr(part.get_submodule(parent), own, Normed(layer.get_submodule(norm), linear))
     setattr(layer, norm, nn.Identity())
@@ -167,7 +167,7 @@ class Decoder:
         self.backend = (inductor if gpu else None) if backend == "auto" else backend
         self.graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph() if gpu else None
         self.states: list[tuple[Any, dict[str, Tensor]]] = []  # of each layer, op and tails
-        self.seen = 0
+        self.seen, self.captured = 0, False
 
     @torch.no_grad()
     def prefill(self, prompt: Tensor, chunk: int = 0) -> Tensor:
@@ -177,6 +177,8 @@ class Decoder:
         for piece in prompt.split(chunk or prompt.shape[1], dim=1):
             found = self.model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = found.past_key_values
+        if self.states and len(prompt) != len(self.token):
+            raise ValueError(f"{len(prompt)} prompts, where the first time there were {len(self.token)}: make another Decoder")
         if not self.states:
             self._prepare(cache, len(prompt))
         self._load(cache, prompt.shape[1])
@@ -206,7 +208,7 @@ class Decoder:
 
     def pool_bytes(self) -> int:
         """GPU memory that the graph keeps for what lives within a step, which the allocator does not count as allocated."""
-        if self.graph is None:
+        if self.graph is None or not self.captured:
             return 0
         mine = [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == tuple(self.graph.pool())]
         return sum(segment["total_size"] - segment["allocated_size"] for segment in mine)
@@ -257,14 +259,15 @@ class Decoder:
         torch.cuda.current_stream().wait_stream(aside)
         with torch.cuda.graph(graph):
             self._step()
+        self.captured = True
 
     def _fuse_norms(self) -> None:
         """Norms go into the linears after them."""
         body = self.student.model
         for layer in body.layers:
-            fuse(layer, "post_attention_layernorm", layer.mlp, last="down_proj")
+            fuse(layer, "post_attention_layernorm", layer.mlp, "down_proj")
             if not hasattr(layer.self_attn, "conv"):  # which reads what is normed before any linear does
-                fuse(layer, "input_layernorm", layer.self_attn, last="o_proj")
+                fuse(layer, "input_layernorm", layer.self_attn, "o_proj", "decay_proj.1")
         self.student.lm_head = Normed(body.norm, self.student.lm_head)
         body.norm = nn.Identity()
 

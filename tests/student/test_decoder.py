@@ -91,6 +91,13 @@ def test_softmax_has_room_for_so_many_tokens(teacher):
         decoder.prefill(some_tokens(teacher, length=22))
 
 
+def test_prompts_are_always_as_many(teacher):
+    decoder = Decoder(StudentFactory("gla").build(teacher, seed=0).eval())
+    decoder.prefill(some_tokens(teacher))
+    with pytest.raises(ValueError, match="1 prompts, where the first time there were 2"):
+        decoder.prefill(some_tokens(teacher, rows=1))
+
+
 def test_what_a_decoder_cannot_do_is_said(teacher, save_model):
     assert why_not(teacher.model, 10**6) is None
     assert why_not(StudentFactory("gla").build(teacher, seed=0), 10**6) is None

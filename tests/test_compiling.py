@@ -1,0 +1,81 @@
+"""What a GPU compiles: a layer is one graph, also around the kernels, and one compilation serves all layers that are alike."""
+
+import importlib.util
+
+import pytest
+import torch
+from torch._dynamo.exc import BackendCompilerFailed
+
+import distill_pl.teacher
+from distill_pl.stages.hidden_align import block_distance
+from distill_pl.stages.matrix_mixing import probed_distance
+from distill_pl.student.factory import StudentFactory
+from distill_pl.student.modeling import Student
+from distill_pl.teacher import Teacher
+
+LENGTH = 32
+
+
+@pytest.fixture
+def graphs() -> list[torch.fx.GraphModule]:
+    """What `keep` was given to compile."""
+    torch.compiler.reset()
+    return []
+
+
+@pytest.fixture
+def keep(graphs):
+    """A backend that runs a graph as it is."""
+    return lambda graph, inputs: (graphs.append(graph), graph.forward)[1]
+
+
+@pytest.fixture
+def tokens(teacher) -> torch.Tensor:
+    return torch.randint(teacher.config.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+def test_a_teacher_is_one_graph(any_teacher, tokens, graphs, keep, monkeypatch):
+    plain = [layer.output for layer in any_teacher.layers(tokens)]
+    run = torch.compile(distill_pl.teacher._run.__wrapped__, backend=keep, fullgraph=True, dynamic=False)
+    monkeypatch.setattr(distill_pl.teacher, "_run", run)
+    for layer, expected in zip(any_teacher.layers(tokens), plain, strict=True):
+        torch.testing.assert_close(layer.output, expected)
+    assert len(graphs) == 1 < len(plain)
+
+
+@pytest.mark.parametrize("what", ["layer", "probe", "block"])
+def test_a_student_is_one_graph(teacher, tokens, name, graphs, keep, what):
+    student = StudentFactory(name, init="fresh").build(teacher, seed=0)
+    layers = list(zip(student.model.layers, teacher.layers(tokens), strict=True))
+    signs = torch.ones(1, LENGTH, 1, 4)
+    functions = {
+        "layer": lambda own, theirs: own(theirs.input, position_embeddings=theirs.position),
+        "probe": lambda own, theirs: probed_distance.__wrapped__(own, theirs, signs),
+        "block": lambda own, theirs: block_distance.__wrapped__(own, theirs),
+    }
+    plain = functions[what]
+    compiled = torch.compile(plain, backend=keep, fullgraph=True, dynamic=False)
+    for layer in layers:
+        torch.testing.assert_close(compiled(*layer), plain(*layer), rtol=1e-4, atol=1e-5)
+    assert len(graphs) == 1 < len(layers)
+
+
+@pytest.mark.skipif(not all(map(importlib.util.find_spec, ("fla", "triton"))), reason="needs fla-core and triton")
+def test_a_graph_goes_around_the_kernels(save_model, name, graphs):
+    """Traced only: there is no GPU to run it on."""
+    if name == "softmax":
+        pytest.skip("torch's own")
+    wide = Teacher(str(save_model("llama", hidden_size=64, head_dim=16)))
+    config = StudentFactory(name, init="fresh").config(wide)
+    config.backend = "fla"
+    layer = Student(config).bfloat16().model.layers[0]
+    position = (torch.ones(1, LENGTH, 16), torch.zeros(1, LENGTH, 16))
+
+    def stop(graph, inputs):
+        graphs.append(graph)
+        raise NotImplementedError
+
+    with pytest.raises(BackendCompilerFailed):
+        torch.compile(layer, backend=stop, fullgraph=True)(torch.randn(2, LENGTH, 64).bfloat16(), position_embeddings=position)
+    kernels = [node for node in graphs[0].graph.nodes if "distill_pl" in str(node.target)]
+    assert len(kernels) == 1
