@@ -1,6 +1,6 @@
 """Every stage's training step at the study's shape, beside the same step written by hand: speed, memory, share of the peak.
 
-    python benchmarks/training.py [--stages kd,hidden_align,matrix_mixing,exact] [--mixers gla,mlstm] [--steps 20]
+    python benchmarks/training.py [--stages kd,exact] [--length 512] [--mixers gla,mlstm] [--steps 20]
 
 Ours is `distill-pl fit` itself (Lightning, fp32 weights, bf16 compute, clipping, TensorBoard), to which all other options go;
 printed is what it logs. By hand is what one would write with transformers and fla.layers: the whole logits, torch's own losses,
@@ -11,6 +11,7 @@ is that of a large bf16 matrix product in the same process. Prints Markdown. Nee
 import argparse
 import contextlib
 import gc
+import math
 import statistics
 import tempfile
 import time
@@ -32,7 +33,6 @@ from distill_pl.params import count, smollm_360m
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.modeling import Student
 
-LENGTH = 512
 GIB = 2**30
 
 
@@ -92,12 +92,12 @@ def align_by_hand(student: nn.Module, teacher: nn.Module, tokens: Tensor) -> Ten
     """Eq. 8, every block on the teacher's input."""
     with torch.no_grad():
         states = teacher.model(tokens, use_cache=False, output_hidden_states=True).hidden_states
-        position = teacher.model.rotary_emb(states[0], torch.arange(LENGTH, device="cuda")[None])
+        position = teacher.model.rotary_emb(states[0], torch.arange(tokens.shape[1], device="cuda")[None])
     layers = zip(student.model.layers, states[:-1], states[1:], strict=True)
     return sum(hidden_distance(layer(x, position_embeddings=position), y) for layer, x, y in layers)
 
 
-def speed_by_hand(stage: str, mixer: str, batch: int, repeats: int = 8) -> tuple[float, float]:
+def speed_by_hand(stage: str, mixer: str, shape: tuple[int, int], repeats: int = 8) -> tuple[float, float]:
     """Tokens a second and GiB of a whole step."""
     student, teacher = student_by_hand(mixer), LlamaForCausalLM(smollm_360m().config).bfloat16().cuda()
     if stage == "hidden_align":
@@ -110,13 +110,13 @@ def speed_by_hand(stage: str, mixer: str, batch: int, repeats: int = 8) -> tuple
 
     def step() -> None:
         with torch.autocast("cuda", torch.bfloat16):
-            loss = loss_of(student, teacher, torch.randint(49152, (batch, LENGTH), device="cuda"))
+            loss = loss_of(student, teacher, torch.randint(49152, shape, device="cuda"))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
-    return batch * LENGTH / timed(step, repeats), torch.cuda.max_memory_allocated() / GIB
+    return math.prod(shape) / timed(step, repeats), torch.cuda.max_memory_allocated() / GIB
 
 
 def timed(run: Callable[[], object], repeats: int, warm_up: int = 3) -> float:
@@ -138,11 +138,11 @@ def peak_of_products() -> float:
 
 
 @torch.no_grad()
-def speed_of_teacher(batch: int) -> float:
+def speed_of_teacher(shape: tuple[int, int]) -> float:
     """Tokens a second of the teacher's own forward pass, logits included."""
     teacher = LlamaForCausalLM(smollm_360m().config).bfloat16().cuda()
-    tokens = torch.randint(49152, (batch, LENGTH), device="cuda")
-    return batch * LENGTH / timed(lambda: teacher(tokens, use_cache=False), 10)
+    tokens = torch.randint(49152, shape, device="cuda")
+    return math.prod(shape) / timed(lambda: teacher(tokens, use_cache=False), 10)
 
 
 class Trained(Exception):
@@ -157,7 +157,7 @@ def stop(*args) -> None:
 def fitted(stage: str, mixer: str, folder: Path, args: argparse.Namespace) -> tuple[list[float], float, float]:
     """Of `distill-pl fit`: tokens a second between its log lines, GiB at the peak, the last training loss."""
     name = "matrix_mixing" if stage == "exact" else stage
-    tokens = args.steps * args.batch * LENGTH
+    tokens = args.steps * args.batch * args.length
     out = Path(tempfile.mkdtemp(dir=folder))
     chain.save_student = stop
     with contextlib.suppress(Trained):
@@ -165,6 +165,7 @@ def fitted(stage: str, mixer: str, folder: Path, args: argparse.Namespace) -> tu
             "fit", f"--out={out / 'run'}", f"--teacher={folder / 'teacher'}", f"--data.dataset={folder / 'text.jsonl'}",
             f"--data.cache={folder / 'cache'}", "--student.init=fresh", f"--student.mixer={mixer}", f"--tokens={tokens}",
             "--kd.tokens=0", f"--{name}.tokens={tokens}", f"--data.batch_size={args.batch}", "--data.validation_tokens=25k",
+            f"--data.sequence_length={args.length}",
             "--trainer.log_every_n_steps=2", *(["--matrix_mixing.estimator=exact"] if stage == "exact" else []), *args.options,
         ])  # fmt: skip
     events = EventAccumulator(str(next(out.glob("run/*_*"))))
@@ -190,14 +191,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--hand", default="kd,hidden_align", help="the stages that are also measured by hand")
     parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument("--length", type=int, default=512)
     args, args.options = parser.parse_known_args()
+    shape = (args.batch, args.length)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         synthetic.teacher(folder / "teacher")
-        synthetic.text(folder / "text.jsonl", int(1.2 * args.steps * args.batch * LENGTH) + 100_000)
-        peak, teacher = peak_of_products(), speed_of_teacher(args.batch)
+        synthetic.text(folder / "text.jsonl", int(1.2 * args.steps * math.prod(shape)) + 100_000)
+        peak, teacher = peak_of_products(), speed_of_teacher(shape)
         print(
-            f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.batch} x {LENGTH} tokens; bf16 products at "
+            f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.batch} x {args.length} tokens; bf16 products at "
             f"{peak / 1e12:.0f} TFLOP/s; the teacher's forward pass alone, by hand: {teacher / 1e3:.0f} thousand tokens/s"
         )
         header = ["stage", "mixer", "thousand tokens/s (range)", "of the peak", "GiB", "last loss", "by hand", "GiB", "ratio"]
@@ -209,9 +212,10 @@ def main() -> None:
                 speed = statistics.median(speeds)
                 spread = f"{speed / 1e3:.1f} ({min(speeds) / 1e3:.1f} to {max(speeds) / 1e3:.1f})"
                 cells = [spread, "", f"{memory:.1f}", f"{loss:.4f}"]
+                print(f"{stage}, {mixer}: {spread}, {memory:.1f} GiB", flush=True)  # by hand, fla may tune for minutes yet
                 clear()
                 if stage in args.hand.split(","):
-                    hand, hand_memory = speed_by_hand(stage, mixer, args.batch)
+                    hand, hand_memory = speed_by_hand(stage, mixer, shape)
                     cells += [f"{hand / 1e3:.1f}", f"{hand_memory:.1f}", f"{speed / hand:.2f}"]
                 else:
                     cells += ["", "", f"{teacher / speed:.2f} x the teacher's forward"]

@@ -226,7 +226,7 @@ def describe(config: Namespace, teacher: Teacher, student: Student, legs: list[L
         f"teacher  {config.teacher}: {type(teacher.model).__name__}, {short(own)} parameters, "
         f"{base.num_hidden_layers} layers of {base.num_attention_heads} heads ({base.num_key_value_heads} kv)\n"
         f"student  {config.student.mixer}: {short(count)} parameters, {copied}; "
-        f"mixing by {'fla kernels' if use_fla(config.student.backend, device(config)) else 'torch'}, {precision(config)}\n"
+        f"mixing by {'Triton kernels' if use_fla(config.student.backend, device(config)) else 'torch'}, {precision(config)}\n"
         f"text     {config.data.dataset}, chunks of {config.data.sequence_length}, {config.data.batch_size} a step\n"
         f"stages   "
         + ", then ".join(f"{leg.name} {short(leg.steps * batch)} tokens" for leg in legs)

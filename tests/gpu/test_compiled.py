@@ -31,6 +31,9 @@ def test_compiled_is_plain(small, name, stage_name):
     torch.compiler.reset()
     options = {"estimator": "exact"} if stage_name == "exact" else {}
     student = StudentFactory(name, init="fresh").build(small, seed=0).cuda()
+    if name == "rebased":  # keep q . k away from 0, where its gradient jumps
+        for mixer in student.mixers:
+            torch.nn.init.ones_(mixer.feature_map.bias)
     stage = STAGES["matrix_mixing" if stage_name == "exact" else stage_name](student, small, **options)
     stage.configure_model()
     tokens = torch.randint(small.config.vocab_size, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0)).cuda()
@@ -43,5 +46,6 @@ def test_compiled_is_plain(small, name, stage_name):
     torch.testing.assert_close(found, expected, rtol=5e-3, atol=1e-4)
     error = sum((x.float() - y.float()).square().sum() for x, y in zip(others, gradients, strict=True) if x is not None)
     size = sum(y.float().square().sum() for y in gradients if y is not None)
-    print(name, stage_name, expected.item(), found.item(), "gradients off by", (error / size).sqrt().item())
-    assert error.sqrt() < 5e-2 * size.sqrt()  # two roundings to bf16 of the same
+    off = (error / size).sqrt().item()
+    print(name, stage_name, expected.item(), found.item(), f"gradients off by {off:.1e}")
+    assert off < 5e-2  # two roundings to bf16 of the same
