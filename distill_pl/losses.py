@@ -70,9 +70,9 @@ class _NextTokenLoss(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_head = torch.zeros_like(head) if need_head else None
         total = torch.zeros(2, device=hidden.device)
-        pieces = -(-len(labels) // TOKENS_AT_ONCE.get(device, 4096))
-        for rows in torch.arange(len(labels)).tensor_split(pieces):
-            rows = slice(int(rows[0]), int(rows[-1]) + 1)
+        pieces = -(-len(labels) // TOKENS_AT_ONCE["cuda" if hidden.is_cuda else "cpu"])
+        size = -(-len(labels) // pieces)  # all alike, but for the last
+        for rows in (slice(at, at + size) for at in range(0, len(labels), size)):
             x, expected = hidden[rows].to(dtype), None
             if teacher_hidden is not None:
                 expected = teacher_hidden[rows].to(teacher_head.dtype) @ teacher_head.mT
@@ -92,7 +92,7 @@ class _NextTokenLoss(torch.autograd.Function):
     def backward(ctx, grad, _):
         d_hidden, d_head = ctx.saved_tensors
         grad = grad / ctx.count
-        return *(d if d is None else d * grad.to(d.dtype) for d in (d_hidden, d_head)), *[None] * 7
+        return *(d if d is None else d * grad for d in (d_hidden, d_head)), *[None] * 7
 
 
 @compiled_on_gpu

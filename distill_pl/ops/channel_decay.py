@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from distill_pl.ops import Backend, promoted, use_fla
 
-SMALL = 8
+SMALL = 8  # the largest blocks that are multiplied channel by channel
 CHUNK = 64  # tokens mixed through their matrix; chunks exchange only the K x V state
 FUSED = (16, 32, 64, 128)  # the K and V that our own kernel is for; fla's tunes itself for minutes, for every shape anew
 

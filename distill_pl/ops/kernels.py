@@ -160,14 +160,15 @@ def _differentiate(backward):
     def run(ctx, dy, d_final, _):
         q, k, v, gate, state, kept = ctx.saved_tensors
         dy = torch.zeros_like(v) if dy is None else dy
-        given = (kept,) if backward is _scalar_decay_backward else (gate, kept)
-        dq, dk, dv, d_gate, d_state = backward(q, k, v, *given, ctx.scale, state, dy, d_final)
+        dq, dk, dv, d_gate, d_state = backward(q, k, v, gate, kept, ctx.scale, state, dy, d_final)
         return dq, dk, dv, None if gate is None else d_gate, None, None if state is None else d_state
 
     return run
 
 
-_scalar_decay.register_autograd(_differentiate(_scalar_decay_backward), setup_context=_save)
+_scalar_decay.register_autograd(
+    _differentiate(lambda q, k, v, g, sums, *rest: _scalar_decay_backward(q, k, v, sums, *rest)), setup_context=_save
+)
 _delta_rule.register_autograd(_differentiate(_delta_rule_backward), setup_context=_save)
 
 

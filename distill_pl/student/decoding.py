@@ -44,13 +44,12 @@ class FixedSoftmax:
         keys.index_copy_(2, position, k[:, :, None])
         values.index_copy_(2, position, v[:, :, None])
         grouped = q.unflatten(1, (k.shape[1], -1))[:, :, None]  # [B, kv_heads, 1, H / kv_heads, K]
-        in_blocks = (x.unflatten(2, (-1, BLOCK)) for x in (keys, values))  # [B, kv_heads, blocks, BLOCK, K or V]
-        keys_in_blocks, values_in_blocks = in_blocks
-        scores = (grouped @ keys_in_blocks.mT).float() * scale  # [B, kv_heads, blocks, H / kv_heads, BLOCK]
+        key_blocks, value_blocks = (x.unflatten(2, (-1, BLOCK)) for x in (keys, values))  # [B, kv_heads, blocks, BLOCK, K or V]
+        scores = (grouped @ key_blocks.mT).float() * scale  # [B, kv_heads, blocks, H / kv_heads, BLOCK]
         seen = (torch.arange(keys.shape[2], device=q.device) <= position).unflatten(0, (-1, 1, BLOCK))
         scores = scores.masked_fill(~seen, -math.inf)
         weights = (scores - scores.amax((2, 4), keepdim=True)).exp()
-        sums = (weights.to(v.dtype) @ values_in_blocks).float().sum(2)  # [B, kv_heads, H / kv_heads, V]
+        sums = (weights.to(v.dtype) @ value_blocks).float().sum(2)  # [B, kv_heads, H / kv_heads, V]
         return (sums / weights.sum((2, 4))[..., None]).flatten(1, 2).to(v.dtype), state
 
 
