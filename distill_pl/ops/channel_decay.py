@@ -61,7 +61,10 @@ def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, backend: Backe
         if q.shape[-1] in FUSED and v.shape[-1] in FUSED:
             from distill_pl.ops.channel_decay_kernel import fused
 
-            return fused(q, k, v, g.float(), scale, state)
+            if v.dtype != torch.float16:
+                return fused(q, k, v, g.float(), scale, state)
+            y, state = fused(q.float(), k.float(), v.float(), g.float(), scale, state)  # whose exponents fp16 has not
+            return y.to(v.dtype), state
         from distill_pl.ops import kernels
 
         return kernels.chunk_gla(q, k, v, g.float(), scale=scale, initial_state=state, output_final_state=True)

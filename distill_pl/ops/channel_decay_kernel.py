@@ -4,14 +4,14 @@ With b the cumulative sum of g from the chunk's start, S the state before the ch
 
     y = scale * ((q e^b) S + A v)                       S' = e^{b_C} S + (k e^{b_C - b})^T v
     dv = scale * A^T dy + (k e^{b_C - b}) dS            dS_before = e^{b_C} dS + scale * (q e^b)^T dy
-    dg_t = sum_{s >= t in the chunk} (q_s dq_s - k_s dk_s) + sum_v S' dS
+    dg_t = sum_{s >= t} (q_s dq_s - k_s dk_s) + sum_v S' dS, s up to where S' and dS are known anew
 
-Two short scans carry S forward and dS backward in time; all else is done for all chunks at once. A is split as by
-`channel_decay._triangle`: on the level that joins halves of s tokens, with R the b of the left half's last token,
+A is one product, A_ij = (q_i e^{b_i - R}) (k_j e^{R - b_j})^T, with R = b_C / 2, where no exponent overflows: for that, g below
+LOWEST counts as LOWEST. What such a token then leaves of the past, 1e-4, is a thirtieth of bf16's rounding.
 
-    A_ij = (q_i e^{b_i - R}) (k_j e^{R - b_j})^T        i in the right, j in the left half of the same 2 s tokens
-
-as a product over the whole chunk, masked. One configuration for all shapes: nothing is tuned when it first runs.
+A program walks through a segment of one sequence with S, or backward dS, in its registers. Where there are too few sequences to
+fill a GPU there are several segments, and two scans bring S and dS to their borders. One configuration for all shapes: nothing
+is tuned when it first runs.
 """
 
 import torch
@@ -20,8 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = 16
+LOWEST = tl.constexpr(-9.0)
+BLOCK = 64  # tokens at a time in a scan; the shortest segment
+PROGRAMS = 512  # that fill a GPU
 SCAN_KEYS = 32  # in one program of the scans
-SCAN, OUTPUTS, GRADIENTS = ({"num_warps": warps, "num_stages": stages} for warps, stages in ((4, 1), (2, 1), (2, 1)))
+STATE_OF_A_WARP = 1024  # numbers in its registers
 
 
 @triton.jit
@@ -45,142 +48,188 @@ def _store(x, value, sequence, first, T, H, X: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _grid(rows: tl.constexpr, X: tl.constexpr, columns: tl.constexpr):
-    """Where [rows, columns] lie in [rows, X]."""
-    return tl.arange(0, rows)[:, None] * X + tl.arange(0, columns)[None, :]
+def _grid(rows: tl.constexpr, columns: tl.constexpr):
+    """Where [rows, columns] lie in memory."""
+    return tl.arange(0, rows)[:, None] * columns + tl.arange(0, columns)[None, :]
 
 
 @triton.jit
-def _scan(k, v, g, initial, sums, states, final, T, H, chunks, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+def _below(C: tl.constexpr):
+    """The strict lower triangle [C, C]."""
+    return tl.arange(0, C)[:, None] > tl.arange(0, C)[None, :]
+
+
+@triton.jit
+def _decays(g, sequence, first, T, H, K: tl.constexpr, C: tl.constexpr):
+    """b - R [C, K] by a product with +-1/2, e^R [K]."""
+    g = tl.maximum(_load(g, sequence, first, T, H, K, C, K), LOWEST)
+    return tl.dot(0.5 - tl.trans(_below(C)).to(tl.float32), g, input_precision="tf32x3"), tl.exp(tl.sum(g, 0) / 2)
+
+
+@triton.jit
+def _scan(k, v, g, initial, starts, T, H, segments, length, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
           N: tl.constexpr):  # fmt: skip
-    """Forward in time, for N keys: b of all tokens [B H, chunks, C, K], S before every chunk and after the last."""
+    """Forward in time, for N keys: S before every segment."""
     sequence, start = tl.program_id(0), tl.program_id(1) * N
-    square = sequence.to(tl.int64) * (K * V) + start * V
     if initial is None:
         state = tl.zeros([N, V], tl.float32)
     else:
-        state = tl.load(initial + square + _grid(N, V, V))
-    for chunk in range(chunks):
-        block, first = sequence.to(tl.int64) * chunks + chunk, chunk * C
-        g_chunk = _load(g + start, sequence, first, T, H, K, C, N)
-        k_chunk = _load(k + start, sequence, first, T, H, K, C, N)
-        v_chunk = _load(v, sequence, first, T, H, V, C, V)
-        b, total = tl.cumsum(g_chunk, 0), tl.sum(g_chunk, 0)
-        tl.store(sums + block * (C * K) + start + _grid(C, K, N), b)
-        tl.store(states + block * (K * V) + start * V + _grid(N, V, V), state.to(v_chunk.dtype))
-        added = (k_chunk * tl.exp(total[None, :] - b)).to(v_chunk.dtype)
-        state = tl.dot(tl.trans(added), v_chunk, state * tl.exp(total)[:, None])
-    tl.store(final + square + _grid(N, V, V), state)
+        state = tl.load(initial + (sequence.to(tl.int64) * K + start) * V + _grid(N, V))
+    for segment in range(segments):
+        tl.store(starts + ((sequence.to(tl.int64) * segments + segment) * K + start) * V + _grid(N, V), state)
+        if segment < segments - 1:
+            for first in range(segment * length, segment * length + length, C):
+                g_chunk = tl.maximum(_load(g + start, sequence, first, T, H, K, C, N), LOWEST)
+                b, total = tl.cumsum(g_chunk, 0), tl.sum(g_chunk, 0)
+                v_chunk = _load(v, sequence, first, T, H, V, C, V)
+                added = (_load(k + start, sequence, first, T, H, K, C, N) * tl.exp(total[None, :] - b)).to(v_chunk.dtype)
+                state = tl.dot(tl.trans(added), v_chunk, state * tl.exp(total)[:, None])
 
 
 @triton.jit
-def _scan_back(q, dy, sums, d_final, d_states, d_initial, scale, T, H, chunks, K: tl.constexpr, V: tl.constexpr,
-               C: tl.constexpr, N: tl.constexpr):  # fmt: skip
-    """Backward in time, for N keys: the gradient of S after every chunk and before the first."""
+def _scan_back(q, dy, g, d_final, ends, scale, T, H, segments, length, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+               N: tl.constexpr):  # fmt: skip
+    """Backward in time, for N keys: the gradient of S after every segment."""
     sequence, start = tl.program_id(0), tl.program_id(1) * N
-    square = sequence.to(tl.int64) * (K * V) + start * V
-    d_state = tl.load(d_final + square + _grid(N, V, V))
-    for done in range(chunks):
-        chunk = chunks - 1 - done
-        block, first = sequence.to(tl.int64) * chunks + chunk, chunk * C
-        q_chunk = _load(q + start, sequence, first, T, H, K, C, N)
-        dy_chunk = _load(dy, sequence, first, T, H, V, C, V)
-        b = tl.load(sums + block * (C * K) + start + _grid(C, K, N))
-        total = tl.load(sums + block * (C * K) + (C - 1) * K + start + tl.arange(0, N))
-        tl.store(d_states + block * (K * V) + start * V + _grid(N, V, V), d_state.to(dy_chunk.dtype))
-        read = (q_chunk * (tl.exp(b) * scale)).to(dy_chunk.dtype)
-        d_state = tl.dot(tl.trans(read), dy_chunk, d_state * tl.exp(total)[:, None])
-    tl.store(d_initial + square + _grid(N, V, V), d_state)
+    d_state = tl.load(d_final + (sequence.to(tl.int64) * K + start) * V + _grid(N, V))
+    for done in range(segments):
+        segment = segments - 1 - done
+        tl.store(ends + ((sequence.to(tl.int64) * segments + segment) * K + start) * V + _grid(N, V), d_state)
+        if segment > 0:
+            for before in range(0, length, C):
+                first = segment * length + length - C - before
+                g_chunk = tl.maximum(_load(g + start, sequence, first, T, H, K, C, N), LOWEST)
+                b, total = tl.cumsum(g_chunk, 0), tl.sum(g_chunk, 0)
+                dy_chunk = _load(dy, sequence, first, T, H, V, C, V)
+                read = (_load(q + start, sequence, first, T, H, K, C, N) * (tl.exp(b) * scale)).to(dy_chunk.dtype)
+                d_state = tl.dot(tl.trans(read), dy_chunk, d_state * tl.exp(total)[:, None])
 
 
 @triton.jit
-def _level(level, q, k, b, sums, K: tl.constexpr, C: tl.constexpr):
-    """Of one level: which tokens are in a right half, e^{-|b - R|}, and [q e^{b - R} there, k e^{R - b} in left halves]."""
-    token, s = tl.arange(0, C), 1 << level
-    right = ((token & s) != 0)[:, None]
-    border = tl.load(sums + ((token >> level + 1 << level + 1) + s - 1)[:, None] * K + tl.arange(0, K)[None, :])
-    weight = tl.exp(-tl.abs(b - border))
-    return right, weight, (tl.where(right, q, k) * weight).to(q.dtype)
-
-
-@triton.jit
-def _outputs(q, k, v, sums, states, y, scale, T, H, chunks, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-             LEVELS: tl.constexpr):  # fmt: skip
-    sequence, first = tl.program_id(0) // chunks, tl.program_id(0) % chunks * C
-    block = tl.program_id(0).to(tl.int64)
-    q, k = _load(q, sequence, first, T, H, K, C, K), _load(k, sequence, first, T, H, K, C, K)
-    sums += block * (C * K)
-    b = tl.load(sums + _grid(C, K, K))
-    state = tl.load(states + block * (K * V) + _grid(K, V, V))
-    out = tl.dot((q * tl.exp(b)).to(state.dtype), state)
+def _outputs(q, k, v, g, starts, y, final, scale, T, H, segments, length, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr):
+    """y of a segment; S after the last."""
+    sequence, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
+    if starts is None:
+        state = tl.zeros([K, V], tl.float32)
+    else:
+        state = tl.load(starts + tl.program_id(0).to(tl.int64) * (K * V) + _grid(K, V))
     row = tl.arange(0, C)
-    apart = row[:, None] ^ row[None, :]
-    a = tl.zeros([C, C], tl.float32)
-    for level in range(LEVELS):
-        _, _, halves = _level(level, q, k, b, sums, K, C)
-        a = tl.where(apart >> level == 1, tl.dot(halves, tl.trans(halves)), a)
-    a = tl.where(row[:, None] > row[None, :], a, tl.where(apart == 0, tl.sum(q.to(tl.float32) * k, 1)[:, None], 0.0))
-    v = _load(v, sequence, first, T, H, V, C, V)
-    _store(y, tl.dot(a.to(v.dtype), v, out) * scale, sequence, first, T, H, V, C)
+    for first in range(segment * length, tl.minimum(segment * length + length, T), C):
+        b, half = _decays(g, sequence, first, T, H, K, C)
+        q_chunk, k_chunk = _load(q, sequence, first, T, H, K, C, K), _load(k, sequence, first, T, H, K, C, K)
+        v_chunk = _load(v, sequence, first, T, H, V, C, V)
+        dtype: tl.constexpr = v_chunk.dtype
+        up, down = (q_chunk * tl.exp(b)).to(dtype), (k_chunk * tl.exp(-b)).to(dtype)
+        state *= half[:, None]
+        now = tl.sum(q_chunk.to(tl.float32) * k_chunk, 1)[:, None]
+        a = tl.where(_below(C), tl.dot(up, tl.trans(down)), tl.where(row[:, None] == row[None, :], now, 0.0))
+        out = tl.dot(a.to(dtype), v_chunk, tl.dot(up, state.to(dtype)))
+        _store(y, out * scale, sequence, first, T, H, V, C)
+        state = tl.dot(tl.trans(down), v_chunk, state) * half[:, None]
+    if segment == segments - 1:
+        tl.store(final + sequence.to(tl.int64) * (K * V) + _grid(K, V), state)
 
 
 @triton.jit
-def _gradients(q, k, v, dy, sums, states, d_states, dq, dk, dv, dg, scale, T, H, chunks, K: tl.constexpr, V: tl.constexpr,
-               C: tl.constexpr, LEVELS: tl.constexpr):  # fmt: skip
-    sequence, first = tl.program_id(0) // chunks, tl.program_id(0) % chunks * C
-    block = tl.program_id(0).to(tl.int64)
-    q, k = _load(q, sequence, first, T, H, K, C, K), _load(k, sequence, first, T, H, K, C, K)
-    v, dy = _load(v, sequence, first, T, H, V, C, V), _load(dy, sequence, first, T, H, V, C, V)
-    sums += block * (C * K)
-    b, total = tl.load(sums + _grid(C, K, K)), tl.load(sums + (C - 1) * K + tl.arange(0, K))
-    state = tl.load(states + block * (K * V) + _grid(K, V, V))
-    d_state = tl.load(d_states + block * (K * V) + _grid(K, V, V))
-    # what goes through the states
-    q_grad = tl.dot(dy, tl.trans(state)) * (tl.exp(b) * scale)
-    k_grad = tl.dot(v, tl.trans(d_state)) * tl.exp(total[None, :] - b)
-    later = tl.exp(total) * tl.sum(state.to(tl.float32) * d_state, 1) + tl.sum(k * k_grad, 0)
-    added = (k * tl.exp(total[None, :] - b)).to(v.dtype)
-    v_grad = tl.dot(added, d_state)
-    # what goes through A: a and its gradient are symmetric here, one half of each is A's
+def _d_queries(q, k, v, g, dy, starts, dq, inner, states, scale, T, H, segments, length, K: tl.constexpr, V: tl.constexpr,
+               C: tl.constexpr, B: tl.constexpr):  # fmt: skip
+    """dq of a segment, q dq without the part of A's diagonal, and S after every block of B tokens."""
+    sequence, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
+    blocks = tl.cdiv(T, B)
+    if starts is None:
+        state = tl.zeros([K, V], tl.float32)
+    else:
+        state = tl.load(starts + tl.program_id(0).to(tl.int64) * (K * V) + _grid(K, V))
+    for first in range(segment * length, tl.minimum(segment * length + length, T), C):
+        b, half = _decays(g, sequence, first, T, H, K, C)
+        q_chunk, k_chunk = _load(q, sequence, first, T, H, K, C, K), _load(k, sequence, first, T, H, K, C, K)
+        v_chunk, dy_chunk = _load(v, sequence, first, T, H, V, C, V), _load(dy, sequence, first, T, H, V, C, V)
+        dtype: tl.constexpr = v_chunk.dtype
+        down = (k_chunk * tl.exp(-b)).to(dtype)
+        state *= half[:, None]
+        da = tl.where(_below(C), tl.dot(dy_chunk, tl.trans(v_chunk)), 0.0)
+        grad = tl.dot(da.to(dtype), down, tl.dot(dy_chunk, tl.trans(state.to(dtype)))) * (tl.exp(b) * scale)
+        _store(inner, q_chunk * grad, sequence, first, T, H, K, C)
+        now = tl.sum(dy_chunk.to(tl.float32) * v_chunk, 1)[:, None] * scale
+        _store(dq, grad + now * k_chunk, sequence, first, T, H, K, C)
+        state = tl.dot(tl.trans(down), v_chunk, state) * half[:, None]
+        if (first + C) % B == 0 or first + C >= T:
+            block = sequence.to(tl.int64) * blocks + first // B
+            tl.store(states + block * (K * V) + _grid(K, V), state.to(dtype))
+
+
+@triton.jit
+def _d_others(q, k, v, g, dy, ends, inner, states, dk, dv, dg, d_initial, scale, T, H, segments, length, K: tl.constexpr,
+              V: tl.constexpr, C: tl.constexpr, B: tl.constexpr):  # fmt: skip
+    """dk, dv and dg (in place of `inner`, if it is the same) of a segment; the gradient of S before the first."""
+    sequence, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
+    blocks = tl.cdiv(T, B)
+    d_state = tl.load(ends + tl.program_id(0).to(tl.int64) * (K * V) + _grid(K, V))
+    later = tl.zeros([C, K], tl.float32)  # the same in all rows
     row = tl.arange(0, C)
-    apart = row[:, None] ^ row[None, :]
-    da = tl.where(row[:, None] > row[None, :], tl.dot(dy, tl.trans(v)), tl.dot(v, tl.trans(dy))) * scale
-    a = tl.zeros([C, C], tl.float32)
-    for level in range(LEVELS):
-        right, weight, halves = _level(level, q, k, b, sums, K, C)
-        a = tl.where(apart >> level == 1, tl.dot(halves, tl.trans(halves)), a)
-        grad = tl.dot(tl.where(apart >> level == 1, da, 0.0).to(v.dtype), halves) * weight
-        q_grad += tl.where(right, grad, 0.0)
-        k_grad += tl.where(right, 0.0, grad)
-    a = tl.where(row[:, None] < row[None, :], a, tl.where(apart == 0, tl.sum(q.to(tl.float32) * k, 1)[:, None], 0.0))
-    v_grad += tl.dot(a.to(v.dtype), dy) * scale
-    # the diagonal of A does not depend on g
-    _store(dg, tl.cumsum(q * q_grad - k * k_grad, 0, reverse=True) + later[None, :], sequence, first, T, H, K, C)
-    diagonal = tl.sum(dy.to(tl.float32) * v, 1)[:, None] * scale
-    _store(dq, q_grad + diagonal * k, sequence, first, T, H, K, C)
-    _store(dk, k_grad + diagonal * q, sequence, first, T, H, K, C)
-    _store(dv, v_grad, sequence, first, T, H, V, C)
+    tokens = tl.minimum(T - segment * length, length)
+    for before in range(0, tl.cdiv(tokens, C)):
+        first = segment * length + (tl.cdiv(tokens, C) - 1 - before) * C
+        b, half = _decays(g, sequence, first, T, H, K, C)
+        q_chunk, k_chunk = _load(q, sequence, first, T, H, K, C, K), _load(k, sequence, first, T, H, K, C, K)
+        v_chunk, dy_chunk = _load(v, sequence, first, T, H, V, C, V), _load(dy, sequence, first, T, H, V, C, V)
+        dtype: tl.constexpr = v_chunk.dtype
+        if (first + C) % B == 0 or first + C >= T:
+            block = sequence.to(tl.int64) * blocks + first // B
+            after = tl.load(states + block * (K * V) + _grid(K, V)).to(tl.float32)
+            later = tl.zeros([C, K], tl.float32) + tl.sum(after * d_state, 1)[None, :]
+        fall = tl.exp(-b)
+        up, down = (q_chunk * (tl.exp(b) * scale)).to(dtype), (k_chunk * fall).to(dtype)
+        d_state *= half[:, None]
+        now = tl.sum(q_chunk.to(tl.float32) * k_chunk, 1)[:, None] * scale
+        a = tl.where(_below(C), tl.dot(up, tl.trans(down)), tl.where(row[:, None] == row[None, :], now, 0.0))
+        grad = tl.dot(tl.trans(a.to(dtype)), dy_chunk, tl.dot(down, d_state.to(dtype)))
+        _store(dv, grad, sequence, first, T, H, V, C)
+        da = tl.where(_below(C), tl.dot(dy_chunk, tl.trans(v_chunk)), 0.0)
+        grad = tl.dot(tl.trans(da.to(dtype)), up, tl.dot(v_chunk, tl.trans(d_state.to(dtype)))) * fall
+        change = _load(inner, sequence, first, T, H, K, C, K) - k_chunk * grad
+        _store(dg, tl.dot(1.0 - _below(C).to(tl.float32), change, later), sequence, first, T, H, K, C)
+        later = tl.dot(tl.full([C, C], 1.0, tl.float32), change, later)
+        now = tl.sum(dy_chunk.to(tl.float32) * v_chunk, 1)[:, None] * scale
+        _store(dk, grad + now * q_chunk, sequence, first, T, H, K, C)
+        d_state = tl.dot(tl.trans(up), dy_chunk, d_state) * half[:, None]
+    if segment == 0:
+        tl.store(d_initial + sequence.to(tl.int64) * (K * V) + _grid(K, V), d_state)
 
 
-def _scanned(k: Tensor, v: Tensor, g: Tensor, state: Tensor | None) -> tuple[tuple[int, ...], Tensor, Tensor, Tensor]:
-    """The sizes every kernel ends with (T, H, chunks, K, V, C), and the results of `_scan`."""
-    (batch, length, heads, key), value = k.shape, v.shape[-1]
-    chunks, keys = triton.cdiv(length, CHUNK), min(key, SCAN_KEYS)
-    sizes = length, heads, chunks, key, value, CHUNK
-    sums, final = g.new_empty(batch, heads, chunks, CHUNK, key), g.new_empty(batch, heads, key, value)
-    states = v.new_empty(batch, heads, chunks, key, value)
-    _scan[batch * heads, key // keys](k, v, g, state, sums, states, final, *sizes, keys, **SCAN)
-    return sizes, sums, states, final
+def _cut(x: Tensor) -> tuple[int, int]:
+    """How many segments [B, T, H, X] has, and of how many tokens."""
+    batch, length, heads, _ = x.shape
+    size = max(BLOCK, triton.next_power_of_2(length))
+    while size > BLOCK and batch * heads * triton.cdiv(length, size) < PROGRAMS:
+        size //= 2
+    return triton.cdiv(length, size), size
+
+
+def _starts(k: Tensor, v: Tensor, g: Tensor, state: Tensor | None) -> Tensor | None:
+    """S before every segment [B, H, segments, K, V]; None if it is 0 before the only one."""
+    (batch, length, heads, key), value, cut = k.shape, v.shape[-1], _cut(k)
+    if cut[0] == 1:
+        return state
+    starts, keys = g.new_empty(batch, heads, cut[0], key, value), min(key, SCAN_KEYS)
+    _scan[batch * heads, key // keys](k, v, g, state, starts, length, heads, *cut, key, value, BLOCK, keys, num_warps=4)
+    return starts
+
+
+def _options(k: Tensor, v: Tensor) -> dict[str, int]:
+    """The state lies in the registers of all warps."""
+    return {"num_warps": max(1, k.shape[-1] * v.shape[-1] // STATE_OF_A_WARP)}
 
 
 @torch.library.custom_op("distill_pl::channel_decay", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tensor | None) -> tuple[Tensor, Tensor]:
     q, k, v, g = (x.contiguous() for x in (q, k, v, g))
-    y = torch.empty_like(v)
+    (batch, length, heads, key), value, cut = k.shape, v.shape[-1], _cut(k)
+    y, final = torch.empty_like(v), g.new_empty(batch, heads, key, value)
     with torch.cuda.device_of(q):
-        sizes, sums, states, final = _scanned(k, v, g, None if state is None else state.contiguous())
-        blocks, levels = states[..., 0, 0].numel(), CHUNK.bit_length() - 1
-        _outputs[blocks,](q, k, v, sums, states, y, scale, *sizes, levels, **OUTPUTS)
+        starts = _starts(k, v, g, None if state is None else state.contiguous())
+        sizes = length, heads, *cut, key, value, CHUNK
+        _outputs[batch * heads * cut[0],](q, k, v, g, starts, y, final, scale, *sizes, **_options(k, v))
     return y, final
 
 
@@ -188,14 +237,20 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Te
 def _backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tensor | None, dy: Tensor,
               d_final: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     q, k, v, g, dy, d_final = (x.contiguous() for x in (q, k, v, g, dy, d_final))
-    dq, dk, dv, dg, d_initial = (torch.empty_like(x) for x in (q, k, v, g, d_final))
+    (batch, length, heads, key), value, cut = k.shape, v.shape[-1], _cut(k)
+    dq, dk, dv, dg, inner, d_initial = (torch.empty_like(x) for x in (q, k, v, g, g, d_final))
+    states = v.new_empty(batch, heads, triton.cdiv(length, BLOCK), key, value)
     with torch.cuda.device_of(q):
-        sizes, sums, states, _ = _scanned(k, v, g, None if state is None else state.contiguous())
-        blocks, levels = states[..., 0, 0].numel(), CHUNK.bit_length() - 1
-        d_states, (batch, _, heads, key), keys = torch.empty_like(states), k.shape, min(k.shape[-1], SCAN_KEYS)
-        _scan_back[batch * heads, key // keys](q, dy, sums, d_final, d_states, d_initial, scale, *sizes, keys, **SCAN)
-        results = dq, dk, dv, dg
-        _gradients[blocks,](q, k, v, dy, sums, states, d_states, *results, scale, *sizes, levels, **GRADIENTS)
+        starts, ends = _starts(k, v, g, None if state is None else state.contiguous()), d_final
+        if cut[0] > 1:
+            ends, keys = g.new_empty(batch, heads, cut[0], key, value), min(key, SCAN_KEYS)
+            sizes = length, heads, *cut, key, value, BLOCK, keys
+            _scan_back[batch * heads, key // keys](q, dy, g, d_final, ends, scale, *sizes, num_warps=4)
+        sizes, options = (length, heads, *cut, key, value, CHUNK, BLOCK), _options(k, v)
+        programs = batch * heads * cut[0]
+        _d_queries[programs,](q, k, v, g, dy, starts, dq, inner, states, scale, *sizes, **options)
+        results = dk, dv, dg, d_initial
+        _d_others[programs,](q, k, v, g, dy, ends, inner, states, *results, scale, *sizes, **options)
     return dq, dk, dv, dg, d_initial
 
 
@@ -225,7 +280,7 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """q, k [B, T, H, K] and v [B, T, H, V] of one dtype, g and state fp32, K and V powers of two -> y, state.
+    """q, k [B, T, H, K] and v [B, T, H, V] of one dtype, bf16 or fp32, g and state fp32, K and V powers of two -> y, state.
 
     Differentiable, both ways through the state; one operator to torch.compile.
     """

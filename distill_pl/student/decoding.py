@@ -7,6 +7,7 @@ inside the products; and the whole step, from the token that goes in to the one 
 
 import math
 from collections.abc import Iterator
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ HEEDED = {  # of a generation config
     "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "use_cache",
     "max_length", "max_new_tokens",
 }  # fmt: skip
+ROW_LAYERS = tuple(f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3"))  # all of one wiring
 MOVING_ROPE = ("dynamic", "longrope")  # tables that change with the length, which Python looks at
 
 
@@ -53,20 +55,73 @@ class FixedSoftmax:
         return (sums / weights.sum((2, 4))[..., None]).flatten(1, 2).to(v.dtype), state
 
 
-class Normed(nn.Module):
-    """A linear and the norm before it as one kernel, for one row: every row of the weights norms its input anew, for nothing.
+class Products(nn.Module):
+    """Linears that read the same row, and the sum of residuals, norm or gate before them: `row_products`."""
 
-    Apart, the norm would be a kernel of its own, which takes as long as reading a megabyte of weights.
+    def __init__(self, linears: list[nn.Linear], norm: nn.Module | None = None, gated: bool = False):
+        super().__init__()
+        import distill_pl.student.row_products  # noqa: F401 (which loads Triton)
+
+        self.weights, self.biases = [x.weight for x in linears], [x.bias for x in linears]
+        self.norm, self.gated = norm, gated
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """x [1, 1, D] -> all products beside each other [1, 1, sum of N]; and x + residual, where there is one."""
+        gain, eps = (None, 0.0) if self.norm is None else (self.norm.weight, self.norm.variance_epsilon)
+        y, total = torch.ops.distill_pl.row_products(x, self.weights, gain, eps, residual, self.gated)
+        if any(bias is not None for bias in self.biases):
+            zeros = [y.new_zeros(len(weight)) for weight in self.weights]
+            y = y + torch.cat([zero if bias is None else bias for zero, bias in zip(zeros, self.biases, strict=True)])
+        return y if residual is None else (y, total)
+
+
+class Part(nn.Module):
+    """Stands for a linear whose product is at hand: it is given all of `Products` and takes its own."""
+
+    def __init__(self, start: int, size: int):
+        super().__init__()
+        self.start, self.size = start, size
+
+    def forward(self, made: Tensor) -> Tensor:
+        """[1, 1, sum of N] -> [1, 1, N]."""
+        return made.narrow(-1, self.start, self.size)
+
+
+class RowLayer(nn.Module):
+    """One token of one row through a layer of Llama's wiring, in as few kernels as can be.
+
+    It hands on what it adds to the hidden state apart from it: the next kernel adds them up.
     """
 
-    def __init__(self, norm: nn.Module, linear: nn.Linear):
+    def __init__(self, layer: Any):
         super().__init__()
-        self.norm, self.weight, self.bias = norm, linear.weight, linear.bias
+        self.mixer, self.norm = layer.self_attn, layer.input_layernorm
+        mlp, self.enter = layer.mlp, None
+        if not hasattr(self.mixer, "conv"):  # which reads what is normed before any linear does
+            linears = {
+                name: x for name, x in self.mixer.named_modules()
+                if isinstance(x, nn.Linear) and name not in ("o_proj", "decay_proj.1")
+            }  # fmt: skip
+            self.enter, start = Products(list(linears.values()), self.norm), 0
+            for name, linear in linears.items():
+                parent, _, own = name.rpartition(".")
+                setattr(self.mixer.get_submodule(parent), own, Part(start, linear.out_features))
+                start += linear.out_features
+        self.mixer.o_proj = Products([self.mixer.o_proj])
+        self.up = Products([mlp.gate_proj, mlp.up_proj], layer.post_attention_layernorm)
+        self.down = Products([mlp.down_proj], gated=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[1, 1, D] -> [1, 1, N]."""
-        y = (self.weight.float() * self.norm(x[0].expand(self.weight.shape)).float()).sum(-1).to(x.dtype)
-        return (y if self.bias is None else y + self.bias)[None, None]
+    def forward(self, hidden: Tensor, change: Tensor, position_embeddings: Position | None,
+                past_key_values: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """[1, 1, D] and what the layer before adds to it -> the same of this layer."""
+        if self.enter is None:
+            hidden = hidden + change
+            made = self.norm(hidden)
+        else:
+            made, hidden = self.enter(change, hidden)
+        change, _ = self.mixer(made, position_embeddings=position_embeddings, past_key_values=past_key_values)
+        made, hidden = self.up(change, hidden)
+        return hidden, self.down(made)
 
 
 def is_sum(a: Tensor, b: Tensor) -> bool:
@@ -116,14 +171,13 @@ def dressed(model: PreTrainedModel) -> Student:
     return student.eval().requires_grad_(False)
 
 
-def fuse(layer: nn.Module, norm: str, part: nn.Module, *later: str) -> None:
-    """Move a layer's norm into the linears of `part` that read it: all as wide as it but the `later` ones."""
-    width = len(layer.get_parameter(f"{norm}.weight"))
-    for name, linear in list(part.named_modules()):
-        if isinstance(linear, nn.Linear) and linear.in_features == width and name not in later:
-            parent, _, own = name.rpartition(".")
-            setattr(part.get_submodule(parent), own, Normed(layer.get_submodule(norm), linear))
-    setattr(layer, norm, nn.Identity())
+def by_rows(layer: nn.Module) -> bool:
+    """Whether a RowLayer can be had and does what this layer does."""
+    return (
+        find_spec("triton") is not None
+        and type(layer).__name__ in ROW_LAYERS
+        and isinstance(getattr(layer.mlp, "act_fn", None), nn.SiLU)
+    )
 
 
 class OneLayer(NamedTuple):
@@ -132,15 +186,16 @@ class OneLayer(NamedTuple):
     layers: list[MixerState]
 
 
-def layer_step(layer: nn.Module, hidden: Tensor, position: Position | None, op: Any, tails: dict[str, Tensor]) -> Tensor:
-    """One token through one layer, [B, 1, D] -> [B, 1, D]; its state, `op` and `tails`, is overwritten."""
+def layer_step(layer: nn.Module, hidden: tuple[Tensor, ...], position: Position | None, op: Any,
+               tails: dict[str, Tensor]) -> tuple[Tensor, ...]:  # fmt: skip
+    """One token through one layer, which takes and gives one or two [B, 1, D]; its state, `op` and `tails`, is overwritten."""
     memory = MixerState()
     memory.op, memory.tails = op, dict(tails)
-    hidden = layer(hidden, position_embeddings=position, past_key_values=OneLayer([memory]))
+    found = layer(*hidden, position_embeddings=position, past_key_values=OneLayer([memory]))
     for buffer, new in zip(tree_leaves((op, tails)), tree_leaves((memory.op, memory.tails)), strict=True):
         if new is not buffer:
             buffer.copy_(new)
-    return hidden
+    return found if isinstance(found, tuple) else (found,)
 
 
 class Decoder:
@@ -235,10 +290,12 @@ class Decoder:
             else:
                 self.states.append(tree_map(_zeros, (held.op, held.tails)))
         self.turns = any(mixer.rope for mixer in student.mixers)
+        self.layers, self.head = list(student.model.layers), None
+        if batch == 1 and (self.backend is not None or self.graph is not None) and all(map(by_rows, self.layers)):
+            self.layers = [RowLayer(layer) for layer in self.layers]
+            self.head = Products([student.lm_head], student.model.norm)
         parts: list[Any] = [self._enter, layer_step, self._leave]
         if self.backend is not None:
-            if batch == 1:
-                self._fuse_norms()
             parts = [torch.compile(part, backend=self.backend, fullgraph=True, dynamic=False) for part in parts]
         self._first, self._layer, self._last = parts
         # each Decoder adds versions of the same functions, more than the compiler holds to be sane
@@ -260,16 +317,6 @@ class Decoder:
             self._step()
         self.captured = True
 
-    def _fuse_norms(self) -> None:
-        """Norms go into the linears after them."""
-        body = self.student.model
-        for layer in body.layers:
-            fuse(layer, "post_attention_layernorm", layer.mlp, "down_proj")
-            if not hasattr(layer.self_attn, "conv"):  # which reads what is normed before any linear does
-                fuse(layer, "input_layernorm", layer.self_attn, "o_proj", "decay_proj.1")
-        self.student.lm_head = Normed(body.norm, self.student.lm_head)
-        body.norm = nn.Identity()
-
     def _load(self, cache: Cache, length: int) -> None:
         """The states of a prompt of `length` tokens into the buffers; `cache` is left empty, a layer at a time."""
         for index, (op, tails) in enumerate(self.states):
@@ -284,19 +331,23 @@ class Decoder:
 
     def _step(self) -> None:
         hidden, position = self._first(self.token, self.position)
-        for layer, (op, tails) in zip(self.student.model.layers, self.states, strict=True):
+        for layer, (op, tails) in zip(self.layers, self.states, strict=True):
             hidden = self._layer(layer, hidden, position, op, tails)
         self.token.copy_(self._last(hidden))
         self.position.add_(1)
 
-    def _enter(self, token: Tensor, at: Tensor) -> tuple[Tensor, Position | None]:
-        """Token [B, 1] at position [1] -> hidden [B, 1, D], RoPE's (cos, sin) if any mixer reads it."""
+    def _enter(self, token: Tensor, at: Tensor) -> tuple[tuple[Tensor, ...], Position | None]:
+        """Token [B, 1] at position [1] -> what the first layer takes, RoPE's (cos, sin) if any mixer reads it."""
         hidden = self.student.model.embed_tokens(token)
-        return hidden, self.student.position(hidden, at[None]) if self.turns else None
+        position = self.student.position(hidden, at[None]) if self.turns else None
+        return (hidden,) if self.head is None else (hidden, torch.zeros_like(hidden)), position
 
-    def _leave(self, hidden: Tensor) -> Tensor:
-        """[B, 1, D] -> the next token [B, 1]."""
-        return self._choose(self.student.lm_head(self.student.model.norm(hidden))[:, -1])
+    def _leave(self, hidden: tuple[Tensor, ...]) -> Tensor:
+        """What the last layer gives -> the next token [B, 1]."""
+        if self.head is None:
+            return self._choose(self.student.lm_head(self.student.model.norm(*hidden))[:, -1])
+        total, change = hidden
+        return self._choose(self.head(change, total)[0][:, -1])
 
     def _choose(self, logits: Tensor) -> Tensor:
         """[B, vocab] -> [B, 1]: the likeliest, or a draw."""

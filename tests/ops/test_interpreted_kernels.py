@@ -18,6 +18,7 @@ KERNELS = {name: (name, {}) for name in FAMILIES if name != "softmax"} | {
     "channel_decay, pieces": ("channel_decay", {"length": 200, "border": 150, "value": 32}),
     "channel_decay, strong pieces": ("channel_decay", {"length": 200, "border": 150, "key": 32, "strong": True}),
 }
+TOLERANCE = {"delta_rule": 2e-3, "channel_decay, strong pieces": 1e-4}  # fp16; g below -9 counts as -9
 
 
 class Index(int):
@@ -39,8 +40,9 @@ def patch() -> None:
     init = Autotuner.__init__
     Autotuner.__init__ = lambda self, fn, names, configs, *args, **kwargs: init(self, fn, names, configs[:1], *args, **kwargs)
     importlib.import_module("fla.ops")
+    importlib.import_module("distill_pl.ops.channel_decay_kernel")
     for name, module in list(sys.modules.items()):
-        if name.startswith("fla.ops."):
+        if name.startswith(("fla.ops.", "distill_pl.ops.")):
             module.range = indices
 
 
@@ -81,7 +83,7 @@ def measured() -> dict[str, dict[str, float]]:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernel_is_the_matrix(measured, kernel):
-    assert max(measured[kernel].values()) < (2e-3 if kernel == "delta_rule" else 1e-5), measured[kernel]
+    assert max(measured[kernel].values()) < TOLERANCE.get(kernel, 1e-5), measured[kernel]
 
 
 if __name__ == "__main__":
