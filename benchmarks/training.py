@@ -1,6 +1,6 @@
 """Every stage's training step at the study's shape, beside the same step written by hand: speed, memory, share of the peak.
 
-    python benchmarks/training.py [--stages kd,exact] [--length 512] [--mixers gla,mlstm] [--steps 20]
+    python benchmarks/training.py [--stages kd,exact] [--length 512] [--mixers gla,mlstm] [--steps 40]
 
 Ours is `distill-pl fit` itself (Lightning, fp32 weights, bf16 compute, clipping, TensorBoard), to which all other options go;
 printed is what it logs. By hand is what one would write with transformers and fla.layers: the whole logits, torch's own losses,
@@ -166,13 +166,13 @@ def fitted(stage: str, mixer: str, folder: Path, args: argparse.Namespace) -> tu
             f"--data.cache={folder / 'cache'}", "--student.init=fresh", f"--student.mixer={mixer}", f"--tokens={tokens}",
             "--kd.tokens=0", f"--{name}.tokens={tokens}", f"--data.batch_size={args.batch}", "--data.validation_tokens=25k",
             f"--data.sequence_length={args.length}",
-            "--trainer.log_every_n_steps=2", *(["--matrix_mixing.estimator=exact"] if stage == "exact" else []), *args.options,
+            "--trainer.log_every_n_steps=5", *(["--matrix_mixing.estimator=exact"] if stage == "exact" else []), *args.options,
         ])  # fmt: skip
     events = EventAccumulator(str(next(out.glob("run/*_*"))))
     events.Reload()
     keys = ("tokens_per_second", "peak_gib", "loss")
     speeds, peaks, losses = ([event.value for event in events.Scalars(f"train/{key}")] for key in keys)
-    return speeds[3:], max(peaks), losses[-1]
+    return speeds[1:], max(peaks), losses[-1]
 
 
 def clear() -> None:
@@ -188,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", default="kd,hidden_align,matrix_mixing,exact")
     parser.add_argument("--mixers", default=",".join(name for name in MIXERS if name != "softmax"))
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--hand", default="kd,hidden_align", help="the stages that are also measured by hand")
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--length", type=int, default=512)

@@ -58,7 +58,8 @@ def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, backend: Backe
     """q, k, g [B, T, H, K], v [B, T, H, V], state [B, H, K, V] fp32 -> y [B, T, H, V], state."""
     if use_fla(backend, q.device):
         q, k = q.to(v.dtype), k.to(v.dtype)
-        if q.shape[-1] in FUSED and v.shape[-1] in FUSED:
+        small = q.shape[-1] * v.shape[-1] <= 64 * 64
+        if q.shape[-1] in FUSED and v.shape[-1] in FUSED and (small or v.dtype == torch.bfloat16):  # or it needs a large GPU
             from distill_pl.ops.channel_decay_kernel import fused
 
             if v.dtype != torch.float16:

@@ -217,8 +217,9 @@ def _starts(k: Tensor, v: Tensor, g: Tensor, state: Tensor | None) -> Tensor | N
 
 
 def _options(k: Tensor, v: Tensor) -> dict[str, int]:
-    """The state lies in the registers of all warps."""
-    return {"num_warps": max(1, k.shape[-1] * v.shape[-1] // STATE_OF_A_WARP)}
+    """The state lies in the registers of all warps; chunks are fetched ahead where there is room for them."""
+    size = k.shape[-1] * v.shape[-1]
+    return {"num_warps": min(8, max(1, size // STATE_OF_A_WARP)), "num_stages": 3 if size <= 64 * 64 else 1}
 
 
 @torch.library.custom_op("distill_pl::channel_decay", mutates_args=())

@@ -24,6 +24,24 @@ from distill_pl.teacher import Teacher
 from distill_pl.tokens import Tokens
 
 
+class Finite:
+    """Whether a step's loss and gradient were finite, which is asked when the GPU has long answered."""
+
+    def __init__(self, finite: Tensor, step: int, batch: Tensor, values: Tensor):
+        self.step, self.batch, self.values = step, batch, values
+        self.answer = torch.empty((), dtype=torch.bool, pin_memory=finite.is_cuda)
+        self.answer.copy_(finite, non_blocking=True)
+        self.given = torch.cuda.Event() if finite.is_cuda else None
+        if self.given:
+            self.given.record()
+
+    def known(self) -> bool:
+        """The answer, waited for."""
+        if self.given:
+            self.given.synchronize()
+        return bool(self.answer)
+
+
 class Stage(L.LightningModule):
     """One objective. A subclass says which `parts` its loss has, computes them, and leaves trainable what it trains.
 
@@ -63,6 +81,7 @@ class Stage(L.LightningModule):
         self.grad_norm: Tensor = torch.zeros(())
         self.validation: dict[str, float] = {}
         self.validated_at = -1  # step
+        self.unchecked: Finite | None = None
         self.metrics = torch.nn.ModuleDict({key: MeanMetric() for key in ("loss", "teacher_ce", "student_ce")})
 
     @property
@@ -100,11 +119,22 @@ class Stage(L.LightningModule):
         if self.device_mesh is not None:
             shard(self.student, self.teacher.model, self.device_mesh["data_parallel"])
 
-    def to_device(self) -> None:
+    def on_fit_start(self) -> None:
         """The teacher follows the student."""
         self.teacher.to(self.device)
 
-    on_fit_start = on_validation_start = to_device
+    def on_validation_start(self) -> None:
+        """Likewise; nothing is told of a student that is not known to be sound."""
+        self.teacher.to(self.device)
+        self.check_finite()
+
+    def on_train_end(self) -> None:
+        """Nor is such a one saved."""
+        self.check_finite()
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Likewise."""
+        self.check_finite()
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """One micro-batch of tokens [B, T]."""
@@ -145,28 +175,43 @@ class Stage(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *args, **kwargs) -> None:
-        """Clip to `clip`; stop before the weights are touched if loss or gradient is not finite."""
+        """Clip to `clip`; take no step, and stop, if loss or gradient is not finite."""
         parameters = [p for p in self.student.parameters() if p.grad is not None]
         norm = get_total_norm([p.grad for p in parameters])
         self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if not torch.isfinite(self.grad_norm + self.values.sum()):  # at once: asking makes the CPU wait for the GPU
-            raise Diverged(
-                f"{self.name}: not finite at step {self.global_step + 1}, {self.culprit()}; the last checkpoint is intact. "
-                f"Try a smaller {self.name}.lr (now {self.lr:g}), or look at this step's text"
-            )
+        self.check_finite()
+        finite = torch.isfinite(self.grad_norm + self.values.sum())
+        self.unchecked = Finite(finite, self.global_step + 1, self.batch, self.values)
+        if optimizer.defaults["fused"] and not isinstance(norm, DTensor):
+            vars(optimizer)["found_inf"] = (~finite).float()  # it steps or not, and the CPU goes on without waiting for the GPU
+        else:
+            self.check_finite()
         clip_grads_with_norm_(parameters, self.clip, norm)
 
+    def check_finite(self) -> None:
+        """Raise Diverged if loss or gradient of the last step, which is checked once, were not finite."""
+        last, self.unchecked = self.unchecked, None
+        if last is not None and not last.known():
+            raise Diverged(
+                f"{self.name}: not finite at step {last.step}, {self.culprit(last)}; the last checkpoint is intact. "
+                f"Try a smaller {self.name}.lr (now {self.lr:g}), or look at this step's text"
+            )
+
     @torch.no_grad()
-    def culprit(self) -> str:
+    def culprit(self, last: "Finite") -> str:
         """Where a loss or gradient first stopped being finite."""
-        hidden = self.student.model.embed_tokens(self.batch)
+        hidden = self.student.model.embed_tokens(last.batch)
         position = self.student.position(hidden)
         for index, layer in enumerate(self.student.model.layers):
             hidden = layer(hidden, position_embeddings=position)
             if not torch.isfinite(hidden).all():
                 return f"in the output of layer {index}"
-        for name, value in zip(self.part_names, self.values[1:].tolist(), strict=True):
+        for name, value in zip(self.part_names, last.values[1:].tolist(), strict=True):
             if not math.isfinite(value):
                 return f"in {name}"
-        bad = [name for name, p in self.student.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        return f"in the gradient of {bad[-1]}"  # the last: a gradient comes from above
+        trained = {name: p for name, p in self.student.named_parameters() if p.requires_grad}
+        with torch.enable_grad():
+            loss, _ = self.losses(last.batch, seed=last.step - 1)
+            gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        bad = [name for name, g in zip(trained, gradients, strict=True) if g is not None and not g.isfinite().all()]
+        return f"in the gradient of {bad[-1]}" if bad else "in a gradient"  # the last: a gradient comes from above

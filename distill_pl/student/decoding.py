@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 
 from distill_pl.errors import InputError
@@ -56,22 +57,21 @@ class FixedSoftmax:
 
 
 class Products(nn.Module):
-    """Linears that read the same row, and the sum of residuals, norm or gate before them: `row_products`."""
+    """Linears that read the same row, the sum of residuals and norm before or the MLP's gate after them: `row_products`."""
 
     def __init__(self, linears: list[nn.Linear], norm: nn.Module | None = None, gated: bool = False):
         super().__init__()
         import distill_pl.student.row_products  # noqa: F401 (which loads Triton)
 
-        self.weights, self.biases = [x.weight for x in linears], [x.bias for x in linears]
+        self.weights, self.biases = [x.weight for x in linears], []
+        if any(x.bias is not None for x in linears):
+            self.biases = [x.weight.new_zeros(x.out_features) if x.bias is None else x.bias for x in linears]
         self.norm, self.gated = norm, gated
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """x [1, 1, D] -> all products beside each other [1, 1, sum of N]; and x + residual, where there is one."""
+        """x [1, 1, D] -> the products beside each other [1, 1, sum of N], gated one; and x + residual, if there is one."""
         gain, eps = (None, 0.0) if self.norm is None else (self.norm.weight, self.norm.variance_epsilon)
-        y, total = torch.ops.distill_pl.row_products(x, self.weights, gain, eps, residual, self.gated)
-        if any(bias is not None for bias in self.biases):
-            zeros = [y.new_zeros(len(weight)) for weight in self.weights]
-            y = y + torch.cat([zero if bias is None else bias for zero, bias in zip(zeros, self.biases, strict=True)])
+        y, total = torch.ops.distill_pl.row_products(x, self.weights, self.biases, gain, eps, residual, self.gated)
         return y if residual is None else (y, total)
 
 
@@ -108,8 +108,8 @@ class RowLayer(nn.Module):
                 setattr(self.mixer.get_submodule(parent), own, Part(start, linear.out_features))
                 start += linear.out_features
         self.mixer.o_proj = Products([self.mixer.o_proj])
-        self.up = Products([mlp.gate_proj, mlp.up_proj], layer.post_attention_layernorm)
-        self.down = Products([mlp.down_proj], gated=True)
+        self.up = Products([mlp.gate_proj, mlp.up_proj], layer.post_attention_layernorm, gated=True)
+        self.down = Products([mlp.down_proj])
 
     def forward(self, hidden: Tensor, change: Tensor, position_embeddings: Position | None,
                 past_key_values: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -171,12 +171,12 @@ def dressed(model: PreTrainedModel) -> Student:
     return student.eval().requires_grad_(False)
 
 
-def by_rows(layer: nn.Module) -> bool:
+def by_rows(layer: Any) -> bool:
     """Whether a RowLayer can be had and does what this layer does."""
     return (
         find_spec("triton") is not None
         and type(layer).__name__ in ROW_LAYERS
-        and isinstance(getattr(layer.mlp, "act_fn", None), nn.SiLU)
+        and type(layer.mlp.act_fn) is type(ACT2FN["silu"])
     )
 
 
@@ -217,11 +217,11 @@ class Decoder:
         backend: of torch.compile, None for none; auto: our `inductor` on a GPU.
         """
         self.model, self.max_length, self.temperature, self.top_k = model, max_length, temperature, top_k
-        gpu = model.device.type == "cuda"
-        self.backend = (inductor if gpu else None) if backend == "auto" else backend
-        self.graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph() if gpu else None
+        self.gpu = model.device.type == "cuda"
+        self.backend = (inductor if self.gpu else None) if backend == "auto" else backend
+        self.graph: torch.cuda.CUDAGraph | None = None  # once there is one
         self.states: list[tuple[Any, dict[str, Tensor]]] = []  # of each layer, op and tails
-        self.seen, self.captured = 0, False
+        self.seen = 0
 
     @torch.no_grad()
     def prefill(self, prompt: Tensor, chunk: int = 0) -> Tensor:
@@ -262,7 +262,7 @@ class Decoder:
 
     def pool_bytes(self) -> int:
         """GPU memory that the graph keeps for what lives within a step, which the allocator does not count as allocated."""
-        if self.graph is None or not self.captured:
+        if self.graph is None:
             return 0
         mine = [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == tuple(self.graph.pool())]
         return sum(segment["total_size"] - segment["allocated_size"] for segment in mine)
@@ -291,7 +291,7 @@ class Decoder:
                 self.states.append(tree_map(_zeros, (held.op, held.tails)))
         self.turns = any(mixer.rope for mixer in student.mixers)
         self.layers, self.head = list(student.model.layers), None
-        if batch == 1 and (self.backend is not None or self.graph is not None) and all(map(by_rows, self.layers)):
+        if batch == 1 and (self.gpu or self.backend is not None) and all(map(by_rows, self.layers)):
             self.layers = [RowLayer(layer) for layer in self.layers]
             self.head = Products([student.lm_head], student.model.norm)
         parts: list[Any] = [self._enter, layer_step, self._leave]
@@ -300,12 +300,12 @@ class Decoder:
         self._first, self._layer, self._last = parts
         # each Decoder adds versions of the same functions, more than the compiler holds to be sane
         with torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=1000):
-            if self.graph is not None:
-                self._capture(self.graph)
+            if self.gpu:
+                self._capture()
             elif self.backend is not None:
                 self._step()
 
-    def _capture(self, graph: torch.cuda.CUDAGraph) -> None:
+    def _capture(self) -> None:
         """The step as one CUDA graph, after it ran twice: what is compiled or tuned in a first run cannot be captured."""
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
@@ -313,9 +313,10 @@ class Decoder:
             for _ in range(2):
                 self._step()
         torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._step()
-        self.captured = True
+        self.graph = graph
 
     def _load(self, cache: Cache, length: int) -> None:
         """The states of a prompt of `length` tokens into the buffers; `cache` is left empty, a layer at a time."""

@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: Triton's interpreter runs them, in a process of its own, against each op's matrix."""
+"""The Triton kernels without a GPU: Triton's interpreter runs them, in a process of its own, against torch."""
 
 import importlib
 import importlib.util
@@ -17,6 +17,13 @@ KERNELS = {name: (name, {}) for name in FAMILIES if name != "softmax"} | {
     "channel_decay, fla's": ("channel_decay", {"key": 24}),
     "channel_decay, pieces": ("channel_decay", {"length": 200, "border": 150, "value": 32}),
     "channel_decay, strong pieces": ("channel_decay", {"length": 200, "border": 150, "key": 32, "strong": True}),
+}
+ROWS = {  # sizes, width, and whether there are biases, a norm, a residual, an MLP's gate
+    "rows": ((9,), 33, False, False, False, False),
+    "rows, normed": ((400, 15, 7), 24, False, True, True, False),
+    "rows, gated": ((300, 300), 16, False, True, True, True),
+    "rows, biased": ((5, 1, 1, 1, 1), 100, True, True, False, False),
+    "rows, gated and biased": ((9, 9), 33, True, False, False, True),
 }
 TOLERANCE = {"delta_rule": 2e-3, "channel_decay, strong pieces": 1e-4}  # fp16; g below -9 counts as -9
 
@@ -69,6 +76,20 @@ def errors(family: str, length=40, border=0, **options) -> dict[str, float]:
     return {n: ((x.double() - e).norm() / e.norm()).item() for n, x, e in zip(names, values, expectations, strict=True)}
 
 
+def row_errors(sizes: tuple[int, ...], width: int, biased: bool, normed: bool, added: bool, gated: bool) -> dict[str, float]:
+    """Of `row_products`, largest error over largest value."""
+    from distill_pl.student.row_products import launch, plain
+
+    numbers = torch.Generator().manual_seed(0)
+    x, residual, gain = (torch.randn(1, 1, width, generator=numbers) for _ in range(3))
+    weights = [torch.randn(size, width, generator=numbers) for size in sizes]
+    biases = [torch.randn(size, generator=numbers) for size in sizes] if biased else []
+    arguments = x, weights, biases, gain[0, 0] if normed else None, 0.1, residual if added else None, gated
+    (y, total), (expected, sums) = launch(*arguments), plain(*arguments)
+    pairs = [("y", y, expected)] + ([("sum", total, sums)] if added else [])
+    return {name: ((found - right).abs().max() / right.abs().max()).item() for name, found, right in pairs}
+
+
 @pytest.fixture(scope="module")
 def measured() -> dict[str, dict[str, float]]:
     missing = [name for name in ("triton", "fla", "einops") if importlib.util.find_spec(name) is None]
@@ -81,11 +102,12 @@ def measured() -> dict[str, dict[str, float]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_kernel_is_the_matrix(measured, kernel):
+@pytest.mark.parametrize("kernel", [*KERNELS, *ROWS])
+def test_kernel_is_what_torch_computes(measured, kernel):
     assert max(measured[kernel].values()) < TOLERANCE.get(kernel, 1e-5), measured[kernel]
 
 
 if __name__ == "__main__":
     patch()
-    print(json.dumps({name: errors(family, **options) for name, (family, options) in KERNELS.items()}))
+    found = {name: errors(family, **options) for name, (family, options) in KERNELS.items()}
+    print(json.dumps(found | {name: row_errors(*case) for name, case in ROWS.items()}))

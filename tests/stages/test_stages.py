@@ -331,19 +331,53 @@ def test_a_loss_that_is_not_finite_names_stage_and_layer(teacher, tokens, name, 
     loss.backward()
     start = [p.clone() for p in stage.student.parameters()]
     with pytest.raises(Diverged, match=f"{kind.name}: .*layer.{layer}") as error:
-        stage.configure_gradient_clipping(None)
+        stage.configure_gradient_clipping(adamw(stage.student.parameters(), 1e-3, 0.0))
     assert "\n" not in str(error.value)
     for parameter, before in zip(stage.student.parameters(), start, strict=True):
         assert torch.equal(parameter.nan_to_num(), before.nan_to_num())
 
 
+@pytest.mark.parametrize("end", ["configure_gradient_clipping", "on_validation_start", "on_save_checkpoint", "on_train_end"])
+@pytest.mark.parametrize("kind", STAGES.values(), ids=STAGES)
+def test_a_fused_optimizer_takes_no_step_that_is_not_finite(teacher_folder, tokens, kind, end):
+    """As on a GPU: whether the step was finite is asked later."""
+    stage = make(kind, Teacher(str(teacher_folder), torch.bfloat16), "gla")
+    stage.batch = tokens
+    optimizer = adamw(stage.student.parameters(), 1e-3, 0.0)
+    optimizer.defaults["fused"] = True
+    for group in optimizer.param_groups:
+        group["fused"] = True
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, parts = stage.losses(tokens, seed=0)
+        stage.values = torch.cat([loss.detach()[None], parts])
+        loss.backward()
+        stage.configure_gradient_clipping(optimizer)
+        optimizer.step()
+
+    start = [p.clone() for p in stage.student.parameters()]
+    step()
+    stepped = [p.clone() for p in stage.student.parameters()]
+    assert any(not torch.equal(p, before) for p, before in zip(stepped, start, strict=True))
+    stage.student.mixers[1].q_proj.weight.register_hook(lambda gradient: gradient / 0)
+    step()
+    assert all(torch.equal(p, before) for p, before in zip(stage.student.parameters(), stepped, strict=True))
+    options = {"configure_gradient_clipping": optimizer, "on_save_checkpoint": {}}
+    with pytest.raises(Diverged, match=rf"{kind.name}: .*in the gradient of .*layers.1.*q_proj.weight; the last checkpoint"):
+        getattr(stage, end)(*([options[end]] if end in options else []))
+    stage.check_finite()  # said once
+
+
 def test_gradients_are_clipped_together(teacher, tokens):
     stage = make(HiddenAlignStage, teacher, "gla", clip=0.01)
+    stage.batch = tokens
     stage.losses(tokens, seed=0)[0].backward()
     before = [p.grad.clone() for p in stage.student.parameters() if p.grad is not None]
     norm = torch.cat([gradient.flatten() for gradient in before]).norm()
     assert norm > 0.01
-    stage.configure_gradient_clipping(None)
+    stage.configure_gradient_clipping(adamw(stage.student.parameters(), 1e-3, 0.0))
     torch.testing.assert_close(stage.grad_norm, norm)
     after = [p.grad for p in stage.student.parameters() if p.grad is not None]
     for gradient, start in zip(after, before, strict=True):

@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._pytree import tree_leaves
 
 from distill_pl.bench import decode, prefill
-from distill_pl.student.decoding import Decoder, continued, products, why_not
+from distill_pl.student.decoding import Decoder, RowLayer, continued, products, why_not
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.transfer import as_transformer
 from distill_pl.teacher import Teacher
@@ -57,9 +57,12 @@ def test_tokens_are_those_of_the_plain_way(teacher, name, layout, softmax_layers
 
 def test_a_step_of_one_row_is_one_graph(teacher, name):
     """And its norms are in its products."""
+    pytest.importorskip("triton")
     model = StudentFactory(name, init="fresh", softmax_layers=[1]).build(teacher, seed=0).eval()
     prompt = some_tokens(teacher, rows=1)
-    assert torch.equal(decoded(Decoder(model, max_length=40, backend=taken_apart), prompt), plain(model, prompt))
+    decoder = Decoder(model, max_length=40, backend=taken_apart)
+    assert torch.equal(decoded(decoder, prompt), plain(model, prompt))
+    assert all(isinstance(layer, RowLayer) for layer in decoder.layers)
 
 
 def test_one_compilation_serves_all_layers(teacher, save_model):
