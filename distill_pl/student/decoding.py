@@ -334,21 +334,23 @@ class Decoder:
         hidden, position = self._first(self.token, self.position)
         for layer, (op, tails) in zip(self.layers, self.states, strict=True):
             hidden = self._layer(layer, hidden, position, op, tails)
-        self.token.copy_(self._last(hidden))
-        self.position.add_(1)
+        self._last(hidden)
 
     def _enter(self, token: Tensor, at: Tensor) -> tuple[tuple[Tensor, ...], Position | None]:
         """Token [B, 1] at position [1] -> what the first layer takes, RoPE's (cos, sin) if any mixer reads it."""
         hidden = self.student.model.embed_tokens(token)
         position = self.student.position(hidden, at[None]) if self.turns else None
-        return (hidden,) if self.head is None else (hidden, torch.zeros_like(hidden)), position
+        return (hidden,) if self.head is None else (hidden / 2, hidden / 2), position
 
-    def _leave(self, hidden: tuple[Tensor, ...]) -> Tensor:
-        """What the last layer gives -> the next token [B, 1]."""
+    def _leave(self, hidden: tuple[Tensor, ...]) -> None:
+        """What the last layer gives -> the next token and its position."""
         if self.head is None:
-            return self._choose(self.student.lm_head(self.student.model.norm(*hidden))[:, -1])
-        total, change = hidden
-        return self._choose(self.head(change, total)[0][:, -1])
+            logits = self.student.lm_head(self.student.model.norm(*hidden))
+        else:
+            total, change = hidden
+            logits, _ = self.head(change, total)
+        self.token.copy_(self._choose(logits[:, -1]))
+        self.position.add_(1)
 
     def _choose(self, logits: Tensor) -> Tensor:
         """[B, vocab] -> [B, 1]: the likeliest, or a draw."""

@@ -46,15 +46,16 @@ def _kernel(x, residual, gain, y, total, weights, biases, eps, K: tl.constexpr, 
         h = (h + tl.load(residual + column, column < K, 0.0).to(tl.float32)).to(dtype).to(tl.float32)
         if program == 0:
             tl.store(total + column, h.to(dtype), column < K)
-    if NORM:
-        h = (h * tl.rsqrt(tl.sum(h * h, 0) / K + eps)).to(dtype) * gain
-    h = h.to(tl.float32)[None, :]
-    found = tl.sum(tile.to(tl.float32) * h, 1)
+    scale = 1.0
+    if NORM:  # the products need not wait for its sum
+        scale = tl.rsqrt(tl.sum(h * h, 0) / K + eps)
+        h *= gain.to(tl.float32)
+    found = tl.sum(tile.to(tl.float32) * h[None, :], 1) * scale
     if len(biases) > 0:
         found += tl.load(bias + row, row < size, 0.0).to(tl.float32)
     found = found.to(dtype)
     if GATED:
-        gate, up = found.to(tl.float32), tl.sum(other.to(tl.float32) * h, 1)
+        gate, up = found.to(tl.float32), tl.sum(other.to(tl.float32) * h[None, :], 1) * scale
         if len(biases) > 0:
             up += tl.load(biases[1] + row, row < size, 0.0).to(tl.float32)
         found = (gate * tl.sigmoid(gate)).to(dtype) * up.to(dtype)
