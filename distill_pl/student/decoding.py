@@ -59,18 +59,19 @@ class FixedSoftmax:
 class Products(nn.Module):
     """Linears that read the same row, the sum of residuals and norm before or the MLP's gate after them: `row_products`."""
 
-    def __init__(self, linears: list[nn.Linear], norm: nn.Module | None = None, gated: bool = False):
+    def __init__(self, linears: list[nn.Linear], norm: nn.Module | None = None, gated: bool = False, heads: int = 1):
         super().__init__()
         import distill_pl.student.row_products  # noqa: F401 (which loads Triton)
 
         self.weights, self.biases = [x.weight for x in linears], []
         if any(x.bias is not None for x in linears):
             self.biases = [x.weight.new_zeros(x.out_features) if x.bias is None else x.bias for x in linears]
-        self.norm, self.gated = norm, gated
+        self.norm, self.gated, self.heads = norm, gated, heads
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """x [1, 1, D] -> the products beside each other [1, 1, sum of N], gated one; and x + residual, if there is one."""
         gain, eps = (None, 0.0) if self.norm is None else (self.norm.weight, self.norm.variance_epsilon)
+        x = x.unflatten(-1, (self.heads, -1))  # whose shape must show the heads, or their norms are kernels of their own
         y, total = torch.ops.distill_pl.row_products(x, self.weights, self.biases, gain, eps, residual, self.gated)
         return y if residual is None else (y, total)
 
@@ -107,7 +108,7 @@ class RowLayer(nn.Module):
                 parent, _, own = name.rpartition(".")
                 setattr(self.mixer.get_submodule(parent), own, Part(start, linear.out_features))
                 start += linear.out_features
-        self.mixer.o_proj = Products([self.mixer.o_proj])
+        self.mixer.o_proj = Products([self.mixer.o_proj], heads=self.mixer.heads)
         self.up = Products([mlp.gate_proj, mlp.up_proj], layer.post_attention_layernorm, gated=True)
         self.down = Products([mlp.down_proj])
 
@@ -153,7 +154,11 @@ def inductor(graph, inputs):
 
     # from Hopper on, a kernel may start before the last one has ended
     early = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-    with config.patch({"triton.enable_pdl": early}):
+    # and what is made of few numbers is made anew wherever it is read: for one row, a kernel fewer is worth any arithmetic
+    anew = {f"realize_{what}_threshold": 400 for what in ("reads", "acc_reads", "opcount")} | {
+        "unroll_reductions_threshold": 17
+    }
+    with config.patch({"triton.enable_pdl": early} | anew):
         return compile_fx(graph, inputs, decompositions=dict(select_decomp_table()) | products())
 
 

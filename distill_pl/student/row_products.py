@@ -84,7 +84,7 @@ def launch(x: Tensor, weights: list[Tensor], biases: list[Tensor], gain: Tensor 
 @torch.library.custom_op("distill_pl::row_products", mutates_args=())
 def row_products(x: Tensor, weights: list[Tensor], biases: list[Tensor], gain: Tensor | None, eps: float,
                  residual: Tensor | None, gated: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """A row x [1, 1, K] times weights [N_i, K] -> y [1, 1, sum of N_i], x + residual (or nothing of use).
+    """A row x of K numbers times weights [N_i, K] -> y [1, 1, sum of N_i], x + residual (or nothing of use).
 
     biases [N_i] of all or none; gain [K] and eps of a root-mean-square norm, as transformers' Llama has it, after x + residual.
     Gated, there are two weights and y is silu(first product) times the second, [1, 1, N]. All contiguous, of one dtype.
@@ -95,6 +95,7 @@ def row_products(x: Tensor, weights: list[Tensor], biases: list[Tensor], gain: T
 @row_products.register_kernel("cpu")
 def plain(x, weights, biases, gain, eps, residual, gated):
     """The same in torch."""
+    x = x.reshape(1, 1, -1)
     total = x.clone() if residual is None else x + residual
     h = total
     if gain is not None:
