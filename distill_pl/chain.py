@@ -60,8 +60,6 @@ def fit(config: Namespace) -> None:
         check_leg(leg)
     if device(config).type == "cuda":
         compiling.switch(config.compile and config.trainer.strategy != "fsdp")  # nobody has measured the two together
-        # what is still multiplied in fp32, exact matrices above all, needs no more digits than the rest
-        torch.set_float32_matmul_precision("highest" if precision(config).startswith("32") else "high")
     data = ChunkDataModule(**config.data)
     probe = trainer_for(config)
     accumulation = data.accumulation(probe.world_size)
