@@ -25,8 +25,10 @@ def _triangle(q: Tensor, k: Tensor, g: Tensor) -> Tensor:
         halves = (x.unflatten(-2, (-1, 2, size)).unbind(-3) for x in (q, k, g))  # each [..., T / 2 size, size, K]
         (_, q_right), (k_left, _), (g_left, g_right) = halves
         lower = _products(q_right * g_right.cumsum(-2).exp(), k_left * _sum_after(g_left).exp())
-        top = torch.cat([blocks[..., 0::2, :, :], torch.zeros_like(lower)], -1)
-        blocks = torch.cat([top, torch.cat([lower, blocks[..., 1::2, :, :]], -1)], -2)
+        joined = lower.new_zeros(*lower.shape[:-2], 2, size, 2, size)
+        joined[..., 0, :, 0, :], joined[..., 1, :, 1, :] = blocks.unflatten(-3, (-1, 2)).unbind(-3)
+        joined[..., 1, :, 0, :] = lower
+        blocks = joined.flatten(-2).flatten(-3, -2)
     return blocks.squeeze(-3)
 
 

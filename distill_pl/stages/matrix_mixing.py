@@ -4,7 +4,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from distill_pl.compiling import compiled_on_gpu
 from distill_pl.errors import InputError
@@ -75,28 +74,53 @@ class MatrixMixingStage(Stage):
         distances = []
         for student_layer, layer in zip(self.student.model.layers, self.teacher.layers(tokens), strict=True):
             if self.estimator == "exact":
-                squared = squared_distance(student_layer, layer)
+                distances.append(exact_distance(student_layer, layer, self.norm))
             else:
                 squared = probed_distance(student_layer, layer, signs)
-            distances.append(matrix_distance(squared, tokens.shape[1], self.norm))
+                distances.append(matrix_distance(squared, tokens.shape[1], self.norm))
         parts = torch.stack(distances)
         return parts.mean(), parts.detach()
 
 
-def squared_distance(student_layer: nn.Module, layer: Layer) -> Tensor:
-    """|A_teacher - A_student|_F^2, [B, H], both matrices built for a few sequences at a time, in the backward pass again."""
+def exact_distance(student_layer: nn.Module, layer: Layer, norm: Literal["frobenius", "mse"]) -> Tensor:
+    """Eq. 7 for one layer, scalar: both matrices of a few sequences at a time, and right away the gradient."""
     batch, length, heads, _ = layer.query.shape
     at_once = max(1, ENTRIES_AT_ONCE["cuda" if layer.query.is_cuda else "cpu"] // (heads * length**2))
-    rows = zip(*(x.tensor_split(-(-batch // at_once)) for x in (layer.input, layer.query, layer.key)), strict=True)
+    rows = list(zip(*(x.tensor_split(-(-batch // at_once)) for x in (layer.input, layer.query, layer.key)), strict=True))
 
-    def distance(*row: Tensor) -> Tensor:
-        return _squared_distance(student_layer, *row, layer.scale, layer.position)
+    def share(row: tuple[Tensor, ...]) -> Tensor:
+        squared = squared_distance(student_layer, *row, layer.scale, layer.position)
+        return matrix_distance(squared, length, norm) * (len(squared) / batch)
 
-    return torch.cat([checkpoint(distance, *row, use_reentrant=False, preserve_rng_state=False) for row in rows])
+    if not torch.is_grad_enabled():
+        return torch.stack([share(row) for row in rows]).sum()
+    return _Differentiated.apply(share, rows, *(p for p in student_layer.self_attn.parameters() if p.requires_grad))
+
+
+class _Differentiated(torch.autograd.Function):
+    """A sum over rows and its gradient, a row at a time: no matrix is kept for the backward pass or built in it again."""
+
+    @staticmethod
+    def forward(ctx, share, rows, *parameters):
+        total, ctx.gradients = 0, None
+        for row in rows:
+            torch.clear_autocast_cache()  # its casts belong to the graph of the row before
+            with torch.enable_grad():
+                value = share(row)
+                gradients = torch.autograd.grad(value, parameters)
+            total = total + value.detach()
+            ctx.gradients = gradients if ctx.gradients is None else torch._foreach_add(ctx.gradients, gradients)
+        torch.clear_autocast_cache()
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, None, *torch._foreach_mul(ctx.gradients, grad)
 
 
 @compiled_on_gpu
-def _squared_distance(student_layer: nn.Module, hidden: Tensor, query: Tensor, key: Tensor, scale: float, position) -> Tensor:
+def squared_distance(student_layer: nn.Module, hidden: Tensor, query: Tensor, key: Tensor, scale: float, position) -> Tensor:
+    """|A_teacher - A_student|_F^2, [B, H], from both matrices. hidden [B, T, D], query and key [B, T, heads, K]."""
     student = student_layer.self_attn.matrix(student_layer.input_layernorm(hidden), position)
     return (softmax.matrix(query, key, scale) - student).square().sum((-2, -1))
 

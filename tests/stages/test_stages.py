@@ -9,11 +9,12 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from distill_pl.errors import Diverged, InputError
+from distill_pl.losses import matrix_distance
 from distill_pl.mixers import MIXERS
 from distill_pl.mixers.mixer import Paper
 from distill_pl.optim import adamw
 from distill_pl.stages import STAGES, HiddenAlignStage, KDStage, MatrixMixingStage, Stage
-from distill_pl.stages.matrix_mixing import mixing_parameters, probed_distance, squared_distance
+from distill_pl.stages.matrix_mixing import ENTRIES_AT_ONCE, mixing_parameters, probed_distance, squared_distance
 from distill_pl.student.factory import StudentFactory
 from distill_pl.teacher import Teacher
 
@@ -163,9 +164,33 @@ def test_probe_is_exact_where_its_signs_are_orthogonal(variant, tokens, name, sh
         hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
     layer = next(teacher.layers(tokens))
     with torch.no_grad():
-        exact = squared_distance(student_layer, layer)
+        exact = squared_distance(student_layer, layer.input, layer.query, layer.key, layer.scale, layer.position)
         probed = probed_distance(student_layer, layer, hadamard[None, :, None, :])
     torch.testing.assert_close(probed, exact, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "mse"])
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_exact_matrices_a_sequence_at_a_time_are_those_of_all_at_once(teacher_folder, tokens, name, norm, bf16, monkeypatch):
+    """And the gradient that is made with them is autograd's of the whole."""
+    teacher, found = Teacher(str(teacher_folder), torch.bfloat16 if bf16 else torch.float32), []
+    for entries in (2**30, 1, None):
+        monkeypatch.setitem(ENTRIES_AT_ONCE, "cpu", entries)
+        stage = make(MatrixMixingStage, teacher, name, estimator="exact", norm=norm)
+        trained = [p for p in stage.student.parameters() if p.requires_grad]
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            if entries:
+                loss, _ = stage.losses(tokens, seed=0)
+            else:
+                layers = zip(stage.student.model.layers, teacher.layers(tokens), strict=True)
+                squares = [squared_distance(x, y.input, y.query, y.key, y.scale, y.position) for x, y in layers]
+                loss = torch.stack([matrix_distance(squared, LENGTH, norm) for squared in squares]).mean()
+        gradients = torch.autograd.grad(3 * loss, trained)
+        found.append((loss.item(), torch.cat([gradient.flatten() for gradient in gradients])))
+    *ours, (expected, plain) = found
+    for loss, gradient in ours:
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert (gradient - plain).norm() < (1e-2 if bf16 else 1e-5) * plain.norm()
 
 
 @pytest.mark.parametrize("norm", ["frobenius", "mse"])
