@@ -152,13 +152,11 @@ def inductor(graph, inputs):
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
 
+    # what is made of few numbers is made anew wherever it is read: for one row, a kernel fewer is worth any arithmetic
+    options = {"unroll_reductions_threshold": 17} | {f"realize_{x}_threshold": 400 for x in ("reads", "acc_reads", "opcount")}
     # from Hopper on, a kernel may start before the last one has ended
-    early = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-    # and what is made of few numbers is made anew wherever it is read: for one row, a kernel fewer is worth any arithmetic
-    anew = {f"realize_{what}_threshold": 400 for what in ("reads", "acc_reads", "opcount")} | {
-        "unroll_reductions_threshold": 17
-    }
-    with config.patch({"triton.enable_pdl": early} | anew):
+    options["triton.enable_pdl"] = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    with config.patch(options):
         return compile_fx(graph, inputs, decompositions=dict(select_decomp_table()) | products())
 
 

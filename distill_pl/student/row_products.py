@@ -73,10 +73,11 @@ def launch(x: Tensor, weights: list[Tensor], biases: list[Tensor], gain: Tensor 
         programs.append(programs[-1] + triton.cdiv(size, rows))
     y, total = x.new_empty(1, 1, sum(sizes)), x.new_empty(1, 1, width)
     early = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    options = {"num_warps": 4 if block <= 2 * TILE else 8} | ({"launch_pdl": True} if early else {})
     with torch.cuda.device_of(x):
         _kernel[programs.pop(),](
             x, residual, gain, y, total, tuple(weights), tuple(biases), eps, width, block, rows, sizes, tuple(programs),
-            residual is not None, gain is not None, gated, early, num_warps=4, **({"launch_pdl": True} if early else {}),
+            residual is not None, gain is not None, gated, early, **options,
         )  # fmt: skip
     return y, total
 
