@@ -76,7 +76,7 @@ class _NextTokenLoss(torch.autograd.Function):
             x, expected = hidden[rows].to(dtype), None
             if teacher_hidden is not None:
                 expected = teacher_hidden[rows].to(teacher_head.dtype) @ teacher_head.mT
-            terms, d_logits = _terms(x @ weight.mT, expected, labels[rows], alpha, temperature)
+            terms, d_logits = _terms(x @ weight.mT, expected, labels[rows], alpha, temperature, need_hidden or need_head)
             total += terms
             if need_hidden:
                 d_hidden[rows] = d_logits @ weight
@@ -96,8 +96,9 @@ class _NextTokenLoss(torch.autograd.Function):
 
 
 @compiled_on_gpu
-def _terms(logits: Tensor, expected: Tensor | None, labels: Tensor, alpha: float, temperature: float) -> tuple[Tensor, Tensor]:
-    """Sums over tokens of CE and KL, [2] in fp32, and the gradient of CE + alpha KL with respect to the logits.
+def _terms(logits: Tensor, expected: Tensor | None, labels: Tensor, alpha: float, temperature: float,
+           differentiate: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Sums over tokens of CE and KL, [2] in fp32, and, if asked for, the gradient of CE + alpha KL with respect to the logits.
 
     logits and the teacher's, `expected`, [N, V]; labels [N], -1 where the token does not count.
     """
@@ -105,7 +106,7 @@ def _terms(logits: Tensor, expected: Tensor | None, labels: Tensor, alpha: float
     hit = torch.arange(logits.shape[-1], device=logits.device) == labels[:, None]
     log_q = log_softmax(logits.float(), -1)
     ce = -torch.where(hit, log_q, 0).sum()
-    gradient = log_q.exp() - hit.float()
+    gradient = log_q.exp() - hit.float() if differentiate else None
     kl = torch.zeros_like(ce)
     if expected is not None:
         log_p = log_softmax(expected.float() / temperature, -1)
@@ -113,5 +114,8 @@ def _terms(logits: Tensor, expected: Tensor | None, labels: Tensor, alpha: float
             log_q = log_softmax(logits.float() / temperature, -1)
         p = log_p.exp()
         kl = ((p * (log_p - log_q)).sum(-1) * counts).sum() * temperature**2
-        gradient = gradient + alpha * temperature * (log_q.exp() - p)
-    return torch.stack([ce, kl]), torch.where(counts[:, None], gradient, 0).to(logits.dtype)
+        if gradient is not None:
+            gradient = gradient + alpha * temperature * (log_q.exp() - p)
+    if gradient is not None:
+        gradient = torch.where(counts[:, None], gradient, 0).to(logits.dtype)
+    return torch.stack([ce, kl]), gradient
