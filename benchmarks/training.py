@@ -193,6 +193,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--length", type=int, default=512)
     args, args.options = parser.parse_known_args()
+    if args.steps < 10:
+        parser.error(f"--steps {args.steps} is too few for a speed: give at least 10")
     shape = (args.batch, args.length)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

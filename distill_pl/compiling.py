@@ -32,6 +32,11 @@ def switch(on: bool) -> None:
     torch.compiler.set_stance("default" if on else "force_eager")
 
 
+def launches_early() -> bool:
+    """Whether a kernel may start before the last one has ended, on the GPU at hand: from Hopper on."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+
 def plainly(device: torch.device) -> AbstractContextManager:
     """A context in which nothing is compiled."""
     return torch.compiler.set_stance("force_eager") if device.type == "cuda" else nullcontext()

@@ -106,16 +106,16 @@ def _terms(logits: Tensor, expected: Tensor | None, labels: Tensor, alpha: float
     hit = torch.arange(logits.shape[-1], device=logits.device) == labels[:, None]
     log_q = log_softmax(logits.float(), -1)
     ce = -torch.where(hit, log_q, 0).sum()
-    gradient = log_q.exp() - hit.float() if differentiate else None
     kl = torch.zeros_like(ce)
     if expected is not None:
         log_p = log_softmax(expected.float() / temperature, -1)
-        if temperature != 1:
-            log_q = log_softmax(logits.float() / temperature, -1)
+        soft_log_q = log_q if temperature == 1 else log_softmax(logits.float() / temperature, -1)
         p = log_p.exp()
-        kl = ((p * (log_p - log_q)).sum(-1) * counts).sum() * temperature**2
-        if gradient is not None:
-            gradient = gradient + alpha * temperature * (log_q.exp() - p)
-    if gradient is not None:
-        gradient = torch.where(counts[:, None], gradient, 0).to(logits.dtype)
-    return torch.stack([ce, kl]), gradient
+        kl = ((p * (log_p - soft_log_q)).sum(-1) * counts).sum() * temperature**2
+    terms = torch.stack([ce, kl])
+    if not differentiate:
+        return terms, None
+    gradient = log_q.exp() - hit.float()
+    if expected is not None:
+        gradient = gradient + alpha * temperature * (soft_log_q.exp() - p)
+    return terms, torch.where(counts[:, None], gradient, 0).to(logits.dtype)

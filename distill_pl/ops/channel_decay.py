@@ -64,10 +64,11 @@ def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, backend: Backe
         if q.shape[-1] in FUSED and v.shape[-1] in FUSED and (small or v.dtype == torch.bfloat16):  # or it needs a large GPU
             from distill_pl.ops.channel_decay_kernel import fused
 
-            if v.dtype != torch.float16:
-                return fused(q, k, v, g.float(), scale, state)
-            y, state = fused(q.float(), k.float(), v.float(), g.float(), scale, state)  # whose exponents fp16 has not
-            return y.to(v.dtype), state
+            dtype = v.dtype
+            if dtype == torch.float16:  # which has not the exponents
+                q, k, v = q.float(), k.float(), v.float()
+            y, state = fused(q, k, v, g.float(), scale, state)
+            return y.to(dtype), state
         from distill_pl.ops import kernels
 
         return kernels.chunk_gla(q, k, v, g.float(), scale=scale, initial_state=state, output_final_state=True)

@@ -60,10 +60,33 @@ def _below(C: tl.constexpr):
 
 
 @triton.jit
+def _gates(g, sequence, first, T, H, K: tl.constexpr, C: tl.constexpr, N: tl.constexpr):
+    """g of N channels [C, N]."""
+    return tl.maximum(_load(g, sequence, first, T, H, K, C, N), LOWEST)
+
+
+@triton.jit
 def _decays(g, sequence, first, T, H, K: tl.constexpr, C: tl.constexpr):
     """b - R [C, K] by a product with +-1/2, e^R [K]."""
-    g = tl.maximum(_load(g, sequence, first, T, H, K, C, K), LOWEST)
+    g = _gates(g, sequence, first, T, H, K, C, K)
     return tl.dot(0.5 - tl.trans(_below(C)).to(tl.float32), g, input_precision="tf32x3"), tl.exp(tl.sum(g, 0) / 2)
+
+
+@triton.jit
+def _state(x, index, K: tl.constexpr, V: tl.constexpr):
+    """Number `index` of states [.., K, V]; 0 where there are none."""
+    if x is None:
+        state = tl.zeros([K, V], tl.float32)
+    else:
+        state = tl.load(x + index.to(tl.int64) * (K * V) + _grid(K, V))
+    return state
+
+
+@triton.jit
+def _matrix(up, down, now, C: tl.constexpr):
+    """A [C, C]: of earlier tokens up down^T, of a token itself `now` [C], which no decay is in."""
+    row = tl.arange(0, C)
+    return tl.where(_below(C), tl.dot(up, tl.trans(down)), tl.where(row[:, None] == row[None, :], now[:, None], 0.0))
 
 
 @triton.jit
@@ -79,7 +102,7 @@ def _scan(k, v, g, initial, starts, T, H, segments, length, K: tl.constexpr, V: 
         tl.store(starts + ((sequence.to(tl.int64) * segments + segment) * K + start) * V + _grid(N, V), state)
         if segment < segments - 1:
             for first in range(segment * length, segment * length + length, C):
-                g_chunk = tl.maximum(_load(g + start, sequence, first, T, H, K, C, N), LOWEST)
+                g_chunk = _gates(g + start, sequence, first, T, H, K, C, N)
                 b, total = tl.cumsum(g_chunk, 0), tl.sum(g_chunk, 0)
                 v_chunk = _load(v, sequence, first, T, H, V, C, V)
                 added = (_load(k + start, sequence, first, T, H, K, C, N) * tl.exp(total[None, :] - b)).to(v_chunk.dtype)
@@ -98,7 +121,7 @@ def _scan_back(q, dy, g, d_final, ends, scale, T, H, segments, length, K: tl.con
         if segment > 0:
             for before in range(0, length, C):
                 first = segment * length + length - C - before
-                g_chunk = tl.maximum(_load(g + start, sequence, first, T, H, K, C, N), LOWEST)
+                g_chunk = _gates(g + start, sequence, first, T, H, K, C, N)
                 b, total = tl.cumsum(g_chunk, 0), tl.sum(g_chunk, 0)
                 dy_chunk = _load(dy, sequence, first, T, H, V, C, V)
                 read = (_load(q + start, sequence, first, T, H, K, C, N) * (tl.exp(b) * scale)).to(dy_chunk.dtype)
@@ -109,11 +132,7 @@ def _scan_back(q, dy, g, d_final, ends, scale, T, H, segments, length, K: tl.con
 def _outputs(q, k, v, g, starts, y, final, scale, T, H, segments, length, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr):
     """y of a segment; S after the last."""
     sequence, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
-    if starts is None:
-        state = tl.zeros([K, V], tl.float32)
-    else:
-        state = tl.load(starts + tl.program_id(0).to(tl.int64) * (K * V) + _grid(K, V))
-    row = tl.arange(0, C)
+    state = _state(starts, tl.program_id(0), K, V)
     for first in range(segment * length, tl.minimum(segment * length + length, T), C):
         b, half = _decays(g, sequence, first, T, H, K, C)
         q_chunk, k_chunk = _load(q, sequence, first, T, H, K, C, K), _load(k, sequence, first, T, H, K, C, K)
@@ -121,8 +140,7 @@ def _outputs(q, k, v, g, starts, y, final, scale, T, H, segments, length, K: tl.
         dtype: tl.constexpr = v_chunk.dtype
         up, down = (q_chunk * tl.exp(b)).to(dtype), (k_chunk * tl.exp(-b)).to(dtype)
         state *= half[:, None]
-        now = tl.sum(q_chunk.to(tl.float32) * k_chunk, 1)[:, None]
-        a = tl.where(_below(C), tl.dot(up, tl.trans(down)), tl.where(row[:, None] == row[None, :], now, 0.0))
+        a = _matrix(up, down, tl.sum(q_chunk.to(tl.float32) * k_chunk, 1), C)
         out = tl.dot(a.to(dtype), v_chunk, tl.dot(up, state.to(dtype)))
         _store(y, out * scale, sequence, first, T, H, V, C)
         state = tl.dot(tl.trans(down), v_chunk, state) * half[:, None]
@@ -136,10 +154,7 @@ def _d_queries(q, k, v, g, dy, starts, dq, inner, states, scale, T, H, segments,
     """dq of a segment, q dq without the part of A's diagonal, and S after every block of B tokens."""
     sequence, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
     blocks = tl.cdiv(T, B)
-    if starts is None:
-        state = tl.zeros([K, V], tl.float32)
-    else:
-        state = tl.load(starts + tl.program_id(0).to(tl.int64) * (K * V) + _grid(K, V))
+    state = _state(starts, tl.program_id(0), K, V)
     for first in range(segment * length, tl.minimum(segment * length + length, T), C):
         b, half = _decays(g, sequence, first, T, H, K, C)
         q_chunk, k_chunk = _load(q, sequence, first, T, H, K, C, K), _load(k, sequence, first, T, H, K, C, K)
@@ -161,12 +176,11 @@ def _d_queries(q, k, v, g, dy, starts, dq, inner, states, scale, T, H, segments,
 @triton.jit
 def _d_others(q, k, v, g, dy, ends, inner, states, dk, dv, dg, d_initial, scale, T, H, segments, length, K: tl.constexpr,
               V: tl.constexpr, C: tl.constexpr, B: tl.constexpr):  # fmt: skip
-    """dk, dv and dg (in place of `inner`, if it is the same) of a segment; the gradient of S before the first."""
+    """dk, dv and dg of a segment; the gradient of S before the first."""
     sequence, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
     blocks = tl.cdiv(T, B)
-    d_state = tl.load(ends + tl.program_id(0).to(tl.int64) * (K * V) + _grid(K, V))
+    d_state = _state(ends, tl.program_id(0), K, V)
     later = tl.zeros([C, K], tl.float32)  # the same in all rows
-    row = tl.arange(0, C)
     tokens = tl.minimum(T - segment * length, length)
     for before in range(0, tl.cdiv(tokens, C)):
         first = segment * length + (tl.cdiv(tokens, C) - 1 - before) * C
@@ -181,8 +195,7 @@ def _d_others(q, k, v, g, dy, ends, inner, states, dk, dv, dg, d_initial, scale,
         fall = tl.exp(-b)
         up, down = (q_chunk * (tl.exp(b) * scale)).to(dtype), (k_chunk * fall).to(dtype)
         d_state *= half[:, None]
-        now = tl.sum(q_chunk.to(tl.float32) * k_chunk, 1)[:, None] * scale
-        a = tl.where(_below(C), tl.dot(up, tl.trans(down)), tl.where(row[:, None] == row[None, :], now, 0.0))
+        a = _matrix(up, down, tl.sum(q_chunk.to(tl.float32) * k_chunk, 1) * scale, C)
         grad = tl.dot(tl.trans(a.to(dtype)), dy_chunk, tl.dot(down, d_state.to(dtype)))
         _store(dv, grad, sequence, first, T, H, V, C)
         da = tl.where(_below(C), tl.dot(dy_chunk, tl.trans(v_chunk)), 0.0)
@@ -206,9 +219,10 @@ def _cut(x: Tensor) -> tuple[int, int]:
     return triton.cdiv(length, size), size
 
 
-def _starts(k: Tensor, v: Tensor, g: Tensor, state: Tensor | None) -> Tensor | None:
+def _starts(k: Tensor, v: Tensor, g: Tensor, state: Tensor | None, cut: tuple[int, int]) -> Tensor | None:
     """S before every segment [B, H, segments, K, V]; None if it is 0 before the only one."""
-    (batch, length, heads, key), value, cut = k.shape, v.shape[-1], _cut(k)
+    (batch, length, heads, key), value = k.shape, v.shape[-1]
+    state = None if state is None else state.contiguous()
     if cut[0] == 1:
         return state
     starts, keys = g.new_empty(batch, heads, cut[0], key, value), min(key, SCAN_KEYS)
@@ -228,7 +242,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Te
     (batch, length, heads, key), value, cut = k.shape, v.shape[-1], _cut(k)
     y, final = torch.empty_like(v), g.new_empty(batch, heads, key, value)
     with torch.cuda.device_of(q):
-        starts = _starts(k, v, g, None if state is None else state.contiguous())
+        starts = _starts(k, v, g, state, cut)
         sizes = length, heads, *cut, key, value, CHUNK
         _outputs[batch * heads * cut[0],](q, k, v, g, starts, y, final, scale, *sizes, **_options(k, v))
     return y, final
@@ -242,7 +256,7 @@ def _backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: T
     dq, dk, dv, dg, inner, d_initial = (torch.empty_like(x) for x in (q, k, v, g, g, d_final))
     states = v.new_empty(batch, heads, triton.cdiv(length, BLOCK), key, value)
     with torch.cuda.device_of(q):
-        starts, ends = _starts(k, v, g, None if state is None else state.contiguous()), d_final
+        starts, ends = _starts(k, v, g, state, cut), d_final
         if cut[0] > 1:
             ends, keys = g.new_empty(batch, heads, cut[0], key, value), min(key, SCAN_KEYS)
             sizes = length, heads, *cut, key, value, BLOCK, keys

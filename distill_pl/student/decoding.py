@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 
+from distill_pl.compiling import launches_early
 from distill_pl.errors import InputError
 from distill_pl.mixers import Softmax
 from distill_pl.mixers.mixer import Position
@@ -154,9 +155,7 @@ def inductor(graph, inputs):
 
     # what is made of few numbers is made anew wherever it is read: for one row, a kernel fewer is worth any arithmetic
     options = {"unroll_reductions_threshold": 17} | {f"realize_{x}_threshold": 400 for x in ("reads", "acc_reads", "opcount")}
-    # from Hopper on, a kernel may start before the last one has ended
-    options["triton.enable_pdl"] = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-    with config.patch(options):
+    with config.patch(options | {"triton.enable_pdl": launches_early()}):
         return compile_fx(graph, inputs, decompositions=dict(select_decomp_table()) | products())
 
 
@@ -175,12 +174,8 @@ def dressed(model: PreTrainedModel) -> Student:
 
 
 def by_rows(layer: Any) -> bool:
-    """Whether a RowLayer can be had and does what this layer does."""
-    return (
-        find_spec("triton") is not None
-        and type(layer).__name__ in ROW_LAYERS
-        and type(layer.mlp.act_fn) is type(ACT2FN["silu"])
-    )
+    """Whether a RowLayer does what this layer does."""
+    return type(layer).__name__ in ROW_LAYERS and type(layer.mlp.act_fn) is type(ACT2FN["silu"])
 
 
 class OneLayer(NamedTuple):
@@ -294,7 +289,7 @@ class Decoder:
                 self.states.append(tree_map(_zeros, (held.op, held.tails)))
         self.turns = any(mixer.rope for mixer in student.mixers)
         self.layers, self.head = list(student.model.layers), None
-        if batch == 1 and (self.gpu or self.backend is not None) and all(map(by_rows, self.layers)):
+        if batch == 1 and (self.gpu or self.backend is not None) and find_spec("triton") and all(map(by_rows, self.layers)):
             self.layers = [RowLayer(layer) for layer in self.layers]
             self.head = Products([student.lm_head], student.model.norm)
         parts: list[Any] = [self._enter, layer_step, self._leave]
@@ -343,7 +338,7 @@ class Decoder:
         """Token [B, 1] at position [1] -> what the first layer takes, RoPE's (cos, sin) if any mixer reads it."""
         hidden = self.student.model.embed_tokens(token)
         position = self.student.position(hidden, at[None]) if self.turns else None
-        return (hidden,) if self.head is None else (hidden / 2, hidden / 2), position
+        return (hidden,) if self.head is None else (hidden / 2, hidden / 2), position  # which the first RowLayer adds up
 
     def _leave(self, hidden: tuple[Tensor, ...]) -> None:
         """What the last layer gives -> the next token and its position."""

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from distill_pl.compiling import launches_early
+
 TILE = 4096  # weights of a program: enough to keep the memory busy, few enough for its registers
 
 
@@ -62,19 +64,24 @@ def _kernel(x, residual, gain, y, total, weights, biases, eps, K: tl.constexpr, 
     tl.store(out + row, found, row < size)
 
 
+def sizes_of(weights: list[Tensor], gated: bool) -> tuple[int, ...]:
+    """How many numbers each product has; gated, both together are one."""
+    return tuple(len(weight) for weight in weights[: 1 if gated else None])
+
+
 def launch(x: Tensor, weights: list[Tensor], biases: list[Tensor], gain: Tensor | None, eps: float, residual: Tensor | None,
            gated: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`row_products` by the kernel."""
-    sizes, width = tuple(len(weight) for weight in weights[: 1 if gated else None]), weights[0].shape[1]
+    sizes, width = sizes_of(weights, gated), weights[0].shape[1]
     block = triton.next_power_of_2(width)
     rows = max(1, TILE // block)
     programs = [0]
     for size in sizes:
         programs.append(programs[-1] + triton.cdiv(size, rows))
     y, total = x.new_empty(1, 1, sum(sizes)), x.new_empty(1, 1, width)
-    early = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    options = {"num_warps": 4 if block <= 2 * TILE else 8} | ({"launch_pdl": True} if early else {})
     with torch.cuda.device_of(x):
+        early = x.is_cuda and launches_early()
+        options = {"num_warps": 4 if block <= 2 * TILE else 8} | ({"launch_pdl": True} if early else {})
         _kernel[programs.pop(),](
             x, residual, gain, y, total, tuple(weights), tuple(biases), eps, width, block, rows, sizes, tuple(programs),
             residual is not None, gain is not None, gated, early, **options,
@@ -111,4 +118,4 @@ def plain(x, weights, biases, gain, eps, residual, gated):
 @row_products.register_fake
 def _(x, weights, biases, gain, eps, residual, gated):
     total = x.new_empty(1, 1, weights[0].shape[1])
-    return x.new_empty(1, 1, sum(len(weight) for weight in weights[: 1 if gated else None])), total
+    return x.new_empty(1, 1, sum(sizes_of(weights, gated))), total
