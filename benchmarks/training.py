@@ -49,7 +49,6 @@ def attention_by_hand(mixer: str, layer_idx: int) -> nn.Module | None:
         "retnet": lambda: layers.MultiScaleRetention(expand_v=1.0, **shape),
         "delta_net": lambda: layers.DeltaNet(**shape),
         "rebased": lambda: layers.ReBasedLinearAttention(feature_dim=64, num_key_value_heads=15, **shape),
-        "hedgehog": lambda: layers.LinearAttention(mode="fused_chunk", feature_map="hedgehog", **shape),
     }
     return made[mixer]() if mixer in made else None
 

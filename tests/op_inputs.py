@@ -31,6 +31,13 @@ def channel_decay_inputs(normal: Normal, shape: Shape, key: int, value: int, str
     return {"q": normal(*shape, key), "k": normal(*shape, key), "v": normal(*shape, value), "g": g, "scale": 0.4}
 
 
+def logits_inputs(normal: Normal, shape: Shape, key: int, value: int, strong: bool) -> Inputs:
+    """The same log decays as logits of gates, 20 at most."""
+    inputs = channel_decay_inputs(normal, shape, key, value, strong)
+    gates = (inputs["g"] * 3).clamp(max=-1e-8)
+    return inputs | {"g": gates - torch.log(-torch.expm1(gates)), "temperature": 3}
+
+
 def scalar_decay_inputs(normal: Normal, shape: Shape, key: int, value: int, strong: bool) -> Inputs:
     """Strong: one head keeps nothing (g from -5 to -20 a step), one forgets now and then."""
     g = -0.3 * normal(*shape).abs()
@@ -76,6 +83,7 @@ def squared_inputs(normal: Normal, shape: Shape, key: int, value: int, strong: b
 FAMILIES: dict[str, tuple[ModuleType, Callable[..., Inputs]]] = {
     "softmax": (softmax, softmax_inputs),
     "channel_decay": (channel_decay, channel_decay_inputs),
+    "channel_decay, logits": (channel_decay, logits_inputs),
     "scalar_decay": (scalar_decay, scalar_decay_inputs),
     "mlstm": (mlstm, mlstm_inputs),
     "delta_rule": (delta_rule, delta_rule_inputs),

@@ -5,8 +5,8 @@ g = logsigmoid(W2 W1 x + b) / 16;  after A v: RMSNorm per head, times silu(W_g x
 
 import math
 
-from torch import Tensor, nn
-from torch.nn.functional import logsigmoid, silu
+from torch import nn
+from torch.nn.functional import silu
 from transformers import initialization
 
 from distill_pl.mixers.mixer import Paper, RMSNorm, SequenceMixer
@@ -34,17 +34,14 @@ class GLA(SequenceMixer):
         keep = config.retention**TEMPERATURE
         initialization.constant_(self.decay_proj.get_parameter("1.bias"), math.log(keep / (1 - keep)))
 
-    def log_decay(self, hidden: Tensor) -> Tensor:
-        """g <= 0, [B, T, H, K] in fp32."""
-        return logsigmoid(self.decay_proj(hidden).float()).unflatten(-1, (self.heads, -1)) / TEMPERATURE
-
     def inputs(self, hidden, position, mask, state):
-        """q, k, v, g; a padded key is zero."""
+        """q, k, v, the logits of g [B, T, H, K]; a padded key is zero."""
         q, k, v = self.qkv(hidden, position)
         if mask is not None:
             k = k * mask[:, :, None, None]
         k, v = self.repeat_kv(k), self.repeat_kv(v)
-        return {"q": q, "k": k, "v": v, "g": self.log_decay(hidden), "scale": self.scale, "backend": self.backend}
+        g = self.decay_proj(hidden).unflatten(-1, (self.heads, -1))
+        return {"q": q, "k": k, "v": v, "g": g, "temperature": TEMPERATURE, "scale": self.scale, "backend": self.backend}
 
     def output(self, mixed, hidden):
         """Head norm, swish gate, o_proj."""

@@ -9,12 +9,14 @@ above it would rule out a lower retention, and learned ones would tie layers tog
 
 import math
 
-from torch import Tensor, nn
-from torch.nn.functional import logsigmoid, silu
+from torch import nn
+from torch.nn.functional import silu
 from transformers import initialization
 
 from distill_pl.mixers.mixer import Paper, RMSNorm, SequenceMixer
 from distill_pl.ops import channel_decay
+
+TEMPERATURE = 1  # of the gate's logsigmoid: none
 
 
 class HGRN2(SequenceMixer):
@@ -33,18 +35,14 @@ class HGRN2(SequenceMixer):
         """The bias at which a fresh gate retains `config.retention` of the state a token (section 3.1)."""
         initialization.constant_(self.decay_proj.bias, math.log(config.retention / (1 - config.retention)))
 
-    def log_decay(self, hidden: Tensor) -> Tensor:
-        """g <= 0, [B, T, kv_heads, K] in fp32: a decay goes with its key."""
-        return logsigmoid(self.decay_proj(hidden).float()).unflatten(-1, (self.kv_count, -1))
-
     def inputs(self, hidden, position, mask, state):
-        """q, v, g and k = 1 - e^g; a padded key is zero."""
+        """q, v, the logits of g and k = 1 - e^g, for a decay goes with its key; a padded key is zero."""
         q, v = self.qv(hidden)
-        v, g = self.repeat_kv(v), self.repeat_kv(self.log_decay(hidden))
-        q, k = self.rotated(position, silu(q), -g.expm1())
+        v, g = self.repeat_kv(v), self.repeat_kv(self.decay_proj(hidden).unflatten(-1, (self.kv_count, -1)))
+        q, k = self.rotated(position, silu(q), -channel_decay.log_decay(g, TEMPERATURE).expm1())
         if mask is not None:
             k = k * mask[:, :, None, None]
-        return {"q": q, "k": k, "v": v, "g": g, "scale": self.scale, "backend": self.backend}
+        return {"q": q, "k": k, "v": v, "g": g, "temperature": TEMPERATURE, "scale": self.scale, "backend": self.backend}
 
     def output(self, mixed, hidden):
         """Norm over all heads, o_proj."""

@@ -9,8 +9,8 @@ The original's heads have half as many key channels as value channels, and no bi
 import math
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import layer_norm, logsigmoid, silu
+from torch import nn
+from torch.nn.functional import layer_norm, silu
 from transformers import initialization
 
 from distill_pl.mixers.mixer import Paper, SequenceMixer
@@ -47,21 +47,18 @@ class MetaLA(SequenceMixer):
         """The matrices, and the convolution's last tokens."""
         return super().state_bytes(batch, length, itemsize) + self.conv.state_bytes(batch, itemsize)
 
-    def log_decay(self, hidden: Tensor) -> Tensor:
-        """g <= 0, [B, T, kv_heads, K] in fp32: a decay goes with its key."""
-        return logsigmoid(self.decay_proj(hidden).float()).unflatten(-1, (self.kv_count, -1)) / TEMPERATURE
-
     def inputs(self, hidden, position, mask, state):
-        """q, v, g and k = 1 - e^g of the convolved hidden, which `output` reads as well; a padded key is zero."""
+        """q, v, the logits of g and k = 1 - e^g of the convolved hidden, which `output` reads as well; a padded key is zero."""
         hidden = self.conv(hidden, mask, state, "hidden")
         q, v = self.qv(hidden)
-        v, g = self.repeat_kv(v), self.repeat_kv(self.log_decay(hidden))
-        k = -g.expm1()
+        v, g = self.repeat_kv(v), self.repeat_kv(self.decay_proj(hidden).unflatten(-1, (self.kv_count, -1)))
+        k = -channel_decay.log_decay(g, TEMPERATURE).expm1()
         if mask is not None:
             k = k * mask[:, :, None, None]
         bypass = (hidden, q, k, v)
         q, k = self.rotated(position, q, k)
-        return {"q": q, "k": k, "v": v, "g": g, "scale": self.scale, "backend": self.backend, "bypass": bypass}
+        named = {"q": q, "k": k, "v": v, "g": g, "temperature": TEMPERATURE, "scale": self.scale}
+        return named | {"backend": self.backend, "bypass": bypass}
 
     def output(self, mixed, bypass):
         """Self-augmentation, head norm, swish gate, o_proj."""

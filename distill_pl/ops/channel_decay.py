@@ -3,19 +3,27 @@
     S_t = diag(e^{g_t}) S_{t-1} + k_t v_t^T         y_t = scale * S_t^T q_t
     A_ij = scale * sum_c q_ic k_jc e^{G_ic - G_jc}  with G the cumulative sum of the log decay g <= 0
 
+Where a temperature is given, g is the logits of gates: the log decay is logsigmoid(g) / temperature.
+
 The textbook factorisation (q e^G)(k e^-G)^T overflows fp32 within a few hundred tokens. Splitting the triangle in two,
 again and again, cannot: between a left and a right half, G is measured from the border, and no exponent is positive.
 """
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import logsigmoid, pad
 
 from distill_pl.ops import Backend, promoted, use_fla
 
 SMALL = 8  # the largest blocks that are multiplied channel by channel
 CHUNK = 64  # tokens mixed through their matrix; chunks exchange only the K x V state
 FUSED = (16, 32, 64, 128)  # the K and V that our own kernel is for; fla's tunes itself for minutes, for every shape anew
+
+
+def log_decay(g: Tensor, temperature: float | None) -> Tensor:
+    """g <= 0 in fp32 (float64 stays), of logits if there is a temperature."""
+    (g,) = promoted(g)
+    return g if temperature is None else logsigmoid(g) / temperature
 
 
 def _triangle(q: Tensor, k: Tensor, g: Tensor) -> Tensor:
@@ -30,6 +38,35 @@ def _triangle(q: Tensor, k: Tensor, g: Tensor) -> Tensor:
         joined[..., 1, :, 0, :] = lower
         blocks = joined.flatten(-2).flatten(-3, -2)
     return blocks.squeeze(-3)
+
+
+def _triangle_in_eighths(q: Tensor, k: Tensor, g: Tensor) -> Tensor:
+    """The same by a third of the passes, each over more: four times as fast to compile for a GPU, slower on a CPU."""
+    if q.shape[-2] == 1:
+        return (q * k).sum(-1, keepdim=True)
+    blocks = min(8, q.shape[-2])
+    q, k, g = (x.unflatten(-2, (blocks, -1)) for x in (q, k, g))  # [..., blocks, size, K]
+    own = _triangle_in_eighths(q, k, g)  # [..., blocks, size, size]
+    between = torch.where(_later(blocks, 1, g), _sum_between(g.sum(-2)).exp(), 0)  # what is left of block j before block i
+    left = (k * _sum_after(g).exp()).unsqueeze(-4) * between.unsqueeze(-2)  # [..., i, j, size, K]
+    q = q * g.cumsum(-2).exp()
+    if q.shape[-2] == 1:
+        earlier = (q.unsqueeze(-3) * left).sum(-1).unsqueeze(-3)  # of very many rows, no matrix product is quick
+    else:
+        earlier = (q @ left.flatten(-3, -2).mT).unflatten(-1, (blocks, -1))  # [..., i, size, j, size]
+    same = torch.eye(blocks, dtype=torch.bool, device=g.device)[:, None, :, None]
+    return torch.where(same, own.unsqueeze(-2), earlier).flatten(-2).flatten(-3, -2)
+
+
+def _later(blocks: int, by: int, like: Tensor) -> Tensor:
+    """[blocks, blocks, 1]: whether i is later than j by that many at least."""
+    return torch.ones(blocks, blocks, dtype=torch.bool, device=like.device).tril(-by)[..., None]
+
+
+def _sum_between(total: Tensor) -> Tensor:
+    """[..., blocks, K] -> [..., i, j, K]: of the blocks between i and an earlier j, each sum by itself."""
+    last = pad(total, (0, 0, 1, -1)).unsqueeze(-2)  # of block i - 1
+    return torch.where(_later(total.shape[-2], 2, total), last, 0).cumsum(-3)
 
 
 def _products(q: Tensor, k: Tensor) -> Tensor:
@@ -47,16 +84,18 @@ def _heads_first(length: int, *tensors: Tensor) -> list[Tensor]:
     return [pad(x.transpose(1, 2), (0, 0, 0, length - x.shape[1])) for x in promoted(*tensors)]
 
 
-def matrix(q: Tensor, k: Tensor, g: Tensor, scale: float, backend: Backend = "auto") -> Tensor:
+def matrix(q: Tensor, k: Tensor, g: Tensor, scale: float, backend: Backend = "auto",
+           temperature: float | None = None) -> Tensor:  # fmt: skip
     """q, k and log decay g [B, T, H, K] -> A [B, H, T, T], fp32; O(T K log T) exponentials."""
     length = q.shape[1]
     with torch.autocast(q.device.type, enabled=False):
-        q, k, g = _heads_first(1 << (length - 1).bit_length(), q, k, g)
-        return _triangle(q, k, g)[..., :length, :length] * scale
+        q, k, g = _heads_first(1 << (length - 1).bit_length(), q, k, log_decay(g, temperature))
+        triangle = _triangle_in_eighths if q.is_cuda else _triangle
+        return triangle(q, k, g)[..., :length, :length] * scale
 
 
 def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, backend: Backend = "auto",
-        state: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+        state: Tensor | None = None, temperature: float | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q, k, g [B, T, H, K], v [B, T, H, V], state [B, H, K, V] fp32 -> y [B, T, H, V], state."""
     if use_fla(backend, q.device):
         q, k = q.to(v.dtype), k.to(v.dtype)
@@ -67,16 +106,17 @@ def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, backend: Backe
             dtype = v.dtype
             if dtype == torch.float16:  # which has not the exponents
                 q, k, v = q.float(), k.float(), v.float()
-            y, state = fused(q, k, v, g.float(), scale, state)
+            y, state = fused(q, k, v, g, scale, state, temperature)
             return y.to(dtype), state
         from distill_pl.ops import kernels
 
-        return kernels.chunk_gla(q, k, v, g.float(), scale=scale, initial_state=state, output_final_state=True)
+        g = log_decay(g, temperature)
+        return kernels.chunk_gla(q, k, v, g, scale=scale, initial_state=state, output_final_state=True)
 
     length, dtype = q.shape[1], v.dtype
     size = min(CHUNK, 1 << (length - 1).bit_length())
     with torch.autocast(q.device.type, enabled=False):
-        padded = _heads_first(-(-length // size) * size, q, k, v, g)
+        padded = _heads_first(-(-length // size) * size, q, k, v, log_decay(g, temperature))
         q, k, v, g = (x.unflatten(2, (-1, size)) for x in padded)  # [B, H, chunks, size, K or V]
         decay = g.cumsum(-2)
         total = decay[..., -1:, :]
@@ -92,11 +132,11 @@ def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, backend: Backe
 
 
 def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, backend: Backend = "auto",
-         state: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+         state: Tensor | None = None, temperature: float | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q, k, g [B, H, K], v [B, H, V], state [B, H, K, V] fp32 -> y [B, H, V], state: the recurrence itself."""
     dtype = v.dtype
     with torch.autocast(q.device.type, enabled=False):
-        q, k, v, g = promoted(q, k, v, g)
+        q, k, v, g = promoted(q, k, v, log_decay(g, temperature))
         added = k[..., :, None] * v[..., None, :]
         state = added if state is None else g.exp()[..., None] * state + added
         return (torch.einsum("bhk,bhkv->bhv", q, state) * scale).to(dtype), state

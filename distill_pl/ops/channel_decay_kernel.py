@@ -60,16 +60,22 @@ def _below(C: tl.constexpr):
 
 
 @triton.jit
-def _gates(g, sequence, first, T, H, K: tl.constexpr, C: tl.constexpr, N: tl.constexpr):
-    """g of N channels [C, N]."""
-    return tl.maximum(_load(g, sequence, first, T, H, K, C, N), LOWEST)
+def _gates(g, sequence, first, T, H, K: tl.constexpr, C: tl.constexpr, N: tl.constexpr,
+           temperature: tl.constexpr):  # fmt: skip
+    """The log decay of N channels [C, N]: g, or of logits g where there is a temperature."""
+    decay = _load(g, sequence, first, T, H, K, C, N).to(tl.float32)
+    if temperature is not None:  # a token after the last has the logit 0, but forgets nothing
+        decay = (tl.minimum(decay, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(decay)))) * (1 / temperature)
+        decay = tl.where(first + tl.arange(0, C)[:, None] < T, decay, 0.0)
+    return tl.maximum(decay, LOWEST)
 
 
 @triton.jit
-def _decays(g, sequence, first, T, H, K: tl.constexpr, C: tl.constexpr):
+def _decays(g, sequence, first, T, H, K: tl.constexpr, C: tl.constexpr, temperature: tl.constexpr):
     """b - R [C, K] by a product with +-1/2, e^R [K]."""
-    g = _gates(g, sequence, first, T, H, K, C, K)
-    return tl.dot(0.5 - tl.trans(_below(C)).to(tl.float32), g, input_precision="tf32x3"), tl.exp(tl.sum(g, 0) / 2)
+    g = _gates(g, sequence, first, T, H, K, C, K, temperature)
+    b = tl.dot(0.5 - tl.trans(_below(C)).to(tl.float32), g, input_precision="tf32x3")
+    return b, tl.exp(tl.sum(tl.where(tl.arange(0, C)[:, None] == C - 1, b, 0.0), 0))
 
 
 @triton.jit
@@ -83,15 +89,14 @@ def _state(x, index, K: tl.constexpr, V: tl.constexpr):
 
 
 @triton.jit
-def _matrix(up, down, now, C: tl.constexpr):
-    """A [C, C]: of earlier tokens up down^T, of a token itself `now` [C], which no decay is in."""
-    row = tl.arange(0, C)
-    return tl.where(_below(C), tl.dot(up, tl.trans(down)), tl.where(row[:, None] == row[None, :], now[:, None], 0.0))
+def _matrix(up, down, C: tl.constexpr):
+    """A [C, C]."""
+    return tl.where(tl.trans(_below(C)), 0.0, tl.dot(up, tl.trans(down)))
 
 
 @triton.jit
-def _scan(k, v, g, initial, starts, T, H, segments, length, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-          N: tl.constexpr):  # fmt: skip
+def _scan(k, v, g, initial, starts, T, H, segments, length, temperature: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+          C: tl.constexpr, N: tl.constexpr):  # fmt: skip
     """Forward in time, for N keys: S before every segment."""
     sequence, start = tl.program_id(0), tl.program_id(1) * N
     if initial is None:
@@ -102,7 +107,7 @@ def _scan(k, v, g, initial, starts, T, H, segments, length, K: tl.constexpr, V: 
         tl.store(starts + ((sequence.to(tl.int64) * segments + segment) * K + start) * V + _grid(N, V), state)
         if segment < segments - 1:
             for first in range(segment * length, segment * length + length, C):
-                g_chunk = _gates(g + start, sequence, first, T, H, K, C, N)
+                g_chunk = _gates(g + start, sequence, first, T, H, K, C, N, temperature)
                 b, total = tl.cumsum(g_chunk, 0), tl.sum(g_chunk, 0)
                 v_chunk = _load(v, sequence, first, T, H, V, C, V)
                 added = (_load(k + start, sequence, first, T, H, K, C, N) * tl.exp(total[None, :] - b)).to(v_chunk.dtype)
@@ -110,8 +115,8 @@ def _scan(k, v, g, initial, starts, T, H, segments, length, K: tl.constexpr, V: 
 
 
 @triton.jit
-def _scan_back(q, dy, g, d_final, ends, scale, T, H, segments, length, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-               N: tl.constexpr):  # fmt: skip
+def _scan_back(q, dy, g, d_final, ends, scale, T, H, segments, length, temperature: tl.constexpr, K: tl.constexpr,
+               V: tl.constexpr, C: tl.constexpr, N: tl.constexpr):  # fmt: skip
     """Backward in time, for N keys: the gradient of S after every segment."""
     sequence, start = tl.program_id(0), tl.program_id(1) * N
     d_state = tl.load(d_final + (sequence.to(tl.int64) * K + start) * V + _grid(N, V))
@@ -121,7 +126,7 @@ def _scan_back(q, dy, g, d_final, ends, scale, T, H, segments, length, K: tl.con
         if segment > 0:
             for before in range(0, length, C):
                 first = segment * length + length - C - before
-                g_chunk = _gates(g + start, sequence, first, T, H, K, C, N)
+                g_chunk = _gates(g + start, sequence, first, T, H, K, C, N, temperature)
                 b, total = tl.cumsum(g_chunk, 0), tl.sum(g_chunk, 0)
                 dy_chunk = _load(dy, sequence, first, T, H, V, C, V)
                 read = (_load(q + start, sequence, first, T, H, K, C, N) * (tl.exp(b) * scale)).to(dy_chunk.dtype)
@@ -129,18 +134,19 @@ def _scan_back(q, dy, g, d_final, ends, scale, T, H, segments, length, K: tl.con
 
 
 @triton.jit
-def _outputs(q, k, v, g, starts, y, final, scale, T, H, segments, length, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr):
+def _outputs(q, k, v, g, starts, y, final, scale, T, H, segments, length, temperature: tl.constexpr, K: tl.constexpr,
+             V: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """y of a segment; S after the last."""
     sequence, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
     state = _state(starts, tl.program_id(0), K, V)
     for first in range(segment * length, tl.minimum(segment * length + length, T), C):
-        b, half = _decays(g, sequence, first, T, H, K, C)
+        b, half = _decays(g, sequence, first, T, H, K, C, temperature)
         q_chunk, k_chunk = _load(q, sequence, first, T, H, K, C, K), _load(k, sequence, first, T, H, K, C, K)
         v_chunk = _load(v, sequence, first, T, H, V, C, V)
         dtype: tl.constexpr = v_chunk.dtype
         up, down = (q_chunk * tl.exp(b)).to(dtype), (k_chunk * tl.exp(-b)).to(dtype)
         state *= half[:, None]
-        a = _matrix(up, down, tl.sum(q_chunk.to(tl.float32) * k_chunk, 1), C)
+        a = _matrix(up, down, C)
         out = tl.dot(a.to(dtype), v_chunk, tl.dot(up, state.to(dtype)))
         _store(y, out * scale, sequence, first, T, H, V, C)
         state = tl.dot(tl.trans(down), v_chunk, state) * half[:, None]
@@ -149,14 +155,14 @@ def _outputs(q, k, v, g, starts, y, final, scale, T, H, segments, length, K: tl.
 
 
 @triton.jit
-def _d_queries(q, k, v, g, dy, starts, dq, inner, states, scale, T, H, segments, length, K: tl.constexpr, V: tl.constexpr,
-               C: tl.constexpr, B: tl.constexpr):  # fmt: skip
+def _d_queries(q, k, v, g, dy, starts, dq, inner, states, scale, T, H, segments, length, temperature: tl.constexpr,
+               K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, B: tl.constexpr):  # fmt: skip
     """dq of a segment, q dq without the part of A's diagonal, and S after every block of B tokens."""
     sequence, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
     blocks = tl.cdiv(T, B)
     state = _state(starts, tl.program_id(0), K, V)
     for first in range(segment * length, tl.minimum(segment * length + length, T), C):
-        b, half = _decays(g, sequence, first, T, H, K, C)
+        b, half = _decays(g, sequence, first, T, H, K, C, temperature)
         q_chunk, k_chunk = _load(q, sequence, first, T, H, K, C, K), _load(k, sequence, first, T, H, K, C, K)
         v_chunk, dy_chunk = _load(v, sequence, first, T, H, V, C, V), _load(dy, sequence, first, T, H, V, C, V)
         dtype: tl.constexpr = v_chunk.dtype
@@ -174,9 +180,9 @@ def _d_queries(q, k, v, g, dy, starts, dq, inner, states, scale, T, H, segments,
 
 
 @triton.jit
-def _d_others(q, k, v, g, dy, ends, inner, states, dk, dv, dg, d_initial, scale, T, H, segments, length, K: tl.constexpr,
-              V: tl.constexpr, C: tl.constexpr, B: tl.constexpr):  # fmt: skip
-    """dk, dv and dg of a segment; the gradient of S before the first."""
+def _d_others(q, k, v, g, dy, ends, inner, states, dk, dv, dg, d_initial, scale, T, H, segments, length,
+              temperature: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, B: tl.constexpr):  # fmt: skip
+    """dk, dv and dg (of logits, theirs) of a segment; the gradient of S before the first."""
     sequence, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
     blocks = tl.cdiv(T, B)
     d_state = _state(ends, tl.program_id(0), K, V)
@@ -184,7 +190,7 @@ def _d_others(q, k, v, g, dy, ends, inner, states, dk, dv, dg, d_initial, scale,
     tokens = tl.minimum(T - segment * length, length)
     for before in range(0, tl.cdiv(tokens, C)):
         first = segment * length + (tl.cdiv(tokens, C) - 1 - before) * C
-        b, half = _decays(g, sequence, first, T, H, K, C)
+        b, half = _decays(g, sequence, first, T, H, K, C, temperature)
         q_chunk, k_chunk = _load(q, sequence, first, T, H, K, C, K), _load(k, sequence, first, T, H, K, C, K)
         v_chunk, dy_chunk = _load(v, sequence, first, T, H, V, C, V), _load(dy, sequence, first, T, H, V, C, V)
         dtype: tl.constexpr = v_chunk.dtype
@@ -195,13 +201,16 @@ def _d_others(q, k, v, g, dy, ends, inner, states, dk, dv, dg, d_initial, scale,
         fall = tl.exp(-b)
         up, down = (q_chunk * (tl.exp(b) * scale)).to(dtype), (k_chunk * fall).to(dtype)
         d_state *= half[:, None]
-        a = _matrix(up, down, tl.sum(q_chunk.to(tl.float32) * k_chunk, 1) * scale, C)
+        a = _matrix(up, down, C)
         grad = tl.dot(tl.trans(a.to(dtype)), dy_chunk, tl.dot(down, d_state.to(dtype)))
         _store(dv, grad, sequence, first, T, H, V, C)
         da = tl.where(_below(C), tl.dot(dy_chunk, tl.trans(v_chunk)), 0.0)
         grad = tl.dot(tl.trans(da.to(dtype)), up, tl.dot(v_chunk, tl.trans(d_state.to(dtype)))) * fall
         change = _load(inner, sequence, first, T, H, K, C, K) - k_chunk * grad
-        _store(dg, tl.dot(1.0 - _below(C).to(tl.float32), change, later), sequence, first, T, H, K, C)
+        grad_g = tl.dot(1.0 - _below(C).to(tl.float32), change, later)
+        if temperature is not None:
+            grad_g *= tl.sigmoid(-_load(g, sequence, first, T, H, K, C, K).to(tl.float32)) * (1 / temperature)
+        _store(dg, grad_g, sequence, first, T, H, K, C)
         later = tl.dot(tl.full([C, C], 1.0, tl.float32), change, later)
         now = tl.sum(dy_chunk.to(tl.float32) * v_chunk, 1)[:, None] * scale
         _store(dk, grad + now * q_chunk, sequence, first, T, H, K, C)
@@ -219,14 +228,16 @@ def _cut(x: Tensor) -> tuple[int, int]:
     return triton.cdiv(length, size), size
 
 
-def _starts(k: Tensor, v: Tensor, g: Tensor, state: Tensor | None, cut: tuple[int, int]) -> Tensor | None:
+def _starts(k: Tensor, v: Tensor, g: Tensor, state: Tensor | None, cut: tuple[int, int],
+            temperature: float | None) -> Tensor | None:  # fmt: skip
     """S before every segment [B, H, segments, K, V]; None if it is 0 before the only one."""
     (batch, length, heads, key), value = k.shape, v.shape[-1]
     state = None if state is None else state.contiguous()
     if cut[0] == 1:
         return state
-    starts, keys = g.new_empty(batch, heads, cut[0], key, value), min(key, SCAN_KEYS)
-    _scan[batch * heads, key // keys](k, v, g, state, starts, length, heads, *cut, key, value, BLOCK, keys, num_warps=4)
+    starts, keys = k.new_empty(batch, heads, cut[0], key, value, dtype=torch.float32), min(key, SCAN_KEYS)
+    sizes = length, heads, *cut, temperature, key, value, BLOCK, keys
+    _scan[batch * heads, key // keys](k, v, g, state, starts, *sizes, num_warps=4)
     return starts
 
 
@@ -237,31 +248,33 @@ def _options(k: Tensor, v: Tensor) -> dict[str, int]:
 
 
 @torch.library.custom_op("distill_pl::channel_decay", mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tensor | None) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tensor | None,
+             temperature: float | None) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v, g = (x.contiguous() for x in (q, k, v, g))
     (batch, length, heads, key), value, cut = k.shape, v.shape[-1], _cut(k)
-    y, final = torch.empty_like(v), g.new_empty(batch, heads, key, value)
+    y, final = torch.empty_like(v), k.new_empty(batch, heads, key, value, dtype=torch.float32)
     with torch.cuda.device_of(q):
-        starts = _starts(k, v, g, state, cut)
-        sizes = length, heads, *cut, key, value, CHUNK
+        starts = _starts(k, v, g, state, cut, temperature)
+        sizes = length, heads, *cut, temperature, key, value, CHUNK
         _outputs[batch * heads * cut[0],](q, k, v, g, starts, y, final, scale, *sizes, **_options(k, v))
     return y, final
 
 
 @torch.library.custom_op("distill_pl::channel_decay_backward", mutates_args=())
-def _backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tensor | None, dy: Tensor,
-              d_final: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tensor | None, temperature: float | None,
+              dy: Tensor, d_final: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     q, k, v, g, dy, d_final = (x.contiguous() for x in (q, k, v, g, dy, d_final))
     (batch, length, heads, key), value, cut = k.shape, v.shape[-1], _cut(k)
-    dq, dk, dv, dg, inner, d_initial = (torch.empty_like(x) for x in (q, k, v, g, g, d_final))
+    dq, dk, dv, dg, d_initial = (torch.empty_like(x) for x in (q, k, v, g, d_final))
+    inner = torch.empty_like(k, dtype=torch.float32)
     states = v.new_empty(batch, heads, triton.cdiv(length, BLOCK), key, value)
     with torch.cuda.device_of(q):
-        starts, ends = _starts(k, v, g, state, cut), d_final
+        starts, ends = _starts(k, v, g, state, cut, temperature), d_final
         if cut[0] > 1:
-            ends, keys = g.new_empty(batch, heads, cut[0], key, value), min(key, SCAN_KEYS)
-            sizes = length, heads, *cut, key, value, BLOCK, keys
+            ends, keys = d_final.new_empty(batch, heads, cut[0], key, value), min(key, SCAN_KEYS)
+            sizes = length, heads, *cut, temperature, key, value, BLOCK, keys
             _scan_back[batch * heads, key // keys](q, dy, g, d_final, ends, scale, *sizes, num_warps=4)
-        sizes, options = (length, heads, *cut, key, value, CHUNK, BLOCK), _options(k, v)
+        sizes, options = (length, heads, *cut, temperature, key, value, CHUNK, BLOCK), _options(k, v)
         programs = batch * heads * cut[0]
         _d_queries[programs,](q, k, v, g, dy, starts, dq, inner, states, scale, *sizes, **options)
         results = dk, dv, dg, d_initial
@@ -270,33 +283,34 @@ def _backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: T
 
 
 @_forward.register_fake
-def _(q, k, v, g, scale, state):
-    final = g.new_empty(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+def _(q, k, v, g, scale, state, temperature):
+    final = k.new_empty(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
     return torch.empty_like(v, memory_format=torch.contiguous_format), final
 
 
 @_backward.register_fake
-def _(q, k, v, g, scale, state, dy, d_final):
+def _(q, k, v, g, scale, state, temperature, dy, d_final):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, g, d_final))
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, g, ctx.scale, state = inputs
+    q, k, v, g, ctx.scale, state, ctx.temperature = inputs
     ctx.save_for_backward(q, k, v, g, state)
 
 
 def _differentiate(ctx, dy, d_final):
     q, k, v, g, state = ctx.saved_tensors
-    dq, dk, dv, dg, d_initial = _backward(q, k, v, g, ctx.scale, state, dy, d_final)
-    return dq, dk, dv, dg, None, None if state is None else d_initial
+    dq, dk, dv, dg, d_initial = _backward(q, k, v, g, ctx.scale, state, ctx.temperature, dy, d_final)
+    return dq, dk, dv, dg, None, None if state is None else d_initial, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def fused(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """q, k [B, T, H, K] and v [B, T, H, V] of one dtype, bf16 or fp32, g and state fp32, K and V powers of two -> y, state.
+def fused(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tensor | None = None,
+          temperature: float | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """q, k [B, T, H, K] and v [B, T, H, V] of one dtype, bf16 or fp32, g any, state fp32, K and V powers of two -> y, state.
 
     Differentiable, both ways through the state; one operator to torch.compile.
     """
-    return _forward(q, k, v, g, scale, state)
+    return _forward(q, k, v, g, scale, state, temperature)

@@ -17,6 +17,7 @@ KERNELS = {name: (name, {}) for name in FAMILIES if name != "softmax"} | {
     "channel_decay, fla's": ("channel_decay", {"key": 24}),
     "channel_decay, pieces": ("channel_decay", {"length": 200, "border": 150, "value": 32}),
     "channel_decay, strong pieces": ("channel_decay", {"length": 200, "border": 150, "key": 32, "strong": True}),
+    "channel_decay, pieces of logits": ("channel_decay, logits", {"length": 200, "border": 150}),
 }
 ROWS = {  # sizes, width, and whether there are biases, a norm, a residual, an MLP's gate
     "rows": ((9,), 33, False, False, False, False),

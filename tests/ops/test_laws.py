@@ -205,6 +205,16 @@ def test_channel_decay_matrix_is_the_direct_sum():
     assert relative_error(matrix(channel_decay, cast(inputs, torch.float32)), direct) < 1e-6
 
 
+@pytest.mark.parametrize("strong", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 16, 64, 128])
+def test_a_triangle_in_eighths_is_the_one_in_halves(length, strong):
+    q, k, g = (make("channel_decay", length, strong=strong)[name].transpose(1, 2) for name in ("q", "k", "g"))
+    halves, eighths = channel_decay._triangle(q, k, g), channel_decay._triangle_in_eighths(q, k, g)
+    assert relative_error(eighths, halves) < 1e-12
+    changed = channel_decay._triangle_in_eighths(q, k, g.clone().index_fill_(2, torch.tensor(length - 1), -30.0))
+    assert torch.equal(changed[:, :, :-1], eighths[:, :, :-1])
+
+
 def test_channel_decay_is_the_recurrence():
     inputs = make("channel_decay", 70)
     start = torch.randn(2, 4, KEY, VALUE, generator=torch.Generator().manual_seed(2)).double()
