@@ -216,8 +216,11 @@ def main() -> None:
                 print(f"{stage}, {mixer}: {spread}, {memory:.1f} GiB", flush=True)  # by hand, fla may tune for minutes yet
                 clear()
                 if stage in args.hand.split(","):
-                    hand, hand_memory = speed_by_hand(stage, mixer, shape)
-                    cells += [f"{hand / 1e3:.1f}", f"{hand_memory:.1f}", f"{speed / hand:.2f}"]
+                    try:
+                        hand, hand_memory = speed_by_hand(stage, mixer, shape)
+                        cells += [f"{hand / 1e3:.1f}", f"{hand_memory:.1f}", f"{speed / hand:.2f}"]
+                    except torch.OutOfMemoryError:
+                        cells += ["out of memory", "", ""]
                 else:
                     cells += ["", "", f"{teacher / speed:.2f} x the teacher's forward"]
                 if stage == "kd":

@@ -29,6 +29,8 @@ def switch(on: bool) -> None:
     torch._dynamo.config.optimize_ddp = False  # which would cut graphs; a layer a graph lets gradients travel early as it is
     # norms and gates are made again for the products of the backward pass: a third of all that is kept for it
     torch._functorch.config.ban_recompute_materialized_backward = False
+    # what several projections' gradients add up to is summed where it is read, not written first
+    torch._inductor.config.realize_reads_threshold, torch._inductor.config.realize_opcount_threshold = 12, 100
     torch.compiler.set_stance("default" if on else "force_eager")
 
 

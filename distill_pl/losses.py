@@ -11,7 +11,7 @@ from torch.nn.functional import log_softmax
 
 from distill_pl.compiling import compiled_on_gpu
 
-TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 4096}  # logits exist for this many tokens only; more fill a GPU, fewer a cache
+TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}  # logits exist for this many tokens only; more fill a GPU, fewer a cache
 
 
 def matrix_distance(squared: Tensor, length: int, norm: Literal["frobenius", "mse"]) -> Tensor:

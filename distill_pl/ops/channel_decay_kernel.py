@@ -89,12 +89,6 @@ def _state(x, index, K: tl.constexpr, V: tl.constexpr):
 
 
 @triton.jit
-def _matrix(up, down, C: tl.constexpr):
-    """A [C, C]."""
-    return tl.where(tl.trans(_below(C)), 0.0, tl.dot(up, tl.trans(down)))
-
-
-@triton.jit
 def _scan(k, v, g, initial, starts, T, H, segments, length, temperature: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
           C: tl.constexpr, N: tl.constexpr):  # fmt: skip
     """Forward in time, for N keys: S before every segment."""
@@ -146,7 +140,7 @@ def _outputs(q, k, v, g, starts, y, final, scale, T, H, segments, length, temper
         dtype: tl.constexpr = v_chunk.dtype
         up, down = (q_chunk * tl.exp(b)).to(dtype), (k_chunk * tl.exp(-b)).to(dtype)
         state *= half[:, None]
-        a = _matrix(up, down, C)
+        a = tl.where(tl.trans(_below(C)), 0.0, tl.dot(up, tl.trans(down)))
         out = tl.dot(a.to(dtype), v_chunk, tl.dot(up, state.to(dtype)))
         _store(y, out * scale, sequence, first, T, H, V, C)
         state = tl.dot(tl.trans(down), v_chunk, state) * half[:, None]
@@ -169,7 +163,8 @@ def _d_queries(q, k, v, g, dy, starts, dq, inner, states, scale, T, H, segments,
         down = (k_chunk * tl.exp(-b)).to(dtype)
         state *= half[:, None]
         da = tl.where(_below(C), tl.dot(dy_chunk, tl.trans(v_chunk)), 0.0)
-        grad = tl.dot(da.to(dtype), down, tl.dot(dy_chunk, tl.trans(state.to(dtype)))) * (tl.exp(b) * scale)
+        grad = tl.trans(tl.dot(state.to(dtype), tl.trans(dy_chunk)))  # so the state is read from where it lies
+        grad = tl.dot(da.to(dtype), down, grad) * (tl.exp(b) * scale)
         _store(inner, q_chunk * grad, sequence, first, T, H, K, C)
         now = tl.sum(dy_chunk.to(tl.float32) * v_chunk, 1)[:, None] * scale
         _store(dq, grad + now * k_chunk, sequence, first, T, H, K, C)
@@ -201,11 +196,12 @@ def _d_others(q, k, v, g, dy, ends, inner, states, dk, dv, dg, d_initial, scale,
         fall = tl.exp(-b)
         up, down = (q_chunk * (tl.exp(b) * scale)).to(dtype), (k_chunk * fall).to(dtype)
         d_state *= half[:, None]
-        a = _matrix(up, down, C)
-        grad = tl.dot(tl.trans(a.to(dtype)), dy_chunk, tl.dot(down, d_state.to(dtype)))
+        a = tl.where(_below(C), 0.0, tl.dot(down, tl.trans(up)))  # A^T
+        grad = tl.dot(a.to(dtype), dy_chunk, tl.dot(down, d_state.to(dtype)))
         _store(dv, grad, sequence, first, T, H, V, C)
-        da = tl.where(_below(C), tl.dot(dy_chunk, tl.trans(v_chunk)), 0.0)
-        grad = tl.dot(tl.trans(da.to(dtype)), up, tl.dot(v_chunk, tl.trans(d_state.to(dtype)))) * fall
+        da = tl.where(tl.trans(_below(C)), tl.dot(v_chunk, tl.trans(dy_chunk)), 0.0)  # dA^T
+        grad = tl.trans(tl.dot(d_state.to(dtype), tl.trans(v_chunk)))
+        grad = tl.dot(da.to(dtype), up, grad) * fall
         change = _load(inner, sequence, first, T, H, K, C, K) - k_chunk * grad
         grad_g = tl.dot(1.0 - _below(C).to(tl.float32), change, later)
         if temperature is not None:
@@ -241,10 +237,12 @@ def _starts(k: Tensor, v: Tensor, g: Tensor, state: Tensor | None, cut: tuple[in
     return starts
 
 
-def _options(k: Tensor, v: Tensor) -> dict[str, int]:
-    """The state lies in the registers of all warps; chunks are fetched ahead where there is room for them."""
+def _options(k: Tensor, v: Tensor) -> dict[str, int | None]:
+    """The state lies in the registers of all warps; where they have room, for three programs, and chunks are fetched ahead."""
     size = k.shape[-1] * v.shape[-1]
-    return {"num_warps": min(8, max(1, size // STATE_OF_A_WARP)), "num_stages": 3 if size <= 64 * 64 else 1}
+    fits = size <= 64 * 64
+    warps = min(8, max(1, size // STATE_OF_A_WARP))
+    return {"num_warps": warps, "num_stages": 3 if fits else 1, "maxnreg": 168 if fits else None}
 
 
 @torch.library.custom_op("distill_pl::channel_decay", mutates_args=())
@@ -278,7 +276,7 @@ def _backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: T
         programs = batch * heads * cut[0]
         _d_queries[programs,](q, k, v, g, dy, starts, dq, inner, states, scale, *sizes, **options)
         results = dk, dv, dg, d_initial
-        _d_others[programs,](q, k, v, g, dy, ends, inner, states, *results, scale, *sizes, **options)
+        _d_others[programs,](q, k, v, g, dy, ends, inner, states, *results, scale, *sizes, **options | {"maxnreg": None})
     return dq, dk, dv, dg, d_initial
 
 
