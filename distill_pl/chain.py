@@ -193,6 +193,7 @@ def trainer_for(config: Namespace, **ours) -> L.Trainer:
             use_distributed_sampler=False,
             enable_progress_bar=False,
             enable_model_summary=False,
+            inference_mode=False,  # in which the slices of FSDP cannot be moved
         )
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise InputError(f"trainer: {' '.join(str(error).split())[:300]}") from error
