@@ -6,7 +6,7 @@ With b the cumulative sum of g from the chunk's start, S the state before the ch
     dv = scale * A^T dy + (k e^{b_C - b}) dS            dS_before = e^{b_C} dS + scale * (q e^b)^T dy
     dg_t = sum_{s >= t} (q_s dq_s - k_s dk_s) + sum_v S' dS, s up to where S' and dS are known anew
 
-g is made from logits here where `channel_decay` says so, and dg is theirs then: neither is ever written in fp32.
+Where `channel_decay` says that g is logits, the log decay is made of them here, so nobody writes it in fp32, and dg is theirs.
 
 A is one product, A_ij = (q_i e^{b_i - R}) (k_j e^{R - b_j})^T, with R = b_C / 2, where no exponent overflows: for that, g below
 LOWEST counts as LOWEST. What such a token then leaves of the past, 1e-4, is a thirtieth of bf16's rounding.
