@@ -38,8 +38,10 @@ class HGRN2(SequenceMixer):
     def inputs(self, hidden, position, mask, state):
         """q, v, the logits of g and k = 1 - e^g, for a decay goes with its key; a padded key is zero."""
         q, v = self.qv(hidden)
-        v, g = self.repeat_kv(v), self.repeat_kv(self.decay_proj(hidden).unflatten(-1, (self.kv_count, -1)))
-        q, k = self.rotated(position, silu(q), -channel_decay.log_decay(g, TEMPERATURE).expm1())
+        g = self.decay_proj(hidden).unflatten(-1, (self.kv_count, -1))
+        k = -channel_decay.log_decay(g, TEMPERATURE).expm1()
+        k, v, g = (self.repeat_kv(x) for x in (k, v, g))
+        q, k = self.rotated(position, silu(q), k)
         if mask is not None:
             k = k * mask[:, :, None, None]
         return {"q": q, "k": k, "v": v, "g": g, "temperature": TEMPERATURE, "scale": self.scale, "backend": self.backend}

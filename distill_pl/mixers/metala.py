@@ -51,8 +51,9 @@ class MetaLA(SequenceMixer):
         """q, v, the logits of g and k = 1 - e^g of the convolved hidden, which `output` reads as well; a padded key is zero."""
         hidden = self.conv(hidden, mask, state, "hidden")
         q, v = self.qv(hidden)
-        v, g = self.repeat_kv(v), self.repeat_kv(self.decay_proj(hidden).unflatten(-1, (self.kv_count, -1)))
+        g = self.decay_proj(hidden).unflatten(-1, (self.kv_count, -1))
         k = -channel_decay.log_decay(g, TEMPERATURE).expm1()
+        k, v, g = (self.repeat_kv(x) for x in (k, v, g))
         if mask is not None:
             k = k * mask[:, :, None, None]
         bypass = (hidden, q, k, v)

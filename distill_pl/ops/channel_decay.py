@@ -50,10 +50,7 @@ def _triangle_in_eighths(q: Tensor, k: Tensor, g: Tensor) -> Tensor:
     between = torch.where(_later(blocks, 1, g), _sum_between(g.sum(-2)).exp(), 0)  # what is left of block j before block i
     left = (k * _sum_after(g).exp()).unsqueeze(-4) * between.unsqueeze(-2)  # [..., i, j, size, K]
     q = q * g.cumsum(-2).exp()
-    if q.shape[-2] == 1:
-        earlier = (q.unsqueeze(-3) * left).sum(-1).unsqueeze(-3)  # of very many rows, no matrix product is quick
-    else:
-        earlier = (q @ left.flatten(-3, -2).mT).unflatten(-1, (blocks, -1))  # [..., i, size, j, size]
+    earlier = _products(q, left.flatten(-3, -2), small=1).unflatten(-1, (blocks, -1))  # [..., i, size, j, size]
     same = torch.eye(blocks, dtype=torch.bool, device=g.device)[:, None, :, None]
     return torch.where(same, own.unsqueeze(-2), earlier).flatten(-2).flatten(-3, -2)
 
@@ -69,9 +66,9 @@ def _sum_between(total: Tensor) -> Tensor:
     return torch.where(_later(total.shape[-2], 2, total), last, 0).cumsum(-3)
 
 
-def _products(q: Tensor, k: Tensor) -> Tensor:
-    """[..., size, K], [..., size, K] -> [..., size, size]: of very many very small matrices, no matrix product is quick."""
-    return (q[..., :, None, :] * k[..., None, :, :]).sum(-1) if q.shape[-2] <= SMALL else q @ k.mT
+def _products(q: Tensor, k: Tensor, small: int = SMALL) -> Tensor:
+    """[..., size, K], [..., S, K] -> [..., size, S]: of very many very small matrices, no matrix product is quick."""
+    return (q[..., :, None, :] * k[..., None, :, :]).sum(-1) if q.shape[-2] <= small else q @ k.mT
 
 
 def _sum_after(g: Tensor) -> Tensor:

@@ -95,10 +95,7 @@ def _scan(k, v, g, initial, starts, T, H, segments, length, temperature: tl.cons
           C: tl.constexpr, N: tl.constexpr):  # fmt: skip
     """Forward in time, for N keys: S before every segment."""
     sequence, start = tl.program_id(0), tl.program_id(1) * N
-    if initial is None:
-        state = tl.zeros([N, V], tl.float32)
-    else:
-        state = tl.load(initial + (sequence.to(tl.int64) * K + start) * V + _grid(N, V))
+    state = _state(initial, sequence * (K // N) + tl.program_id(1), N, V)
     for segment in range(segments):
         tl.store(starts + ((sequence.to(tl.int64) * segments + segment) * K + start) * V + _grid(N, V), state)
         if segment < segments - 1:
@@ -115,7 +112,7 @@ def _scan_back(q, dy, g, d_final, ends, scale, T, H, segments, length, temperatu
                V: tl.constexpr, C: tl.constexpr, N: tl.constexpr):  # fmt: skip
     """Backward in time, for N keys: the gradient of S after every segment."""
     sequence, start = tl.program_id(0), tl.program_id(1) * N
-    d_state = tl.load(d_final + (sequence.to(tl.int64) * K + start) * V + _grid(N, V))
+    d_state = _state(d_final, sequence * (K // N) + tl.program_id(1), N, V)
     for done in range(segments):
         segment = segments - 1 - done
         tl.store(ends + ((sequence.to(tl.int64) * segments + segment) * K + start) * V + _grid(N, V), d_state)
@@ -277,8 +274,8 @@ def _backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: T
         sizes, options = (length, heads, *cut, temperature, key, value, CHUNK, BLOCK), _options(k, v)
         programs = batch * heads * cut[0]
         _d_queries[programs,](q, k, v, g, dy, starts, dq, inner, states, scale, *sizes, **options)
-        results = dk, dv, dg, d_initial
-        _d_others[programs,](q, k, v, g, dy, ends, inner, states, *results, scale, *sizes, **options | {"maxnreg": None})
+        results, options = (dk, dv, dg, d_initial), options | {"maxnreg": None}  # it would not fit without spilling
+        _d_others[programs,](q, k, v, g, dy, ends, inner, states, *results, scale, *sizes, **options)
     return dq, dk, dv, dg, d_initial
 
 

@@ -10,14 +10,16 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 LENGTH, HEADS, HEAD = 512, 15, 64  # as in the study: kernels are tuned anew for every shape
 # of the norm; the kernels multiply fp32 numbers as tf32
 TOLERANCE = {
-    ("fla", torch.bfloat16): 1.2e-2, ("fla", torch.float32): 5e-3,
+    ("fla", torch.bfloat16): 1e-2, ("fla", torch.float32): 5e-3,
     ("torch", torch.bfloat16): 3e-3, ("torch", torch.float32): 2e-5,
 }  # fmt: skip
-# under strong gates: keys that come again and again are solved for; gradients of rows that are all one token's value are
-# differences of equals; and the channels that keep everything, whose gradient is large and exact, hardly follow their logits
-STRONG_TOLERANCE = {
-    ("delta_rule", torch.bfloat16): 4e-2, ("mlstm", torch.bfloat16): 6e-2,
-    ("channel_decay, logits", torch.bfloat16): 6e-2, ("channel_decay, logits", torch.float32): 1e-2,
+# in bf16 under strong gates: keys that come again and again are solved for, and gradients of rows that are all one token's
+# value are differences of equals
+STRONG_TOLERANCE = {"delta_rule": 4e-2, "mlstm": 6e-2}
+# the same dg as the log decay's, times sigmoid(-logit): channels that keep everything, whose dg is large and exact, count less
+LOGITS_TOLERANCE = {
+    (torch.bfloat16, False): 1.2e-2, (torch.bfloat16, True): 6e-2,
+    (torch.float32, False): 5e-3, (torch.float32, True): 1e-2,
 }  # fmt: skip
 
 
@@ -62,8 +64,10 @@ def test_mix_and_its_gradients_are_those_of_the_matrix(family, backend, dtype, s
         errors[f"d{name}"] = error(gradient, exact_gradient)
     print(family, backend, dtype, "strong" if strong else "ordinary", {name: f"{e:.1e}" for name, e in errors.items()})
     tolerance = TOLERANCE[backend, dtype]
-    if strong and backend == "fla":
-        tolerance = STRONG_TOLERANCE.get((family, dtype), tolerance)
+    if strong and (backend, dtype) == ("fla", torch.bfloat16):
+        tolerance = STRONG_TOLERANCE.get(family, tolerance)
+    if (family, backend) == ("channel_decay, logits", "fla"):
+        tolerance = LOGITS_TOLERANCE[dtype, strong]
     assert max(errors.values()) < tolerance, errors
 
 

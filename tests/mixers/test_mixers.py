@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill_pl.mixers import SequenceMixer
+from distill_pl.mixers import MIXERS, SequenceMixer
 from distill_pl.ops import channel_decay
 from distill_pl.stages.matrix_mixing import mixing_parameters
 from distill_pl.student.cache import StudentCache
@@ -101,26 +101,26 @@ def test_padding_on_the_left_leaves_no_trace(teacher, name, layout):
 
 
 @pytest.mark.parametrize("retention", [0.982, 0.9])
-@pytest.mark.parametrize("name", ["mlstm", "gla", "hgrn2", "mamba2", "metala"])
+@pytest.mark.parametrize("name", [n for n, m in MIXERS.items() if hasattr(m, "log_decay") or m.op is channel_decay])
 def test_fresh_decay_gates_retain_what_was_asked(teacher, name, retention):
     student = fresh(teacher, name, retention=retention)
     hidden = 0.01 * some_hidden(student.config.hidden_size)
 
-    def log_decay(mixer: SequenceMixer, hidden: Tensor) -> Tensor:
+    def log_decay_of(mixer: SequenceMixer, hidden: Tensor) -> Tensor:
         inputs = mixer.inputs(hidden, student.position(hidden), None, None)
-        return channel_decay.log_decay(inputs["g"], inputs.get("temperature"))
+        logits = "temperature" in inputs
+        return channel_decay.log_decay(inputs["g"], inputs["temperature"]) if logits else inputs["g"]
 
     for mixer in student.mixers:
-        found = log_decay(mixer, hidden)
-        assert found.dtype == torch.float32
-        assert (found <= 0).all()
-        assert found.exp().mean().item() == pytest.approx(retention, abs=0.005)
-        # 0.982 and its neighbours in bf16 are 4e-3 apart: what is kept in bf16 is a logit, or nothing
-        half = mixer.bfloat16().inputs(hidden.bfloat16(), student.position(hidden), None, None)
-        assert half["g"].dtype == torch.float32 or "temperature" in half
+        log_decay = log_decay_of(mixer, hidden)
+        assert log_decay.dtype == torch.float32
+        assert (log_decay <= 0).all()
+        assert log_decay.exp().mean().item() == pytest.approx(retention, abs=0.005)
+        # 0.982 and its neighbours in bf16 are 4e-3 apart
+        half = log_decay_of(mixer.bfloat16(), hidden.bfloat16())
+        assert half.dtype == torch.float32
         with torch.autocast("cpu", torch.bfloat16):
-            half = mixer.float().inputs(hidden, student.position(hidden), None, None)
-            assert half["g"].dtype == torch.float32 or "temperature" in half
+            assert log_decay_of(mixer.float(), hidden).dtype == torch.float32
 
 
 @pytest.mark.parametrize("shape", ["llama", "llama_bias", "qwen3"])
