@@ -41,7 +41,7 @@ def _triangle(q: Tensor, k: Tensor, g: Tensor) -> Tensor:
 
 
 def _triangle_in_eighths(q: Tensor, k: Tensor, g: Tensor) -> Tensor:
-    """The same in a third of the kernels, each over more: for a GPU, which has to compile them; a CPU is slower so."""
+    """The same in half of the kernels, each over more: for a GPU, which has to compile them; a CPU is slower so."""
     if q.shape[-2] == 1:
         return (q * k).sum(-1, keepdim=True)
     blocks = min(8, q.shape[-2])
