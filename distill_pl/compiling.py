@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from distill_pl.joined_products import JoinProducts
+
 
 def compiled_on_gpu(function: Callable) -> Callable:
     """`function`, compiled for each shape it is called with where its arguments lie on a GPU; as it is elsewhere.
@@ -31,6 +33,7 @@ def switch(on: bool) -> None:
     torch._functorch.config.ban_recompute_materialized_backward = False
     # what several projections' gradients add up to is summed where it is read, not written first
     torch._inductor.config.realize_reads_threshold, torch._inductor.config.realize_opcount_threshold = 12, 100
+    torch._inductor.config.post_grad_custom_pre_pass = JoinProducts()
     torch.compiler.set_stance("default" if on else "force_eager")
 
 

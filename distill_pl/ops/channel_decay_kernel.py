@@ -30,22 +30,22 @@ STATE_OF_A_WARP = 1024  # numbers in its registers
 
 
 @triton.jit
-def _where(sequence, first, T, H, X: tl.constexpr, C: tl.constexpr, N: tl.constexpr):
-    """Where C tokens of N of X numbers lie in [B, T, H, X]: the first of them, the others relative to it, which exist."""
+def _where(step, sequence, first, T, H, X: tl.constexpr, C: tl.constexpr, N: tl.constexpr):
+    """Where C tokens, `step` apart, of N of X numbers lie in [B, T, H, X]: the first, the others from there, which exist."""
     row = tl.arange(0, C)[:, None]
-    corner = ((sequence // H).to(tl.int64) * T + first) * H + sequence % H
-    return corner * X, row * (H * X) + tl.arange(0, N)[None, :], first + row < T
+    corner = ((sequence // H).to(tl.int64) * T + first) * step + sequence % H * X
+    return corner, row * step + tl.arange(0, N)[None, :], first + row < T
 
 
 @triton.jit
-def _load(x, sequence, first, T, H, X: tl.constexpr, C: tl.constexpr, N: tl.constexpr):
-    corner, inside, exists = _where(sequence, first, T, H, X, C, N)
+def _load(x, step, sequence, first, T, H, X: tl.constexpr, C: tl.constexpr, N: tl.constexpr):
+    corner, inside, exists = _where(step, sequence, first, T, H, X, C, N)
     return tl.load(x + corner + inside, exists, 0.0)
 
 
 @triton.jit
 def _store(x, value, sequence, first, T, H, X: tl.constexpr, C: tl.constexpr):
-    corner, inside, exists = _where(sequence, first, T, H, X, C, X)
+    corner, inside, exists = _where(H * X, sequence, first, T, H, X, C, X)
     tl.store(x + corner + inside, value.to(x.dtype.element_ty), exists)
 
 
@@ -62,10 +62,10 @@ def _below(C: tl.constexpr):
 
 
 @triton.jit
-def _gates(g, sequence, first, T, H, K: tl.constexpr, C: tl.constexpr, N: tl.constexpr,
+def _gates(g, g_step, sequence, first, T, H, K: tl.constexpr, C: tl.constexpr, N: tl.constexpr,
            temperature: tl.constexpr):  # fmt: skip
     """The log decay of N channels [C, N]: g, or of logits g where there is a temperature."""
-    decay = _load(g, sequence, first, T, H, K, C, N).to(tl.float32)
+    decay = _load(g, g_step, sequence, first, T, H, K, C, N).to(tl.float32)
     if temperature is not None:  # a token after the last has the logit 0, but forgets nothing
         decay = (tl.minimum(decay, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(decay)))) * (1 / temperature)
         decay = tl.where(first + tl.arange(0, C)[:, None] < T, decay, 0.0)
@@ -73,9 +73,9 @@ def _gates(g, sequence, first, T, H, K: tl.constexpr, C: tl.constexpr, N: tl.con
 
 
 @triton.jit
-def _decays(g, sequence, first, T, H, K: tl.constexpr, C: tl.constexpr, temperature: tl.constexpr):
+def _decays(g, g_step, sequence, first, T, H, K: tl.constexpr, C: tl.constexpr, temperature: tl.constexpr):
     """b - R [C, K] by a product with +-1/2, e^R [K]."""
-    g = _gates(g, sequence, first, T, H, K, C, K, temperature)
+    g = _gates(g, g_step, sequence, first, T, H, K, C, K, temperature)
     b = tl.dot(0.5 - tl.trans(_below(C)).to(tl.float32), g, input_precision="tf32x3")
     return b, tl.exp(tl.sum(tl.where(tl.arange(0, C)[:, None] == C - 1, b, 0.0), 0))
 
@@ -91,8 +91,8 @@ def _state(x, index, K: tl.constexpr, V: tl.constexpr):
 
 
 @triton.jit
-def _scan(k, v, g, initial, starts, T, H, segments, length, temperature: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-          C: tl.constexpr, N: tl.constexpr):  # fmt: skip
+def _scan(k, v, g, initial, starts, k_step, v_step, g_step, T, H, segments, length, temperature: tl.constexpr,
+          K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, N: tl.constexpr):  # fmt: skip
     """Forward in time, for N keys: S before every segment."""
     sequence, start = tl.program_id(0), tl.program_id(1) * N
     state = _state(initial, sequence * (K // N) + tl.program_id(1), N, V)
@@ -100,16 +100,16 @@ def _scan(k, v, g, initial, starts, T, H, segments, length, temperature: tl.cons
         tl.store(starts + ((sequence.to(tl.int64) * segments + segment) * K + start) * V + _grid(N, V), state)
         if segment < segments - 1:
             for first in range(segment * length, segment * length + length, C):
-                g_chunk = _gates(g + start, sequence, first, T, H, K, C, N, temperature)
+                g_chunk = _gates(g + start, g_step, sequence, first, T, H, K, C, N, temperature)
                 b, total = tl.cumsum(g_chunk, 0), tl.sum(g_chunk, 0)
-                v_chunk = _load(v, sequence, first, T, H, V, C, V)
-                added = (_load(k + start, sequence, first, T, H, K, C, N) * tl.exp(total[None, :] - b)).to(v_chunk.dtype)
-                state = tl.dot(tl.trans(added), v_chunk, state * tl.exp(total)[:, None])
+                v_chunk = _load(v, v_step, sequence, first, T, H, V, C, V)
+                added = _load(k + start, k_step, sequence, first, T, H, K, C, N) * tl.exp(total[None, :] - b)
+                state = tl.dot(tl.trans(added.to(v_chunk.dtype)), v_chunk, state * tl.exp(total)[:, None])
 
 
 @triton.jit
-def _scan_back(q, dy, g, d_final, ends, scale, T, H, segments, length, temperature: tl.constexpr, K: tl.constexpr,
-               V: tl.constexpr, C: tl.constexpr, N: tl.constexpr):  # fmt: skip
+def _scan_back(q, dy, g, d_final, ends, scale, q_step, g_step, T, H, segments, length, temperature: tl.constexpr,
+               K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, N: tl.constexpr):  # fmt: skip
     """Backward in time, for N keys: the gradient of S after every segment."""
     sequence, start = tl.program_id(0), tl.program_id(1) * N
     d_state = _state(d_final, sequence * (K // N) + tl.program_id(1), N, V)
@@ -119,23 +119,23 @@ def _scan_back(q, dy, g, d_final, ends, scale, T, H, segments, length, temperatu
         if segment > 0:
             for before in range(0, length, C):
                 first = segment * length + length - C - before
-                g_chunk = _gates(g + start, sequence, first, T, H, K, C, N, temperature)
+                g_chunk = _gates(g + start, g_step, sequence, first, T, H, K, C, N, temperature)
                 b, total = tl.cumsum(g_chunk, 0), tl.sum(g_chunk, 0)
-                dy_chunk = _load(dy, sequence, first, T, H, V, C, V)
-                read = (_load(q + start, sequence, first, T, H, K, C, N) * (tl.exp(b) * scale)).to(dy_chunk.dtype)
+                dy_chunk = _load(dy, H * V, sequence, first, T, H, V, C, V)
+                read = (_load(q + start, q_step, sequence, first, T, H, K, C, N) * (tl.exp(b) * scale)).to(dy_chunk.dtype)
                 d_state = tl.dot(tl.trans(read), dy_chunk, d_state * tl.exp(total)[:, None])
 
 
 @triton.jit
-def _outputs(q, k, v, g, starts, y, final, scale, T, H, segments, length, temperature: tl.constexpr, K: tl.constexpr,
-             V: tl.constexpr, C: tl.constexpr):  # fmt: skip
+def _outputs(q, k, v, g, starts, y, final, scale, q_step, k_step, v_step, g_step, T, H, segments, length,
+             temperature: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """y of a segment; S after the last."""
     sequence, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
     state = _state(starts, tl.program_id(0), K, V)
     for first in range(segment * length, tl.minimum(segment * length + length, T), C):
-        b, half = _decays(g, sequence, first, T, H, K, C, temperature)
-        q_chunk, k_chunk = _load(q, sequence, first, T, H, K, C, K), _load(k, sequence, first, T, H, K, C, K)
-        v_chunk = _load(v, sequence, first, T, H, V, C, V)
+        b, half = _decays(g, g_step, sequence, first, T, H, K, C, temperature)
+        q_chunk, k_chunk = _load(q, q_step, sequence, first, T, H, K, C, K), _load(k, k_step, sequence, first, T, H, K, C, K)
+        v_chunk = _load(v, v_step, sequence, first, T, H, V, C, V)
         dtype: tl.constexpr = v_chunk.dtype
         up, down = (q_chunk * tl.exp(b)).to(dtype), (k_chunk * tl.exp(-b)).to(dtype)
         state *= half[:, None]
@@ -148,16 +148,16 @@ def _outputs(q, k, v, g, starts, y, final, scale, T, H, segments, length, temper
 
 
 @triton.jit
-def _d_queries(q, k, v, g, dy, starts, dq, inner, states, scale, T, H, segments, length, temperature: tl.constexpr,
-               K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, B: tl.constexpr):  # fmt: skip
+def _d_queries(q, k, v, g, dy, starts, dq, inner, states, scale, q_step, k_step, v_step, g_step, T, H, segments, length,
+               temperature: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, B: tl.constexpr):  # fmt: skip
     """dq of a segment, q dq without the part of A's diagonal, and S after every block of B tokens."""
     sequence, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
     blocks = tl.cdiv(T, B)
     state = _state(starts, tl.program_id(0), K, V)
     for first in range(segment * length, tl.minimum(segment * length + length, T), C):
-        b, half = _decays(g, sequence, first, T, H, K, C, temperature)
-        q_chunk, k_chunk = _load(q, sequence, first, T, H, K, C, K), _load(k, sequence, first, T, H, K, C, K)
-        v_chunk, dy_chunk = _load(v, sequence, first, T, H, V, C, V), _load(dy, sequence, first, T, H, V, C, V)
+        b, half = _decays(g, g_step, sequence, first, T, H, K, C, temperature)
+        q_chunk, k_chunk = _load(q, q_step, sequence, first, T, H, K, C, K), _load(k, k_step, sequence, first, T, H, K, C, K)
+        v_chunk, dy_chunk = _load(v, v_step, sequence, first, T, H, V, C, V), _load(dy, H * V, sequence, first, T, H, V, C, V)
         dtype: tl.constexpr = v_chunk.dtype
         down = (k_chunk * tl.exp(-b)).to(dtype)
         state *= half[:, None]
@@ -174,8 +174,9 @@ def _d_queries(q, k, v, g, dy, starts, dq, inner, states, scale, T, H, segments,
 
 
 @triton.jit
-def _d_others(q, k, v, g, dy, ends, inner, states, dk, dv, dg, d_initial, scale, T, H, segments, length,
-              temperature: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, B: tl.constexpr):  # fmt: skip
+def _d_others(q, k, v, g, dy, ends, inner, states, dk, dv, dg, d_initial, scale, q_step, k_step, v_step, g_step, T, H, segments,
+              length, temperature: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+              B: tl.constexpr):  # fmt: skip
     """dk, dv and dg (of logits, theirs) of a segment; the gradient of S before the first."""
     sequence, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
     blocks = tl.cdiv(T, B)
@@ -184,9 +185,9 @@ def _d_others(q, k, v, g, dy, ends, inner, states, dk, dv, dg, d_initial, scale,
     tokens = tl.minimum(T - segment * length, length)
     for before in range(0, tl.cdiv(tokens, C)):
         first = segment * length + (tl.cdiv(tokens, C) - 1 - before) * C
-        b, half = _decays(g, sequence, first, T, H, K, C, temperature)
-        q_chunk, k_chunk = _load(q, sequence, first, T, H, K, C, K), _load(k, sequence, first, T, H, K, C, K)
-        v_chunk, dy_chunk = _load(v, sequence, first, T, H, V, C, V), _load(dy, sequence, first, T, H, V, C, V)
+        b, half = _decays(g, g_step, sequence, first, T, H, K, C, temperature)
+        q_chunk, k_chunk = _load(q, q_step, sequence, first, T, H, K, C, K), _load(k, k_step, sequence, first, T, H, K, C, K)
+        v_chunk, dy_chunk = _load(v, v_step, sequence, first, T, H, V, C, V), _load(dy, H * V, sequence, first, T, H, V, C, V)
         dtype: tl.constexpr = v_chunk.dtype
         if (first + C) % B == 0 or first + C >= T:
             block = sequence.to(tl.int64) * blocks + first // B
@@ -201,10 +202,10 @@ def _d_others(q, k, v, g, dy, ends, inner, states, dk, dv, dg, d_initial, scale,
         da = tl.where(tl.trans(_below(C)), tl.dot(v_chunk, tl.trans(dy_chunk)), 0.0)  # dA^T
         grad = tl.trans(tl.dot(d_state.to(dtype), tl.trans(v_chunk)))
         grad = tl.dot(da.to(dtype), up, grad) * fall
-        change = _load(inner, sequence, first, T, H, K, C, K) - k_chunk * grad
+        change = _load(inner, H * K, sequence, first, T, H, K, C, K) - k_chunk * grad
         grad_g = tl.dot(1.0 - _below(C).to(tl.float32), change, later)
         if temperature is not None:
-            grad_g *= tl.sigmoid(-_load(g, sequence, first, T, H, K, C, K).to(tl.float32)) * (1 / temperature)
+            grad_g *= tl.sigmoid(-_load(g, g_step, sequence, first, T, H, K, C, K).to(tl.float32)) * (1 / temperature)
         _store(dg, grad_g, sequence, first, T, H, K, C)
         later = tl.dot(tl.full([C, C], 1.0, tl.float32), change, later)
         now = tl.sum(dy_chunk.to(tl.float32) * v_chunk, 1)[:, None] * scale
@@ -223,6 +224,17 @@ def _cut(x: Tensor) -> tuple[int, int]:
     return triton.cdiv(length, size), size
 
 
+def _rows(*tensors: Tensor) -> list[Tensor]:
+    """[B, T, H, X], copied unless the H X numbers of a token lie together and tokens evenly, as in columns of a product."""
+    even = ((x.stride(1) * x.shape[1], x.shape[3], 1) == (x.stride(0), *x.stride()[2:]) for x in tensors)
+    return [x if so else x.contiguous() for x, so in zip(tensors, even, strict=True)]
+
+
+def _steps(*tensors: Tensor) -> list[int]:
+    """From a token to the next."""
+    return [x.shape[2] * x.shape[3] if x.is_contiguous() else x.stride(1) for x in tensors]
+
+
 def _starts(k: Tensor, v: Tensor, g: Tensor, state: Tensor | None, cut: tuple[int, int],
             temperature: float | None) -> Tensor | None:  # fmt: skip
     """S before every segment [B, H, segments, K, V]; None if it is 0 before the only one."""
@@ -231,7 +243,7 @@ def _starts(k: Tensor, v: Tensor, g: Tensor, state: Tensor | None, cut: tuple[in
     if cut[0] == 1:
         return state
     starts, keys = k.new_empty(batch, heads, cut[0], key, value, dtype=torch.float32), min(key, SCAN_KEYS)
-    sizes = length, heads, *cut, temperature, key, value, BLOCK, keys
+    sizes = *_steps(k, v, g), length, heads, *cut, temperature, key, value, BLOCK, keys
     _scan[batch * heads, key // keys](k, v, g, state, starts, *sizes, num_warps=4)
     return starts
 
@@ -244,35 +256,35 @@ def _options(k: Tensor, v: Tensor) -> dict[str, int | None]:
     return {"num_warps": warps, "num_stages": 3 if fits else 1, "maxnreg": 168 if fits else None}
 
 
-@torch.library.custom_op("distill_pl::channel_decay", mutates_args=())
+@torch.library.custom_op("distill_pl::channel_decay", mutates_args=(), tags=(torch.Tag.flexible_layout,))
 def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tensor | None,
              temperature: float | None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    q, k, v, g = (x.contiguous() for x in (q, k, v, g))
+    q, k, v, g = _rows(q, k, v, g)
     (batch, length, heads, key), value, cut = k.shape, v.shape[-1], _cut(k)
-    y, final = torch.empty_like(v), k.new_empty(batch, heads, key, value, dtype=torch.float32)
+    y, final = v.new_empty(v.shape), k.new_empty(batch, heads, key, value, dtype=torch.float32)
     with torch.cuda.device_of(q):
         starts = _starts(k, v, g, state, cut, temperature)
-        sizes = length, heads, *cut, temperature, key, value, CHUNK
+        sizes = *_steps(q, k, v, g), length, heads, *cut, temperature, key, value, CHUNK
         _outputs[batch * heads * cut[0],](q, k, v, g, starts, y, final, scale, *sizes, **_options(k, v))
     return y, final
 
 
-@torch.library.custom_op("distill_pl::channel_decay_backward", mutates_args=())
+@torch.library.custom_op("distill_pl::channel_decay_backward", mutates_args=(), tags=(torch.Tag.flexible_layout,))
 def _backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tensor | None, temperature: float | None,
               dy: Tensor, d_final: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    q, k, v, g, dy, d_final = (x.contiguous() for x in (q, k, v, g, dy, d_final))
+    (q, k, v, g), dy, d_final = _rows(q, k, v, g), dy.contiguous(), d_final.contiguous()
     (batch, length, heads, key), value, cut = k.shape, v.shape[-1], _cut(k)
-    dq, dk, dv, dg, d_initial = (torch.empty_like(x) for x in (q, k, v, g, d_final))
-    inner = torch.empty_like(k, dtype=torch.float32)
+    dq, dk, dv, dg, d_initial = (x.new_empty(x.shape) for x in (q, k, v, g, d_final))
+    inner = k.new_empty(k.shape, dtype=torch.float32)
     states = v.new_empty(batch, heads, triton.cdiv(length, BLOCK), key, value)
     with torch.cuda.device_of(q):
         starts, ends = _starts(k, v, g, state, cut, temperature), d_final
         if cut[0] > 1:
             ends, keys = d_final.new_empty(batch, heads, cut[0], key, value), min(key, SCAN_KEYS)
-            sizes = length, heads, *cut, temperature, key, value, BLOCK, keys
+            sizes = *_steps(q, g), length, heads, *cut, temperature, key, value, BLOCK, keys
             _scan_back[batch * heads, key // keys](q, dy, g, d_final, ends, scale, *sizes, num_warps=4)
-        sizes, options = (length, heads, *cut, temperature, key, value, CHUNK, BLOCK), _options(k, v)
-        programs = batch * heads * cut[0]
+        sizes = *_steps(q, k, v, g), length, heads, *cut, temperature, key, value, CHUNK, BLOCK
+        programs, options = batch * heads * cut[0], _options(k, v)
         _d_queries[programs,](q, k, v, g, dy, starts, dq, inner, states, scale, *sizes, **options)
         results, options = (dk, dv, dg, d_initial), options | {"maxnreg": None}  # it would not fit without spilling
         _d_others[programs,](q, k, v, g, dy, ends, inner, states, *results, scale, *sizes, **options)
@@ -282,12 +294,12 @@ def _backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: T
 @_forward.register_fake
 def _(q, k, v, g, scale, state, temperature):
     final = k.new_empty(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
-    return torch.empty_like(v, memory_format=torch.contiguous_format), final
+    return v.new_empty(v.shape), final
 
 
 @_backward.register_fake
 def _(q, k, v, g, scale, state, temperature, dy, d_final):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, g, d_final))
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, g, d_final))
 
 
 def _save(ctx, inputs, output) -> None:

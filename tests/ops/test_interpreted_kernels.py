@@ -18,6 +18,7 @@ KERNELS = {name: (name, {}) for name in FAMILIES if name != "softmax"} | {
     "channel_decay, pieces": ("channel_decay", {"length": 200, "border": 150, "value": 32}),
     "channel_decay, strong pieces": ("channel_decay", {"length": 200, "border": 150, "key": 32, "strong": True}),
     "channel_decay, pieces of logits": ("channel_decay, logits", {"length": 200, "border": 150}),
+    "channel_decay, columns": ("channel_decay", {"columns": True, "batch": 2, "length": 100}),
 }
 ROWS = {  # sizes, width, and whether there are biases, a norm, a residual, an MLP's gate
     "rows": ((9,), 33, False, False, False, False),
@@ -54,7 +55,7 @@ def patch() -> None:
             module.range = indices
 
 
-def errors(family: str, length=40, border=0, **options) -> dict[str, float]:
+def errors(family: str, length=40, border=0, columns=False, **options) -> dict[str, float]:
     """||value - expected|| / ||expected|| of y and of each gradient."""
     op = FAMILIES[family][0]
     inputs = make(family, length, torch.float32, **({"batch": 1, "heads": 2, "key": 16, "value": 16} | options))
@@ -63,6 +64,8 @@ def errors(family: str, length=40, border=0, **options) -> dict[str, float]:
     if family == "delta_rule":
         inputs = cast(inputs, torch.float16, keep=KEEP_FP32)  # whose kernel refuses fp32
     exact = cast(inputs, torch.float64)
+    if columns:  # of a product of which they are a part
+        inputs |= {name: torch.cat([x, x], 2)[:, :, : x.shape[2]] for name, x in tensors_of(inputs).items()}
     leaves, exact_leaves = ([x.requires_grad_(True) for x in tensors_of(i).values()] for i in (inputs, exact))
     state, outputs = None, []
     for piece in [slice(border), slice(border, None)] if border else [slice(None)]:

@@ -1,0 +1,167 @@
+"""Of what torch.compile was given: matrix products that share a factor, and those that are only added up, are made one.
+
+    forward     x W_i^T           q, k, v and whatever else reads x: x [W_1; W_2; ..]^T, and its columns
+    backward    sum_i dy_i W_i    [dy_1 dy_2 ..] [W_1; W_2; ..]: the sum is the product's own, in fp32
+                dy_i^T x          [dy_1 dy_2 ..]^T x, and its rows
+
+Fewer products fill a GPU better, and what several would write to be read and added up is written once. Gradients of weights
+leave their product in fp32, as the weights have them, rather than in bf16 to be cast.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+aten, cast = torch.ops.aten, torch.ops.prims.convert_element_type.default
+
+
+@torch.library.custom_op("distill_pl::side_by_side", mutates_args=())
+def side_by_side(parts: list[Tensor]) -> Tensor:
+    """[N, X_i] -> [N, sum of X_i]."""
+    return torch.cat(parts, 1)
+
+
+@side_by_side.register_fake
+def _(parts):
+    return torch.cat(parts, 1)
+
+
+class JoinProducts(CustomGraphPass):
+    """Inductor's pass over a forward or a backward graph, before it looks for patterns of its own."""
+
+    def __call__(self, graph: Graph) -> None:
+        """In place."""
+        from torch._inductor.ir import ConcatKernel, TensorBox
+        from torch._inductor.lowering import lowerings, register_lowering
+
+        if side_by_side._opoverload not in lowerings:  # inductor's `cat` may work out all parts for each element of the whole
+
+            @register_lowering(side_by_side._opoverload, type_promotion_kind=None)
+            def _(parts):
+                return TensorBox(ConcatKernel.create(parts, 1))
+
+        join_products(graph)
+
+    def uuid(self) -> Any:
+        """Of what inductor kept of earlier runs, nothing that another version made counts."""
+        return get_hash_for_files((__file__,))
+
+
+def join_products(graph: Graph) -> None:
+    """In place."""
+    from torch._inductor.pattern_matcher import stable_topological_sort
+
+    with graph.inserting_before(next(iter(graph.find_nodes(op="output")))):
+        _join_forward(graph)
+        beside: dict[tuple[Node, ...], Node] = {}  # the same gradients are joined once
+        _join_sums(graph, beside)
+        _join_gradients(graph, beside)
+    stable_topological_sort(graph)
+    graph.eliminate_dead_code()
+
+
+def _join_forward(graph: Graph) -> None:
+    """x W_i^T."""
+    for x, members in _sharing(graph, 0, _reads_weight):
+        if len(members) > 1:
+            weight = _call(graph, aten.cat.default, [_transposed(product.args[1]) for product in members])
+            _cut(graph, members, _call(graph, aten.mm.default, x, _call(graph, aten.permute.default, weight, [1, 0])), 1)
+
+
+def _join_sums(graph: Graph, beside: dict[tuple[Node, ...], Node]) -> None:
+    """sum_i dy_i W_i."""
+    places = {node: place for place, node in enumerate(graph.nodes)}
+    for total in graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        if len(total.users) == 1 and next(iter(total.users)).target is aten.add.Tensor:
+            continue  # a part of another
+        summands = {product: leaf for leaf in _summands(total, total.meta["val"]) if (product := _product(leaf))}
+        if len(summands) > 1:
+            products = sorted(summands, key=places.__getitem__)
+            left, right = zip(*(product.args for product in products), strict=True)
+            joined = _call(graph, aten.mm.default, _join(graph, left, beside), _call(graph, aten.cat.default, list(right)))
+            products[-1].replace_all_uses_with(joined)
+            for product in products[:-1]:
+                (add,) = summands[product].users
+                (other,) = (x for x in add.args if x is not summands[product])
+                add.replace_all_uses_with(other)
+                graph.erase_node(add)
+
+
+def _join_gradients(graph: Graph, beside: dict[tuple[Node, ...], Node]) -> None:
+    """dy_i^T x, of weights."""
+    for x, members in _sharing(graph, 1, _is_gradient):
+        dy = [_transposed(product.args[0]) for product in members]
+        factors = _call(graph, aten.permute.default, _join(graph, dy, beside) if len(dy) > 1 else dy[0], [1, 0]), x
+        casts = [user for product in members for user in product.users if user.target is cast]
+        if x.meta["val"].is_cuda and len(casts) == sum(len(product.users) for product in members):
+            _cut(graph, members, _call(graph, aten.mm.dtype, *factors, torch.float32), 0)
+            for node in casts:
+                node.replace_all_uses_with(node.args[0])
+        elif len(members) > 1:
+            _cut(graph, members, _call(graph, aten.mm.default, *factors), 0)
+
+
+def _call(graph: Graph, target: Callable, *args: Any) -> Node:
+    node = graph.call_function(target, args)
+    node.meta["val"] = target(*map_arg(args, lambda argument: argument.meta["val"]))
+    return node
+
+
+def _join(graph: Graph, parts: Any, beside: dict[tuple[Node, ...], Node]) -> Node:
+    if (key := tuple(parts)) not in beside:
+        beside[key] = _call(graph, side_by_side._opoverload, list(parts))
+    return beside[key]
+
+
+def _cut(graph: Graph, members: list[Node], product: Node, dim: int) -> None:
+    """Each of `members` is a part of `product`."""
+    start = 0
+    for node in members:
+        end = start + node.meta["val"].shape[dim]
+        node.replace_all_uses_with(_call(graph, aten.slice.Tensor, product, dim, start, end))
+        start = end
+
+
+def _sharing(graph: Graph, factor: int, wanted: Callable[[Node], bool]) -> list[tuple[Node, list[Node]]]:
+    """Products of which this factor is the same."""
+    found: dict[Node, list[Node]] = {}
+    for product in graph.find_nodes(op="call_function", target=aten.mm.default):
+        if wanted(product):
+            found.setdefault(product.args[factor], []).append(product)
+    return list(found.items())
+
+
+def _transposed(node: Node) -> Node | None:
+    """What this is the transpose of."""
+    return node.args[0] if node.target is aten.permute.default and node.args[1] == [1, 0] else None
+
+
+def _reads_weight(product: Node) -> bool:
+    """Whether it is x W^T, W an input of the graph, or cast from one."""
+    weight = _transposed(product.args[1])
+    return weight is not None and (weight.args[0] if weight.target is cast else weight).op == "placeholder"
+
+
+def _is_gradient(product: Node) -> bool:
+    """Whether it is dy^T x, and a result of the graph, as it is or cast."""
+    results = [user for node in product.users for user in (node.users if node.target is cast else [node])]
+    return _transposed(product.args[0]) is not None and all(user.op == "output" for user in results)
+
+
+def _summands(node: Node, like: Tensor) -> Iterator[Node]:
+    """What is added up, and read by nobody else, where all is like `like`."""
+    for x in node.args:
+        if isinstance(x, Node) and len(x.users) == 1 and (x.meta["val"].shape, x.meta["val"].dtype) == (like.shape, like.dtype):
+            yield from _summands(x, like) if x.target is aten.add.Tensor else (x,)
+
+
+def _product(node: Node) -> Node | None:
+    """The product that this is, reshaped or cast or not."""
+    while node.target in (cast, aten.reshape.default, aten.view.default) and len(node.users) == 1:
+        node = node.args[0]
+    return node if node.target is aten.mm.default and len(node.users) == 1 else None
