@@ -18,6 +18,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 aten, cast = torch.ops.aten, torch.ops.prims.convert_element_type.default
+RESHAPES = (aten.reshape.default, aten.view.default)
 
 
 @torch.library.custom_op("distill_pl::side_by_side", mutates_args=())
@@ -127,13 +128,15 @@ def _cut(graph: Graph, members: list[Node], product: Node, dim: int) -> None:
         start = end
 
 
-def _sharing(graph: Graph, factor: int, wanted: Callable[[Node], bool]) -> list[tuple[Node, list[Node]]]:
-    """Products of which this factor is the same."""
-    found: dict[Node, list[Node]] = {}
+def _sharing(graph: Graph, factor: int, wanted: Callable[[Node], bool]) -> Iterator[tuple[Node, list[Node]]]:
+    """Products of which this factor is the same, reshaped once or each time anew."""
+    found: dict[tuple, list[Node]] = {}
     for product in graph.find_nodes(op="call_function", target=aten.mm.default):
         if wanted(product):
-            found.setdefault(product.args[factor], []).append(product)
-    return list(found.items())
+            x = product.args[factor]
+            source = x.args[0] if x.target in RESHAPES else x
+            found.setdefault((source, x.meta["val"].shape), []).append(product)
+    return ((members[0].args[factor], members) for members in found.values())
 
 
 def _transposed(node: Node) -> Node | None:
@@ -162,6 +165,6 @@ def _summands(node: Node, like: Tensor) -> Iterator[Node]:
 
 def _product(node: Node) -> Node | None:
     """The product that this is, reshaped or cast or not."""
-    while node.target in (cast, aten.reshape.default, aten.view.default) and len(node.users) == 1:
+    while node.target in (cast, *RESHAPES) and len(node.users) == 1:
         node = node.args[0]
     return node if node.target is aten.mm.default and len(node.users) == 1 else None

@@ -211,7 +211,7 @@ def _d_others(q, k, v, g, dy, ends, inner, states, dk, dv, dg, d_initial, scale,
         now = tl.sum(dy_chunk.to(tl.float32) * v_chunk, 1)[:, None] * scale
         _store(dk, grad + now * q_chunk, sequence, first, T, H, K, C)
         d_state = tl.dot(tl.trans(up), dy_chunk, d_state) * half[:, None]
-    if segment == 0:
+    if d_initial is not None and segment == 0:
         tl.store(d_initial + sequence.to(tl.int64) * (K * V) + _grid(K, V), d_state)
 
 
@@ -271,16 +271,18 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Te
 
 @torch.library.custom_op("distill_pl::channel_decay_backward", mutates_args=(), tags=(torch.Tag.flexible_layout,))
 def _backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tensor | None, temperature: float | None,
-              dy: Tensor, d_final: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    (q, k, v, g), dy, d_final = _rows(q, k, v, g), dy.contiguous(), d_final.contiguous()
+              dy: Tensor, d_final: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    (q, k, v, g), dy = _rows(q, k, v, g), dy.contiguous()
+    d_final = None if d_final is None else d_final.contiguous()
     (batch, length, heads, key), value, cut = k.shape, v.shape[-1], _cut(k)
-    dq, dk, dv, dg, d_initial = (x.new_empty(x.shape) for x in (q, k, v, g, d_final))
+    dq, dk, dv, dg = (x.new_empty(x.shape) for x in (q, k, v, g))
+    d_initial = None if state is None else state.new_empty(state.shape)
     inner = k.new_empty(k.shape, dtype=torch.float32)
     states = v.new_empty(batch, heads, triton.cdiv(length, BLOCK), key, value)
     with torch.cuda.device_of(q):
         starts, ends = _starts(k, v, g, state, cut, temperature), d_final
         if cut[0] > 1:
-            ends, keys = d_final.new_empty(batch, heads, cut[0], key, value), min(key, SCAN_KEYS)
+            ends, keys = inner.new_empty(batch, heads, cut[0], key, value), min(key, SCAN_KEYS)
             sizes = *_steps(q, g), length, heads, *cut, temperature, key, value, BLOCK, keys
             _scan_back[batch * heads, key // keys](q, dy, g, d_final, ends, scale, *sizes, num_warps=4)
         sizes = *_steps(q, k, v, g), length, heads, *cut, temperature, key, value, CHUNK, BLOCK
@@ -288,7 +290,7 @@ def _backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: T
         _d_queries[programs,](q, k, v, g, dy, starts, dq, inner, states, scale, *sizes, **options)
         results, options = (dk, dv, dg, d_initial), options | {"maxnreg": None}  # it would not fit without spilling
         _d_others[programs,](q, k, v, g, dy, ends, inner, states, *results, scale, *sizes, **options)
-    return dq, dk, dv, dg, d_initial
+    return dq, dk, dv, dg, k.new_empty(0) if d_initial is None else d_initial
 
 
 @_forward.register_fake
@@ -299,16 +301,19 @@ def _(q, k, v, g, scale, state, temperature):
 
 @_backward.register_fake
 def _(q, k, v, g, scale, state, temperature, dy, d_final):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, g, d_final))
+    gradients = (x.new_empty(x.shape) for x in (q, k, v, g))
+    return *gradients, k.new_empty(0) if state is None else state.new_empty(state.shape)
 
 
 def _save(ctx, inputs, output) -> None:
     q, k, v, g, ctx.scale, state, ctx.temperature = inputs
     ctx.save_for_backward(q, k, v, g, state)
+    ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, dy, d_final):
     q, k, v, g, state = ctx.saved_tensors
+    dy = v.new_zeros(v.shape) if dy is None else dy
     dq, dk, dv, dg, d_initial = _backward(q, k, v, g, ctx.scale, state, ctx.temperature, dy, d_final)
     return dq, dk, dv, dg, None, None if state is None else d_initial, None
 

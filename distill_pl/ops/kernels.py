@@ -13,20 +13,19 @@ import json
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from fla.ops.common.fused_chunk import fused_chunk_bwd, fused_chunk_fwd
 from fla.ops.delta_rule.chunk import chunk_delta_rule_bwd, chunk_delta_rule_fwd
 from fla.ops.gla import chunk_gla
-from fla.ops.rebased.parallel import ParallelBasedFunction
+from fla.ops.rebased.parallel import parallel_rebased_bwd_kernel, parallel_rebased_fwd_kernel
 from fla.ops.utils import chunk_local_cumsum
 from fla.ops.utils.cache import FLA_CACHE_MODE, FlaCacheMode
 from fla.ops.utils.constant import RCP_LN2
 from torch import Tensor
 from torch.library import custom_op
-from triton import Config, next_power_of_2
+from triton import Config, cdiv, next_power_of_2
 from triton.runtime.autotuner import Autotuner
 
 __all__ = ["chunk_gla", "delta_rule", "scalar_decay", "squared"]
@@ -183,26 +182,44 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float, stat
     return _delta_rule(q, k, v, beta, scale, state)[:2]
 
 
+def _squared_sizes(q: Tensor, v: Tensor, rows: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """How many programs, of so many rows each, and the arguments of either kernel."""
+    (batch, heads, length, key), value = q.shape, v.shape[-1]
+    sizes = {"T": length, "B": batch, "H": heads, "K": key, "V": value, "BTL": rows, "BTS": 32}
+    blocks = {"BK": max(16, next_power_of_2(key)), "BV": max(16, next_power_of_2(value))}
+    return (cdiv(length, rows), batch * heads), sizes | blocks | {"num_warps": 4, "num_stages": 2}
+
+
 @custom_op("distill_pl::squared", mutates_args=())
 def squared(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """fla's parallel_rebased without its scale: contiguous [B, H, T, K or V] of one dtype -> sum_j S_ij v_j, sum_j S_ij."""
-    ctx: Any = SimpleNamespace(save_for_backward=lambda *tensors: None)
-    return ParallelBasedFunction.forward(ctx, q, k, v, 1)
+    """fla's parallel_rebased without its scale: contiguous [B, H, T, K or V] of one dtype -> sum_j S_ij v_j; in fp32 sum_j S_ij.
+
+    K and V up to 128. By the kernels themselves: fla's function has them write in fp32, and sums over a dimension of 1.
+    """
+    y, total = _new(v), _new(v, *v.shape[:3])
+    grid, sizes = _squared_sizes(q, v, 128)
+    with torch.cuda.device_of(q):
+        parallel_rebased_fwd_kernel[grid](q, k, v, y, total, 1, **sizes)
+    return y, total
 
 
 @squared.register_fake
 def _(q, k, v):
-    return _new(v), v.new_empty(v.shape[:3])
+    return _new(v), _new(v, *v.shape[:3])
 
 
 @custom_op("distill_pl::squared_backward", mutates_args=())
-def _squared_backward(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, d_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    ctx: Any = SimpleNamespace(saved_tensors=(q, k, v), scale=1, _fwd_used_autocast=False, _dtype=q.dtype)
-    return ParallelBasedFunction.backward(ctx, dy, d_sum)[:3]
+def _squared_backward(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, d_total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dy, d_total = dy.contiguous(), d_total.contiguous()
+    dq, dk, dv = _new(q), _new(k), _new(v)
+    grid, sizes = _squared_sizes(q, v, 64)
+    with torch.cuda.device_of(q):
+        parallel_rebased_bwd_kernel[grid](q, k, v, dy, d_total, dq, dk, dv, 1, **sizes)
+    return dq, dk, dv
 
 
 @_squared_backward.register_fake
-def _(q, k, v, dy, d_sum):
+def _(q, k, v, dy, d_total):
     return _new(q), _new(k), _new(v)
 
 
