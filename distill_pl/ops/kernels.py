@@ -192,11 +192,12 @@ def _squared_sizes(q: Tensor, v: Tensor, rows: int) -> tuple[tuple[int, int], di
 
 @custom_op("distill_pl::squared", mutates_args=())
 def squared(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """fla's parallel_rebased without its scale: contiguous [B, H, T, K or V] of one dtype -> sum_j S_ij v_j; in fp32 sum_j S_ij.
+    """fla's parallel_rebased without its scale: contiguous [B, H, T, K or V] of one dtype -> sum_j S_ij v_j, sum_j S_ij.
 
-    K and V up to 128. By the kernels themselves: fla's function has them write in fp32, and sums over a dimension of 1.
+    K and V up to 128. By the kernels themselves: fla's function has them write in fp32, and sums over a dimension of 1. Both
+    results are rounded alike, or a row that is one token's would not be its v, nor the gradient of its score 0.
     """
-    y, total = _new(v), _new(v, *v.shape[:3])
+    y, total = _new(v), v.new_empty(v.shape[:3])
     grid, sizes = _squared_sizes(q, v, 128)
     with torch.cuda.device_of(q):
         parallel_rebased_fwd_kernel[grid](q, k, v, y, total, 1, **sizes)
@@ -205,7 +206,7 @@ def squared(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 @squared.register_fake
 def _(q, k, v):
-    return _new(v), _new(v, *v.shape[:3])
+    return _new(v), v.new_empty(v.shape[:3])
 
 
 @custom_op("distill_pl::squared_backward", mutates_args=())

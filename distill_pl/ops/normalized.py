@@ -64,7 +64,7 @@ def mix(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float, power: int = 
 
         # quadratic in time, no states; unscaled: rounding scale * q to bf16 costs more than all else where q . k is almost 0
         y, total = kernels.squared(*(x.to(dtype).transpose(1, 2).contiguous() for x in (q, k, v)))  # [B, H, T, V], [B, H, T]
-        return (y.float() / (total[..., None] + eps / scale**2)).transpose(1, 2).to(dtype), None
+        return (y.float() / (total.float()[..., None] + eps / scale**2)).transpose(1, 2).to(dtype), None
 
     length, key_dim = q.shape[1], q.shape[-1]
     size = max(CHUNK, key_dim if power == 1 else key_dim * (key_dim + 1) // 2)
