@@ -81,14 +81,14 @@ def _join_sums(graph: Graph, beside: dict[tuple[Node, ...], Node]) -> None:
         if len(total.users) == 1 and next(iter(total.users)).target is aten.add.Tensor:
             continue  # a part of another
         summands = {product: leaf for leaf in _summands(total, total.meta["val"]) if (product := _product(leaf))}
-        if len(summands) > 1:
-            products = sorted(summands, key=places.__getitem__)
+        products = sorted(summands, key=places.__getitem__)
+        if len(products) > 1 and len({(x.meta["val"].shape, x.meta["val"].dtype) for x in products}) == 1:
             left, right = zip(*(product.args for product in products), strict=True)
             joined = _call(graph, aten.mm.default, _join(graph, left, beside), _call(graph, aten.cat.default, list(right)))
             products[-1].replace_all_uses_with(joined)
             for product in products[:-1]:
                 (add,) = summands[product].users
-                (other,) = (x for x in add.args if x is not summands[product])
+                other: Any = add.args[1] if add.args[0] is summands[product] else add.args[0]
                 add.replace_all_uses_with(other)
                 graph.erase_node(add)
 
@@ -98,7 +98,7 @@ def _join_gradients(graph: Graph, beside: dict[tuple[Node, ...], Node]) -> None:
     for x, members in _sharing(graph, 1, _is_gradient):
         dy = [_transposed(product.args[0]) for product in members]
         factors = _call(graph, aten.permute.default, _join(graph, dy, beside) if len(dy) > 1 else dy[0], [1, 0]), x
-        casts = [user for product in members for user in product.users if user.target is cast]
+        casts: list[Any] = [user for product in members for user in product.users if _to_fp32(user)]
         if x.meta["val"].is_cuda and len(casts) == sum(len(product.users) for product in members):
             _cut(graph, members, _call(graph, aten.mm.dtype, *factors, torch.float32), 0)
             for node in casts:
@@ -139,8 +139,8 @@ def _sharing(graph: Graph, factor: int, wanted: Callable[[Node], bool]) -> Itera
     return ((members[0].args[factor], members) for members in found.values())
 
 
-def _transposed(node: Node) -> Node | None:
-    """What this is the transpose of."""
+def _transposed(node: Any) -> Any:
+    """What this is the transpose of; None if it is not one."""
     return node.args[0] if node.target is aten.permute.default and node.args[1] == [1, 0] else None
 
 
@@ -156,14 +156,18 @@ def _is_gradient(product: Node) -> bool:
     return _transposed(product.args[0]) is not None and all(user.op == "output" for user in results)
 
 
+def _to_fp32(node: Node) -> bool:
+    return node.target is cast and node.args[1] == torch.float32
+
+
 def _summands(node: Node, like: Tensor) -> Iterator[Node]:
-    """What is added up, and read by nobody else, where all is like `like`."""
-    for x in node.args:
+    """What is added up, unweighted, and read by nobody else, where all is like `like`."""
+    for x in node.args if not node.kwargs else ():
         if isinstance(x, Node) and len(x.users) == 1 and (x.meta["val"].shape, x.meta["val"].dtype) == (like.shape, like.dtype):
             yield from _summands(x, like) if x.target is aten.add.Tensor else (x,)
 
 
-def _product(node: Node) -> Node | None:
+def _product(node: Any) -> Node | None:
     """The product that this is, reshaped or cast or not."""
     while node.target in (cast, *RESHAPES) and len(node.users) == 1:
         node = node.args[0]

@@ -1,0 +1,61 @@
+"""Products that share a factor become one, and nothing else changes: outputs and gradients of a layer, of all students."""
+
+import pytest
+import torch
+from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch._inductor.compile_fx import compile_fx
+
+from distill_pl.joined_products import join_products
+from distill_pl.student.factory import StudentFactory
+from distill_pl.teacher import _run
+
+LENGTH = 32
+mm = torch.ops.aten.mm.default
+
+
+@pytest.fixture
+def joined():
+    """A backend that joins products of inductor's graphs and runs them; and, graph by graph, what it found and left."""
+    torch.compiler.reset()
+    counts = []
+
+    def inner(graph, inputs, **options):
+        before = len(graph.graph.find_nodes(op="call_function", target=mm))
+        join_products(graph.graph)
+        graph.recompile()
+        counts.append((before, len(graph.graph.find_nodes(op="call_function", target=mm))))
+        return make_boxed_func(graph.forward)
+
+    return lambda graph, inputs: compile_fx(graph, inputs, inner_compile=inner), counts
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_a_student_s_layer(teacher, name, joined, autocast):
+    layer = StudentFactory(name, init="fresh").build(teacher, seed=0).model.layers[0]
+    tokens = torch.randint(teacher.config.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+    seen = next(teacher.layers(tokens))
+    backend, counts = joined
+    outputs, gradients = [], []
+    for run in (layer, torch.compile(layer, backend=backend, dynamic=False)):
+        x = seen.input.clone().requires_grad_(True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            outputs.append(run(x, position_embeddings=seen.position).float())
+        found = torch.autograd.grad(outputs[-1].square().sum(), [x, *layer.parameters()], allow_unused=True)
+        gradients.append(torch.cat([g.flatten().float() for g in found if g is not None]))
+    for value, expected in (outputs, gradients):
+        assert (value - expected).norm() / expected.norm() < (2e-2 if autocast else 1e-5)
+    products = 4  # of what reads the first norm, o, of what reads the second, down; their inputs' and weights' gradients
+    more = {"gla": 2, "mamba2": 1}.get(name, 0)  # the second product of a gate of low rank; a step size that is made twice
+    assert [left for _, left in counts] == [products, 2 * products + more]
+    assert all(found > left for found, left in counts)
+
+
+def test_a_teacher_s_layer(teacher, joined):
+    backend, counts = joined
+    hidden = torch.randn(2, LENGTH, teacher.config.hidden_size)
+    position = teacher.model.model.rotary_emb(hidden, torch.arange(LENGTH)[None])
+    with torch.no_grad():
+        expected = _run.__wrapped__(teacher.model.model.layers[0], hidden, position)
+        found = torch.compile(_run.__wrapped__, backend=backend, dynamic=False)(teacher.model.model.layers[0], hidden, position)
+    torch.testing.assert_close(found, expected)
+    assert counts == [(7, 4)]  # q, k and v; o; the gate and what it lets through; down
