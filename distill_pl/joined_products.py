@@ -19,6 +19,7 @@ from torch.fx.node import map_arg
 
 aten, cast = torch.ops.aten, torch.ops.prims.convert_element_type.default
 RESHAPES = (aten.reshape.default, aten.view.default)
+WIDTH = 8  # a part's is a multiple of this: the fast kernels read rows of 16 bytes
 
 
 @torch.library.custom_op("distill_pl::side_by_side", mutates_args=())
@@ -147,13 +148,15 @@ def _transposed(node: Any) -> Any:
 def _reads_weight(product: Node) -> bool:
     """Whether it is x W^T, W an input of the graph, or cast from one."""
     weight = _transposed(product.args[1])
-    return weight is not None and (weight.args[0] if weight.target is cast else weight).op == "placeholder"
+    wide = product.meta["val"].shape[1] % WIDTH == 0
+    return wide and weight is not None and (weight.args[0] if weight.target is cast else weight).op == "placeholder"
 
 
 def _is_gradient(product: Node) -> bool:
     """Whether it is dy^T x, and a result of the graph, as it is or cast."""
     results = [user for node in product.users for user in (node.users if node.target is cast else [node])]
-    return _transposed(product.args[0]) is not None and all(user.op == "output" for user in results)
+    wide = product.meta["val"].shape[0] % WIDTH == 0
+    return wide and _transposed(product.args[0]) is not None and all(user.op == "output" for user in results)
 
 
 def _to_fp32(node: Node) -> bool:
@@ -168,7 +171,8 @@ def _summands(node: Node, like: Tensor) -> Iterator[Node]:
 
 
 def _product(node: Any) -> Node | None:
-    """The product that this is, reshaped or cast or not."""
+    """The product that this is, reshaped or cast or not, if it has the width."""
     while node.target in (cast, *RESHAPES) and len(node.users) == 1:
         node = node.args[0]
-    return node if node.target is aten.mm.default and len(node.users) == 1 else None
+    found = node.target is aten.mm.default and len(node.users) == 1 and node.args[0].meta["val"].shape[1] % WIDTH == 0
+    return node if found else None
