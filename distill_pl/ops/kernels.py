@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fla.ops.common.fused_chunk import fused_chunk_bwd, fused_chunk_fwd
+from fla.ops.common.fused_chunk import fused_chunk_bwd_kernel, fused_chunk_fwd_kernel
 from fla.ops.delta_rule.chunk import chunk_delta_rule_bwd, chunk_delta_rule_fwd
 from fla.ops.gla import chunk_gla
 from fla.ops.rebased.parallel import parallel_rebased_bwd_kernel, parallel_rebased_fwd_kernel
@@ -81,17 +81,33 @@ def _new(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape or like.shape, dtype=torch.float32 if shape else like.dtype)
 
 
+def _blocks(k: Tensor, v: Tensor) -> tuple[int, int, int, int, int]:
+    """Sizes of a chunk, of the K and of the V of one program, and how many programs share a head's K and V."""
+    key, value = (min(64, max(16, next_power_of_2(x.shape[-1]))) for x in (k, v))
+    chunk = min(CHUNK, max(16, next_power_of_2(k.shape[1])))
+    return chunk, key, value, cdiv(k.shape[-1], key), cdiv(v.shape[-1], value)
+
+
+def _whole(parts: Tensor) -> Tensor:
+    return parts[0] if len(parts) == 1 else parts.sum(0)
+
+
 @custom_op("distill_pl::scalar_decay", mutates_args=())
 def _scalar_decay(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float,
                   state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y, the state, and the sums of g that the backward pass needs."""
     q, k, v = (x.contiguous() for x in (q, k, v))
-    size = min(CHUNK, max(16, next_power_of_2(q.shape[1])))
+    state = None if state is None else state.contiguous()
+    (batch, length, heads, key), value = k.shape, v.shape[-1]
+    chunk, of_key, _, parts, _ = _blocks(k, v)
+    y, final = v.new_empty(parts, *v.shape), _new(v, batch, heads, key, value)
     with torch.cuda.device_of(q):
-        sums = None if g is None else chunk_local_cumsum(g.contiguous(), chunk_size=size, scale=RCP_LN2)  # the kernels use 2^x
-        state = None if state is None else state.contiguous()
-        y, state = fused_chunk_fwd(q, k, v, sums, None, scale, state, output_final_state=True, chunk_size=size)
-    return y, state, q.new_empty(0) if sums is None else sums
+        sums = None if g is None else chunk_local_cumsum(g.contiguous(), chunk_size=chunk, scale=RCP_LN2)  # the kernels use 2^x
+        fused_chunk_fwd_kernel[lambda meta: (cdiv(value, meta["BV"]) * parts * batch * heads,)](
+            q, k, v, sums, None, y, state, final, None, scale, length,
+            B=batch, H=heads, K=key, V=value, BT=chunk, BK=of_key,
+        )  # fmt: skip
+    return _whole(y), final, q.new_empty(0) if sums is None else sums
 
 
 @_scalar_decay.register_fake
@@ -102,19 +118,30 @@ def _(q, k, v, g, scale, state):
 @custom_op("distill_pl::scalar_decay_backward", mutates_args=())
 def _scalar_decay_backward(q: Tensor, k: Tensor, v: Tensor, sums: Tensor, scale: float, state: Tensor | None, dy: Tensor,
                            d_final: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v and g, in the parts that a head's programs make, for whoever reads them to add up; the state's."""
     q, k, v, dy = (x.contiguous() for x in (q, k, v, dy))
     state, d_final = (x if x is None else x.contiguous() for x in (state, d_final))
-    size = min(CHUNK, max(16, next_power_of_2(q.shape[1])))
-    g = sums if sums.numel() else None
+    (batch, length, heads, key), value = k.shape, v.shape[-1]
+    chunk, of_key, of_value, key_parts, value_parts = _blocks(k, v)
+    programs = key_parts * value_parts
+    dq, dk, dv = (x.new_empty(parts, *x.shape) for x, parts in ((q, value_parts), (k, value_parts), (v, key_parts)))
+    d_state, g = None if state is None else _new(state), sums if sums.numel() else None
+    dg = None if g is None else g.new_empty(programs, *g.shape)
     with torch.cuda.device_of(q):
-        dq, dk, dv, dg, d_state = fused_chunk_bwd(q, k, v, g, None, dy, scale, state, d_final, chunk_size=size)
+        fused_chunk_bwd_kernel[programs * batch * heads,](
+            q, k, v, g, None, dy, dq, dk, dv, dg, state, d_final, d_state, None, scale, length,
+            B=batch, H=heads, K=key, V=value, BT=chunk, BK=of_key, BV=of_value,
+        )  # fmt: skip
     dg, d_state = (q.new_empty(0) if x is None else x for x in (dg, d_state))
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dg, d_state
+    return dq, dk, dv, dg, d_state
 
 
 @_scalar_decay_backward.register_fake
 def _(q, k, v, sums, scale, state, dy, d_final):
-    return _new(q), _new(k), _new(v), _new(sums), q.new_empty(0) if state is None else _new(state)
+    *_, key_parts, value_parts = _blocks(k, v)
+    dq, dk, dv = (x.new_empty(parts, *x.shape) for x, parts in ((q, value_parts), (k, value_parts), (v, key_parts)))
+    dg = sums.new_empty(key_parts * value_parts, *sums.shape) if sums.numel() else q.new_empty(0)
+    return dq, dk, dv, dg, q.new_empty(0) if state is None else _new(state)
 
 
 @custom_op("distill_pl::delta_rule", mutates_args=())
@@ -165,15 +192,21 @@ def _differentiate(backward):
     return run
 
 
-_scalar_decay.register_autograd(
-    _differentiate(lambda q, k, v, g, sums, *rest: _scalar_decay_backward(q, k, v, sums, *rest)), setup_context=_save
-)
+def _scalar_decay_gradients(q, k, v, g, sums, *rest) -> tuple[Tensor, ...]:
+    *gradients, d_state = _scalar_decay_backward(q, k, v, sums, *rest)
+    return *map(_whole, gradients), d_state
+
+
+_scalar_decay.register_autograd(_differentiate(_scalar_decay_gradients), setup_context=_save)
 _delta_rule.register_autograd(_differentiate(_delta_rule_backward), setup_context=_save)
 
 
 def scalar_decay(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float,
                  state: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """fla's fused_chunk_simple_gla: q, k [B, T, H, K], v [B, T, H, V] of one dtype, g [B, T, H] fp32 or None -> y, state."""
+    """fla's fused_chunk_simple_gla: q, k [B, T, H, K], v [B, T, H, V] of one dtype, g [B, T, H] fp32 or None -> y, state.
+
+    By the kernels themselves: where programs share a head, fla's function has them write in fp32, adds up and casts.
+    """
     return _scalar_decay(q, k, v, g, scale, state)[:2]
 
 
