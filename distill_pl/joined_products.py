@@ -19,7 +19,7 @@ from torch.fx.node import map_arg
 
 aten, cast = torch.ops.aten, torch.ops.prims.convert_element_type.default
 RESHAPES = (aten.reshape.default, aten.view.default)
-WIDTH = 8  # a part's is a multiple of this: the fast kernels read rows of 16 bytes
+WIDTH = 8  # parts are padded to a multiple of this: the fast kernels need rows of 16 bytes
 
 
 @torch.library.custom_op("distill_pl::side_by_side", mutates_args=())
@@ -58,21 +58,25 @@ def join_products(graph: Graph) -> None:
     """In place."""
     from torch._inductor.pattern_matcher import stable_topological_sort
 
-    with graph.inserting_before(next(iter(graph.find_nodes(op="output")))):
-        _join_forward(graph)
-        beside: dict[tuple[Node, ...], Node] = {}  # the same gradients are joined once
-        _join_sums(graph, beside)
-        _join_gradients(graph, beside)
+    _join_forward(graph)
+    beside: dict[tuple[Node, ...], Node] = {}  # the same gradients are joined once
+    _join_sums(graph, beside)
+    _join_gradients(graph, beside)
     stable_topological_sort(graph)
     graph.eliminate_dead_code()
 
 
 def _join_forward(graph: Graph) -> None:
-    """x W_i^T."""
-    for x, members in _sharing(graph, 0, _reads_weight):
+    """x W_i^T, or that and a bias."""
+    for x, members in _sharing(graph, (aten.mm.default, aten.addmm.default), 0, _reads_weight):
         if len(members) > 1:
-            weight = _call(graph, aten.cat.default, [_transposed(product.args[1]) for product in members])
-            _cut(graph, members, _call(graph, aten.mm.default, x, _call(graph, aten.permute.default, weight, [1, 0])), 1)
+            with graph.inserting_before(members[0]):
+                weights = [_wide(graph, _transposed(_factors(product)[1]), 0) for product in members]
+                weight = _call(graph, aten.permute.default, _call(graph, aten.cat.default, weights), [1, 0])
+                parts = _cut(graph, members, _call(graph, aten.mm.default, x, weight), 1)
+                for product, part in zip(members, parts, strict=True):
+                    biased = product.target is aten.addmm.default
+                    product.replace_all_uses_with(_call(graph, aten.add.Tensor, part, product.args[0]) if biased else part)
 
 
 def _join_sums(graph: Graph, beside: dict[tuple[Node, ...], Node]) -> None:
@@ -82,10 +86,12 @@ def _join_sums(graph: Graph, beside: dict[tuple[Node, ...], Node]) -> None:
         if len(total.users) == 1 and next(iter(total.users)).target is aten.add.Tensor:
             continue  # a part of another
         summands = {product: leaf for leaf in _summands(total, total.meta["val"]) if (product := _product(leaf))}
-        products = sorted(summands, key=places.__getitem__)
+        products = sorted(summands, key=lambda product: places.get(product, -1))
         if len(products) > 1 and len({(x.meta["val"].shape, x.meta["val"].dtype) for x in products}) == 1:
-            left, right = zip(*(product.args for product in products), strict=True)
-            joined = _call(graph, aten.mm.default, _join(graph, left, beside), _call(graph, aten.cat.default, list(right)))
+            dy, weights = zip(*(product.args for product in products), strict=True)
+            with graph.inserting_before(products[-1]):
+                weight = _call(graph, aten.cat.default, [_wide(graph, x, 0) for x in weights])
+                joined = _call(graph, aten.mm.default, _join(graph, dy, beside), weight)
             products[-1].replace_all_uses_with(joined)
             for product in products[:-1]:
                 (add,) = summands[product].users
@@ -96,16 +102,20 @@ def _join_sums(graph: Graph, beside: dict[tuple[Node, ...], Node]) -> None:
 
 def _join_gradients(graph: Graph, beside: dict[tuple[Node, ...], Node]) -> None:
     """dy_i^T x, of weights."""
-    for x, members in _sharing(graph, 1, _is_gradient):
+    for x, members in _sharing(graph, (aten.mm.default,), 1, _is_gradient):
         dy = [_transposed(product.args[0]) for product in members]
-        factors = _call(graph, aten.permute.default, _join(graph, dy, beside) if len(dy) > 1 else dy[0], [1, 0]), x
         casts: list[Any] = [user for product in members for user in product.users if _to_fp32(user)]
-        if x.meta["val"].is_cuda and len(casts) == sum(len(product.users) for product in members):
-            _cut(graph, members, _call(graph, aten.mm.dtype, *factors, torch.float32), 0)
-            for node in casts:
-                node.replace_all_uses_with(node.args[0])
-        elif len(members) > 1:
-            _cut(graph, members, _call(graph, aten.mm.default, *factors), 0)
+        fp32 = x.meta["val"].is_cuda and len(casts) == sum(len(product.users) for product in members)
+        if len(members) > 1 or fp32:
+            with graph.inserting_before(members[-1]):  # and not at the end, until when dy and x would be kept
+                factors = _call(graph, aten.permute.default, _join(graph, dy, beside), [1, 0]), x
+                target, dtype = (aten.mm.dtype, (torch.float32,)) if fp32 else (aten.mm.default, ())
+                product = _call(graph, target, *factors, *dtype)
+                for member, part in zip(members, _cut(graph, members, product, 0), strict=True):
+                    member.replace_all_uses_with(part)
+            if fp32:
+                for node in casts:
+                    node.replace_all_uses_with(node.args[0])
 
 
 def _call(graph: Graph, target: Callable, *args: Any) -> Node:
@@ -114,30 +124,44 @@ def _call(graph: Graph, target: Callable, *args: Any) -> Node:
     return node
 
 
+def _wide(graph: Graph, x: Node, dim: int) -> Node:
+    """With zeros up to a multiple of WIDTH; x has two dimensions."""
+    missing = -x.meta["val"].shape[dim] % WIDTH
+    return _call(graph, aten.constant_pad_nd.default, x, [0, 0, 0, missing] if dim == 0 else [0, missing]) if missing else x
+
+
 def _join(graph: Graph, parts: Any, beside: dict[tuple[Node, ...], Node]) -> Node:
+    """[N, X_i] side by side, or the only one as it is."""
     if (key := tuple(parts)) not in beside:
-        beside[key] = _call(graph, side_by_side._opoverload, list(parts))
+        wide = [_wide(graph, x, 1) for x in parts]
+        beside[key] = _call(graph, side_by_side._opoverload, wide) if len(wide) > 1 else wide[0]
     return beside[key]
 
 
-def _cut(graph: Graph, members: list[Node], product: Node, dim: int) -> None:
-    """Each of `members` is a part of `product`."""
-    start = 0
+def _cut(graph: Graph, members: list[Node], product: Node, dim: int) -> list[Node]:
+    """The part of `product` that each of `members` is."""
+    parts, start = [], 0
     for node in members:
-        end = start + node.meta["val"].shape[dim]
-        node.replace_all_uses_with(_call(graph, aten.slice.Tensor, product, dim, start, end))
-        start = end
+        size = node.meta["val"].shape[dim]
+        parts.append(_call(graph, aten.slice.Tensor, product, dim, start, start + size))
+        start += size + -size % WIDTH
+    return parts
 
 
-def _sharing(graph: Graph, factor: int, wanted: Callable[[Node], bool]) -> Iterator[tuple[Node, list[Node]]]:
-    """Products of which this factor is the same, reshaped once or each time anew."""
+def _factors(product: Any) -> tuple[Any, Any]:
+    """Of mm, or of addmm, which has the bias before them."""
+    return product.args[-2:]
+
+
+def _sharing(graph: Graph, targets: tuple, factor: int, wanted: Callable[[Node], bool]) -> Iterator[tuple[Any, list[Node]]]:
+    """Products of which this factor is the same, reshaped once or each time anew; in their order."""
     found: dict[tuple, list[Node]] = {}
-    for product in graph.find_nodes(op="call_function", target=aten.mm.default):
-        if wanted(product):
-            x = product.args[factor]
+    for product in graph.nodes:
+        if product.target in targets and not product.kwargs and wanted(product):
+            x = _factors(product)[factor]
             source = x.args[0] if x.target in RESHAPES else x
             found.setdefault((source, x.meta["val"].shape), []).append(product)
-    return ((members[0].args[factor], members) for members in found.values())
+    return ((_factors(members[0])[factor], members) for members in found.values())
 
 
 def _transposed(node: Any) -> Any:
@@ -147,16 +171,14 @@ def _transposed(node: Any) -> Any:
 
 def _reads_weight(product: Node) -> bool:
     """Whether it is x W^T, W an input of the graph, or cast from one."""
-    weight = _transposed(product.args[1])
-    wide = product.meta["val"].shape[1] % WIDTH == 0
-    return wide and weight is not None and (weight.args[0] if weight.target is cast else weight).op == "placeholder"
+    weight = _transposed(_factors(product)[1])
+    return weight is not None and (weight.args[0] if weight.target is cast else weight).op == "placeholder"
 
 
 def _is_gradient(product: Node) -> bool:
     """Whether it is dy^T x, and a result of the graph, as it is or cast."""
     results = [user for node in product.users for user in (node.users if node.target is cast else [node])]
-    wide = product.meta["val"].shape[0] % WIDTH == 0
-    return wide and _transposed(product.args[0]) is not None and all(user.op == "output" for user in results)
+    return _transposed(product.args[0]) is not None and all(user.op == "output" for user in results)
 
 
 def _to_fp32(node: Node) -> bool:
@@ -171,8 +193,7 @@ def _summands(node: Node, like: Tensor) -> Iterator[Node]:
 
 
 def _product(node: Any) -> Node | None:
-    """The product that this is, reshaped or cast or not, if it has the width."""
+    """The product that this is, reshaped or cast or not."""
     while node.target in (cast, *RESHAPES) and len(node.users) == 1:
         node = node.args[0]
-    found = node.target is aten.mm.default and len(node.users) == 1 and node.args[0].meta["val"].shape[1] % WIDTH == 0
-    return node if found else None
+    return node if node.target is aten.mm.default and len(node.users) == 1 else None

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import pad, silu
 from transformers import initialization
 
 from distill_pl.mixers.mixer import SequenceMixer
@@ -38,20 +38,19 @@ class ShortConv(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None, state: "MixerState | None", name: str) -> Tensor:
         """x [B, T, C] -> [B, T, C]. Padded tokens (mask False) count as before the start.
 
-        While generating, `state.tails[name]` [B, C, width - 1] holds the tokens before x.
+        While generating, `state.tails[name]` [B, width - 1, C] holds the tokens before x.
         """
         if mask is not None:
             x = x * mask[:, :, None]
-        x = x.transpose(1, 2)
-        width = self.weight.shape[1]
+        length, before = x.shape[1], self.weight.shape[1] - 1
         tail = None if state is None else state.tails.get(name)
-        x = torch.cat([x.new_zeros(*x.shape[:2], width - 1) if tail is None else tail, x], dim=-1)
+        x = pad(x, (0, 0, before, 0)) if tail is None else torch.cat([tail, x], 1)
         if state is not None:
-            rest = x[:, :, x.shape[-1] - (width - 1) :]
-            state.tails[name] = rest if x.shape[-1] == width else rest.clone()  # a view would keep the whole prompt alive
-        length = x.shape[-1] - (width - 1)
+            rest = x[:, length:]
+            state.tails[name] = rest if length == 1 else rest.clone()  # a view would keep the whole prompt alive
         taps = enumerate(self.weight.to(x.dtype).unbind(1))  # one by one: a compiler fuses that, unlike a library's convolution
-        y = sum(x[..., at : at + length] * tap[:, None] for at, tap in taps).transpose(1, 2)
+        first, *others = (x[:, at : at + length] * tap for at, tap in taps)
+        y = sum(others, first)
         return silu(y) if self.activate else y
 
 
