@@ -31,7 +31,7 @@ def switch(on: bool) -> None:
     torch._dynamo.config.optimize_ddp = False  # which would cut graphs; a layer a graph lets gradients travel early as it is
     # norms and gates are made again for the products of the backward pass: a third of all that is kept for it
     torch._functorch.config.ban_recompute_materialized_backward = False
-    # what several projections' gradients add up to is summed where it is read, not written first
+    # what a convolution's taps or a decay read is made where it is read, up to a dozen times, not written first
     torch._inductor.config.realize_reads_threshold, torch._inductor.config.realize_opcount_threshold = 12, 100
     torch._inductor.config.post_grad_custom_pre_pass = JoinProducts()
     torch.compiler.set_stance("default" if on else "force_eager")
