@@ -1,11 +1,14 @@
 """Products that share a factor become one, and nothing else changes: outputs and gradients of a layer, of all students."""
 
+import shutil
+
 import pytest
 import torch
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.utils import run_and_get_code
 
-from distill_pl.joined_products import join_products
+from distill_pl.joined_products import JoinProducts, join_products
 from distill_pl.student.factory import StudentFactory
 from distill_pl.teacher import _run
 
@@ -59,3 +62,19 @@ def test_a_teacher_s_layer(teacher, joined):
         found = torch.compile(_run.__wrapped__, backend=backend, dynamic=False)(teacher.model.model.layers[0], hidden, position)
     torch.testing.assert_close(found, expected)
     assert counts == [(7, 4)]  # q, k and v; o; the gate and what it lets through; down
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler")
+def test_inductor_writes_parts_where_the_whole_has_them(teacher):
+    torch.compiler.reset()
+    mlp = teacher.model.model.layers[0].mlp.requires_grad_(True)
+    options = {"post_grad_custom_pre_pass": JoinProducts(), "fx_graph_cache": False}
+    compiled = torch.compile(mlp, dynamic=False, options=options)
+
+    def gradients(run) -> list[torch.Tensor]:
+        x = torch.randn(2, LENGTH, teacher.config.hidden_size, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+        return list(torch.autograd.grad(run(x).square().sum(), [x, *mlp.parameters()]))
+
+    found, code = run_and_get_code(gradients, compiled)
+    torch.testing.assert_close(found, gradients(mlp))
+    assert [text.count("extern_kernels.mm(") for text in code] == [2, 4] and "distill_pl" not in code[1], code
