@@ -1,5 +1,6 @@
 """Products that share a factor become one, and nothing else changes: outputs and gradients of a layer, of all students."""
 
+import copy
 import shutil
 
 import pytest
@@ -67,7 +68,7 @@ def test_a_teacher_s_layer(teacher, joined):
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler")
 def test_inductor_writes_parts_where_the_whole_has_them(teacher):
     torch.compiler.reset()
-    mlp = teacher.model.model.layers[0].mlp.requires_grad_(True)
+    mlp = copy.deepcopy(teacher.model.model.layers[0].mlp).requires_grad_(True)
     options = {"post_grad_custom_pre_pass": JoinProducts(), "fx_graph_cache": False}
     compiled = torch.compile(mlp, dynamic=False, options=options)
 
