@@ -25,6 +25,7 @@ from fla.ops.utils.cache import FLA_CACHE_MODE, FlaCacheMode
 from fla.ops.utils.constant import RCP_LN2
 from torch import Tensor
 from torch.library import custom_op
+from torch.nn.functional import pad
 from triton import Config, cdiv, next_power_of_2
 from triton.runtime.autotuner import Autotuner
 
@@ -207,7 +208,11 @@ def scalar_decay(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float
 
     By the kernels themselves: where programs share a head, fla's function has them write in fp32, adds up and casts.
     """
-    return _scalar_decay(q, k, v, g, scale, state)[:2]
+    value, missing = v.shape[-1], -v.shape[-1] % 8  # other rows than of 16 bytes are read 4 at a time
+    if missing:
+        v, state = pad(v, (0, missing)), None if state is None else pad(state, (0, missing))
+    y, state, _ = _scalar_decay(q, k, v, g, scale, state)
+    return (y[..., :value], state[..., :value].contiguous()) if missing else (y, state)
 
 
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float, state: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ ever positive and no kernel of its own is needed. m cancels from y but for eps, 
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from distill_pl.ops import Backend, promoted, scalar_decay, use_fla
 
@@ -41,7 +42,7 @@ def _divisor(n: Tensor, m: Tensor) -> Tensor:
 
 def _with_ones(v: Tensor) -> Tensor:
     """v' = [v, 1, 1]: two, as kernels want an even width."""
-    return torch.cat([v, v.new_ones(*v.shape[:-1], 2)], -1)
+    return pad(v, (0, 2), value=1)
 
 
 def _normalized(y: Tensor, m: Tensor) -> Tensor:

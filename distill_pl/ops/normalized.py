@@ -49,16 +49,13 @@ def matrix(q: Tensor, k: Tensor, scale: float, eps: float, power: int = 1, remem
 def mix(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float, power: int = 1, remember: bool = True,
         backend: Backend = "auto", state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """q, k [B, T, H, K], v [B, T, H, V], state [B, H, F, V + 1] fp32 -> y [B, T, H, V], state (None: not `remember`)."""
-    dtype, columns = v.dtype, v.shape[-1] + 1
+    dtype = v.dtype
     if use_fla(backend, q.device) and power == 1:
         from distill_pl.ops import kernels
 
         q, k, v = q.to(dtype), k.to(dtype), pad(v, (0, 1), value=1)
-        odd = columns % 2  # an even width is what the kernel is measured with
-        v, state = pad(v, (0, odd)), None if state is None else pad(state, (0, odd))
         sums, state = kernels.scalar_decay(q, k, v, None, scale, state)
-        state = state[..., :columns].contiguous() if remember else None
-        return _divided(sums[..., :columns].float(), eps).to(dtype), state
+        return _divided(sums.float(), eps).to(dtype), state if remember else None
     if use_fla(backend, q.device) and state is None and not remember and max(q.shape[-1], v.shape[-1]) <= 128:
         from distill_pl.ops import kernels
 

@@ -20,6 +20,8 @@ KERNELS = {name: (name, {}) for name in FAMILIES if name != "softmax"} | {
     "channel_decay, pieces of logits": ("channel_decay, logits", {"length": 200, "border": 150}),
     "scalar_decay, parts": ("scalar_decay", {"key": 80, "value": 72, "length": 70, "border": 64}),
     "normalized, parts": ("normalized", {"key": 128, "value": 80}),
+    "normalized, pieces": ("normalized", {"border": 24}),
+    "mlstm, pieces": ("mlstm", {"border": 24}),
     "channel_decay, columns": ("channel_decay", {"columns": True, "batch": 2, "length": 100}),
 }
 ROWS = {  # sizes, width, and whether there are biases, a norm, a residual, an MLP's gate
