@@ -45,18 +45,19 @@ class Mamba2(ConvolvedMixer):
         """The step size, [B, T, H] in fp32."""
         return softplus(self.dt_proj(hidden).float())
 
-    def log_decay(self, hidden: Tensor) -> Tensor:
-        """g <= 0, [B, T, H] in fp32."""
-        return -self.A_log.float().exp() * self.dt(hidden)
+    def log_decay(self, dt: Tensor) -> Tensor:
+        """g <= 0, [B, T, H] in fp32, of step sizes."""
+        return -self.A_log.float().exp() * dt
 
     def inputs(self, hidden, position, mask, state):
         """C, B dt, x as q, k, v; g; a padded key is zero."""
         q, k, v = map(self.repeat_kv, self.convolved(hidden, mask, state))
         q, k = self.rotated(position, q, k)
-        k = k * self.dt(hidden)[..., None]
+        dt = self.dt(hidden)
+        k = k * dt[..., None]
         if mask is not None:
             k = k * mask[:, :, None, None]
-        g = self.log_decay(hidden)
+        g = self.log_decay(dt)
         return {"q": q, "k": k, "v": v, "g": g, "scale": 1.0, "backend": self.backend, "bypass": (v, hidden)}
 
     def output(self, mixed, bypass):

@@ -236,5 +236,5 @@ def test_mamba2_is_transformers(teacher, kv_heads):
 def test_mamba2_starts_with_steps_as_long_as_it_forgets(teacher, retention):
     mixer = StudentFactory("mamba2", retention=retention).build(teacher, seed=0).requires_grad_(False).mixers[0]
     hidden = torch.zeros(1, 2, teacher.config.hidden_size)
-    assert mixer.log_decay(hidden).exp().unique().tolist() == pytest.approx([retention])
+    assert mixer.log_decay(mixer.dt(hidden)).exp().unique().tolist() == pytest.approx([retention])
     assert mixer.dt(hidden).unique().tolist() == pytest.approx([-math.log(retention)])
