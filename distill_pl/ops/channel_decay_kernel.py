@@ -269,14 +269,20 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Te
     return y, final
 
 
+def _to_fill(q: Tensor, k: Tensor, v: Tensor, g: Tensor,
+             state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Room for the gradients, the state's too."""
+    dq, dk, dv, dg = (x.new_empty(x.shape) for x in (q, k, v, g))
+    return dq, dk, dv, dg, k.new_empty(0) if state is None else state.new_empty(state.shape)
+
+
 @torch.library.custom_op("distill_pl::channel_decay_backward", mutates_args=(), tags=(torch.Tag.flexible_layout,))
 def _backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tensor | None, temperature: float | None,
               dy: Tensor, d_final: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (q, k, v, g), dy = _rows(q, k, v, g), dy.contiguous()
     d_final = None if d_final is None else d_final.contiguous()
     (batch, length, heads, key), value, cut = k.shape, v.shape[-1], _cut(k)
-    dq, dk, dv, dg = (x.new_empty(x.shape) for x in (q, k, v, g))
-    d_initial = None if state is None else state.new_empty(state.shape)
+    gradients = dq, dk, dv, dg, d_initial = _to_fill(q, k, v, g, state)
     inner = k.new_empty(k.shape, dtype=torch.float32)
     states = v.new_empty(batch, heads, triton.cdiv(length, BLOCK), key, value)
     with torch.cuda.device_of(q):
@@ -288,9 +294,10 @@ def _backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: T
         sizes = *_steps(q, k, v, g), length, heads, *cut, temperature, key, value, CHUNK, BLOCK
         programs, options = batch * heads * cut[0], _options(k, v)
         _d_queries[programs,](q, k, v, g, dy, starts, dq, inner, states, scale, *sizes, **options)
-        results, options = (dk, dv, dg, d_initial), options | {"maxnreg": None}  # it would not fit without spilling
+        results = dk, dv, dg, None if state is None else d_initial
+        options |= {"maxnreg": None}  # it would not fit without spilling
         _d_others[programs,](q, k, v, g, dy, ends, inner, states, *results, scale, *sizes, **options)
-    return dq, dk, dv, dg, k.new_empty(0) if d_initial is None else d_initial
+    return gradients
 
 
 @_forward.register_fake
@@ -301,8 +308,7 @@ def _(q, k, v, g, scale, state, temperature):
 
 @_backward.register_fake
 def _(q, k, v, g, scale, state, temperature, dy, d_final):
-    gradients = (x.new_empty(x.shape) for x in (q, k, v, g))
-    return *gradients, k.new_empty(0) if state is None else state.new_empty(state.shape)
+    return _to_fill(q, k, v, g, state)
 
 
 def _save(ctx, inputs, output) -> None:

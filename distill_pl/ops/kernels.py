@@ -116,33 +116,36 @@ def _(q, k, v, g, scale, state):
     return _new(v), _new(v, v.shape[0], *k.shape[2:], v.shape[3]), q.new_empty(0) if g is None else _new(g)
 
 
-@custom_op("distill_pl::scalar_decay_backward", mutates_args=())
-def _scalar_decay_backward(q: Tensor, k: Tensor, v: Tensor, sums: Tensor, scale: float, state: Tensor | None, dy: Tensor,
-                           d_final: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v and g, in the parts that a head's programs make, for whoever reads them to add up; the state's."""
-    q, k, v, dy = (x.contiguous() for x in (q, k, v, dy))
-    state, d_final = (x if x is None else x.contiguous() for x in (state, d_final))
-    (batch, length, heads, key), value = k.shape, v.shape[-1]
-    chunk, of_key, of_value, key_parts, value_parts = _blocks(k, v)
-    programs = key_parts * value_parts
-    dq, dk, dv = (x.new_empty(parts, *x.shape) for x, parts in ((q, value_parts), (k, value_parts), (v, key_parts)))
-    d_state, g = None if state is None else _new(state), sums if sums.numel() else None
-    dg = None if g is None else g.new_empty(programs, *g.shape)
-    with torch.cuda.device_of(q):
-        fused_chunk_bwd_kernel[programs * batch * heads,](
-            q, k, v, g, None, dy, dq, dk, dv, dg, state, d_final, d_state, None, scale, length,
-            B=batch, H=heads, K=key, V=value, BT=chunk, BK=of_key, BV=of_value,
-        )  # fmt: skip
-    dg, d_state = (q.new_empty(0) if x is None else x for x in (dg, d_state))
-    return dq, dk, dv, dg, d_state
-
-
-@_scalar_decay_backward.register_fake
-def _(q, k, v, sums, scale, state, dy, d_final):
+def _to_fill(q: Tensor, k: Tensor, v: Tensor, sums: Tensor,
+             state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Room for the gradients of q, k, v and g, in the parts that a head's programs make, and of the state."""
     *_, key_parts, value_parts = _blocks(k, v)
     dq, dk, dv = (x.new_empty(parts, *x.shape) for x, parts in ((q, value_parts), (k, value_parts), (v, key_parts)))
     dg = sums.new_empty(key_parts * value_parts, *sums.shape) if sums.numel() else q.new_empty(0)
     return dq, dk, dv, dg, q.new_empty(0) if state is None else _new(state)
+
+
+@custom_op("distill_pl::scalar_decay_backward", mutates_args=())
+def _scalar_decay_backward(q: Tensor, k: Tensor, v: Tensor, sums: Tensor, scale: float, state: Tensor | None, dy: Tensor,
+                           d_final: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients; whoever reads them adds up their parts."""
+    q, k, v, dy = (x.contiguous() for x in (q, k, v, dy))
+    state, d_final = (x if x is None else x.contiguous() for x in (state, d_final))
+    (batch, length, heads, key), value = k.shape, v.shape[-1]
+    chunk, of_key, of_value, key_parts, value_parts = _blocks(k, v)
+    gradients = dq, dk, dv, dg, d_state = _to_fill(q, k, v, sums, state)
+    gate, d_gate = (sums, dg) if sums.numel() else (None, None)
+    with torch.cuda.device_of(q):
+        fused_chunk_bwd_kernel[key_parts * value_parts * batch * heads,](
+            q, k, v, gate, None, dy, dq, dk, dv, d_gate, state, d_final, None if state is None else d_state, None, scale,
+            length, B=batch, H=heads, K=key, V=value, BT=chunk, BK=of_key, BV=of_value,
+        )  # fmt: skip
+    return gradients
+
+
+@_scalar_decay_backward.register_fake
+def _(q, k, v, sums, scale, state, dy, d_final):
+    return _to_fill(q, k, v, sums, state)
 
 
 @custom_op("distill_pl::delta_rule", mutates_args=())

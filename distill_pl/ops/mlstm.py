@@ -41,7 +41,7 @@ def _divisor(n: Tensor, m: Tensor) -> Tensor:
 
 
 def _with_ones(v: Tensor) -> Tensor:
-    """v' = [v, 1, 1]: two, as kernels want an even width."""
+    """v' = [v, 1, 1]: two, so that the width stays even."""
     return pad(v, (0, 2), value=1)
 
 
