@@ -9,6 +9,7 @@ leave their product in fp32, as the weights have them, rather than in bf16 to be
 """
 
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.fx.node import map_arg
 
 aten, cast = torch.ops.aten, torch.ops.prims.convert_element_type.default
 RESHAPES = (aten.reshape.default, aten.view.default)
-WIDTH = 8  # parts are padded to a multiple of this: the fast kernels need rows of 16 bytes
+WIDTH = 64  # parts are padded to a multiple of this: rows of 128 bytes, as inductor would pad them, but without gaps between
 
 
 @torch.library.custom_op("distill_pl::side_by_side", mutates_args=())
@@ -72,11 +73,23 @@ def _join_forward(graph: Graph) -> None:
         if len(members) > 1:
             with graph.inserting_before(members[0]):
                 weights = [_wide(graph, _transposed(_factors(product)[1]), 0) for product in members]
-                weight = _call(graph, aten.permute.default, _call(graph, aten.cat.default, weights), [1, 0])
-                parts = _cut(graph, members, _call(graph, aten.mm.default, x, weight), 1)
-                for product, part in zip(members, parts, strict=True):
-                    biased = product.target is aten.addmm.default
-                    product.replace_all_uses_with(_call(graph, aten.add.Tensor, part, product.args[0]) if biased else part)
+                factors = x, _call(graph, aten.permute.default, _call(graph, aten.cat.default, weights), [1, 0])
+                bias = _bias(graph, members)
+                product = _call(graph, aten.addmm.default, bias, *factors) if bias else _call(graph, aten.mm.default, *factors)
+                for member, part in zip(members, _cut(graph, members, product, 1), strict=True):
+                    member.replace_all_uses_with(part)
+
+
+def _bias(graph: Graph, members: list[Node]) -> Node | None:
+    """What is added to the joined product: zeros but for the parts that have a bias; None if none has."""
+    *starts, end = _edges(members, 1)
+    bias = None
+    for product, start in zip(members, starts, strict=True):
+        if product.target is aten.addmm.default:
+            around = [start, end - start - product.meta["val"].shape[1]]
+            wide = _call(graph, aten.constant_pad_nd.default, product.args[0], around)
+            bias = _call(graph, aten.add.Tensor, bias, wide) if bias else wide
+    return bias
 
 
 def _join_sums(graph: Graph, beside: dict[tuple[Node, ...], Node]) -> None:
@@ -138,14 +151,18 @@ def _join(graph: Graph, parts: Any, beside: dict[tuple[Node, ...], Node]) -> Nod
     return beside[key]
 
 
+def _edges(members: list[Node], dim: int) -> list[int]:
+    """Where in a joined product each of `members` starts, and where the last ends, padded."""
+    sizes = (node.meta["val"].shape[dim] for node in members)
+    return list(accumulate((size + -size % WIDTH for size in sizes), initial=0))
+
+
 def _cut(graph: Graph, members: list[Node], product: Node, dim: int) -> list[Node]:
     """The part of `product` that each of `members` is."""
-    parts, start = [], 0
-    for node in members:
-        size = node.meta["val"].shape[dim]
-        parts.append(_call(graph, aten.slice.Tensor, product, dim, start, start + size))
-        start += size + -size % WIDTH
-    return parts
+    return [
+        _call(graph, aten.slice.Tensor, product, dim, start, start + node.meta["val"].shape[dim])
+        for node, start in zip(members, _edges(members, dim)[:-1], strict=True)
+    ]
 
 
 def _factors(product: Any) -> tuple[Any, Any]:

@@ -3,13 +3,13 @@
 Shape letters: B batch, T time, H heads, D hidden, N = B T, V here the vocabulary.
 """
 
+from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
-
-from distill_pl.compiling import compiled_on_gpu
 
 TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}  # logits exist for this many tokens only; more fill a GPU, fewer a cache
 
@@ -70,18 +70,19 @@ class _NextTokenLoss(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_head = torch.zeros_like(head) if need_head else None
         total = torch.zeros(2, device=hidden.device)
+        terms_of = _terms_by(hidden.device)
         pieces = -(-len(labels) // TOKENS_AT_ONCE["cuda" if hidden.is_cuda else "cpu"])
         size = -(-len(labels) // pieces)  # all alike, but for the last
         for rows in (slice(at, at + size) for at in range(0, len(labels), size)):
             x, expected = hidden[rows].to(dtype), None
             if teacher_hidden is not None:
                 expected = teacher_hidden[rows].to(teacher_head.dtype) @ teacher_head.mT
-            terms, d_logits = _terms(x @ weight.mT, expected, labels[rows], alpha, temperature, need_hidden or need_head)
+            terms, d_logits = terms_of(x @ weight.mT, expected, labels[rows], alpha, temperature, need_hidden or need_head)
             total += terms
             if need_hidden:
                 d_hidden[rows] = d_logits @ weight
             if need_head:
-                d_head += d_logits.mT @ x
+                _add_product(d_head, d_logits.mT, x)
         ctx.count = count
         ctx.save_for_backward(d_hidden, d_head)
         parts = total / count
@@ -95,7 +96,23 @@ class _NextTokenLoss(torch.autograd.Function):
         return *(d if d is None else d * grad for d in (d_hidden, d_head)), *[None] * 7
 
 
-@compiled_on_gpu
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b; on a GPU not rounded before it is added."""
+    if total.is_cuda and total.dtype != a.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
+
+
+def _terms_by(device: torch.device) -> Callable:
+    """`_terms`, or what does the same where there is Triton."""
+    if device.type == "cuda" and find_spec("triton"):
+        from distill_pl.losses_kernel import terms
+
+        return terms
+    return _terms
+
+
 def _terms(logits: Tensor, expected: Tensor | None, labels: Tensor, alpha: float, temperature: float,
            differentiate: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Sums over tokens of CE and KL, [2] in fp32, and, if asked for, the gradient of CE + alpha KL with respect to the logits.

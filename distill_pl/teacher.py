@@ -54,6 +54,12 @@ def _run(layer, hidden: Tensor, position: tuple[Tensor, Tensor]) -> tuple[Tensor
     return output, query, key, scale
 
 
+@compiled_on_gpu
+def _normalized(norm, hidden: Tensor) -> Tensor:
+    """[B, T, D] -> [B, T, D]."""
+    return norm(hidden)
+
+
 AttentionInterface.register(TAP, _tap)
 AttentionMaskInterface.register(TAP, sdpa_mask)
 
@@ -131,7 +137,7 @@ class Teacher:
         """[B, T] -> [B, T, D] after the final norm: what the head reads."""
         for layer in self.layers(input_ids):
             hidden = layer.output
-        return self.model.model.norm(hidden)
+        return _normalized(self.model.model.norm, hidden)
 
 
 def load_model(path: str, **options) -> Any:

@@ -39,11 +39,11 @@ class KDStage(Stage):
         return list(self.student.parameters())
 
     def on_fit_start(self) -> None:
-        """On a GPU, compile the student's layers: one compilation serves all that are alike."""
+        """On a GPU, compile the student's layers, of which one compilation serves all that are alike, and its last norm."""
         super().on_fit_start()
         if self.device.type == "cuda":
-            for layer in self.student.model.layers:
-                layer.compile(dynamic=False)
+            for module in (*self.student.model.layers, self.student.model.norm):
+                module.compile(dynamic=False)
 
     @property
     def part_names(self) -> list[str]:

@@ -183,10 +183,11 @@ class Stage(L.LightningModule):
         finite = torch.isfinite(self.grad_norm + self.values.sum())
         self.unchecked = Finite(finite, self.global_step + 1, self.batch, self.values)
         if optimizer.defaults["fused"] and not isinstance(norm, DTensor):
-            vars(optimizer)["found_inf"] = (~finite).float()  # it steps or not, and the CPU goes on without waiting for the GPU
+            excess = (norm.float() / self.clip).clamp(min=1)  # by which it divides the gradient; it steps only if all was finite,
+            vars(optimizer).update(grad_scale=excess, found_inf=(~finite).float())  # and the CPU need not wait for the GPU
         else:
             self.check_finite()
-        clip_grads_with_norm_(parameters, self.clip, norm)
+            clip_grads_with_norm_(parameters, self.clip, norm)
 
     def check_finite(self) -> None:
         """Raise Diverged if loss or gradient of the last step, which is checked once, were not finite."""
