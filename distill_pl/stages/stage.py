@@ -183,8 +183,8 @@ class Stage(L.LightningModule):
         finite = torch.isfinite(self.grad_norm + self.values.sum())
         self.unchecked = Finite(finite, self.global_step + 1, self.batch, self.values)
         if optimizer.defaults["fused"] and not isinstance(norm, DTensor):
-            excess = (norm.float() / self.clip).clamp(min=1)  # by which it divides the gradient; it steps only if all was finite,
-            vars(optimizer).update(grad_scale=excess, found_inf=(~finite).float())  # and the CPU need not wait for the GPU
+            # it divides gradients by the one, takes no step if the other, and the CPU goes on without waiting for the GPU
+            vars(optimizer).update(grad_scale=(norm.float() / self.clip).clamp(min=1), found_inf=(~finite).float())
         else:
             self.check_finite()
             clip_grads_with_norm_(parameters, self.clip, norm)
