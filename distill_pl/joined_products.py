@@ -6,8 +6,13 @@
 
 Fewer products fill a GPU better, and what several would write to be read and added up is written once. Gradients of weights
 leave their product in fp32, as the weights have them, rather than in bf16 to be cast.
+
+What makes the dy_i writes them where they are to lie. So can an operator of our own, tagged flexible_layout, whose last
+arguments are `width` and `starts`, 0 and [] in the graph given: its result i, [B, T, H, X], becomes the columns from starts[i]
+on, if that is not -1, of its last result, [B, T, width].
 """
 
+import operator
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import Any
@@ -15,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
@@ -34,6 +40,20 @@ def _(parts):
     return torch.cat(parts, 1)
 
 
+@torch.library.custom_op("distill_pl::fill_in", mutates_args=())
+def fill_in(whole: Tensor, parts: list[Tensor], starts: list[int]) -> Tensor:
+    """`whole` [N, width] with parts [N, X_i] in the columns from `starts` on. Inductor writes them into it."""
+    whole = whole.clone()
+    for part, start in zip(parts, starts, strict=True):
+        whole[:, start : start + part.shape[1]] = part
+    return whole
+
+
+@fill_in.register_fake
+def _(whole, parts, starts):
+    return torch.empty_like(whole)
+
+
 class JoinProducts(CustomGraphPass):
     """Inductor's pass over a forward or a backward graph, before it looks for patterns of its own."""
 
@@ -47,6 +67,13 @@ class JoinProducts(CustomGraphPass):
             @register_lowering(side_by_side._opoverload, type_promotion_kind=None)
             def _(parts):
                 return TensorBox(ConcatKernel.create(parts, 1))
+
+            @register_lowering(fill_in._opoverload, type_promotion_kind=None)
+            def _(whole, parts, starts):
+                for part, start in zip(parts, starts, strict=True):
+                    columns = lowerings[aten.slice.Tensor](whole, 1, start, start + part.get_size()[1])
+                    lowerings[aten.copy_.default](columns, part)
+                return whole
 
         join_products(graph)
 
@@ -147,8 +174,49 @@ def _join(graph: Graph, parts: Any, beside: dict[tuple[Node, ...], Node]) -> Nod
     """[N, X_i] side by side, or the only one as it is."""
     if (key := tuple(parts)) not in beside:
         wide = [_wide(graph, x, 1) for x in parts]
-        beside[key] = _call(graph, side_by_side._opoverload, wide) if len(wide) > 1 else wide[0]
+        together = _filled_in(graph, wide) if len(wide) > 1 else wide[0]
+        beside[key] = together or _call(graph, side_by_side._opoverload, wide)
     return beside[key]
+
+
+def _filled_in(graph: Graph, parts: list[Node]) -> Node | None:
+    """`parts` side by side, by the operator that makes some of them; None if none can."""
+    *starts, width = accumulate((x.meta["val"].shape[1] for x in parts), initial=0)
+    made = [(result, start) for x, start in zip(parts, starts, strict=True) if (result := _result(x))]
+    if not made:
+        return None
+    maker: Any = made[0][0].args[0]
+    made = [(result, start) for result, start in made if result.args[0] is maker]
+    columns = {result.args[1]: start for result, start in made}
+    maker.args = *maker.args[:-2], width, [columns.get(i, -1) for i in range(max(columns) + 1)]
+    maker.meta["val"] = maker.target(*map_arg(maker.args, lambda x: x.meta["val"]))
+    with graph.inserting_after(maker):
+        whole = _call(graph, operator.getitem, maker, len(maker.meta["val"]) - 1)
+    with graph.inserting_after(whole):
+        whole = _call(graph, aten.reshape.default, whole, [-1, width])
+    for result, start in made:
+        shape = list(result.meta["val"].shape)
+        with graph.inserting_after(whole):
+            part = _call(graph, aten.slice.Tensor, whole, 1, start, start + shape[2] * shape[3])
+        with graph.inserting_after(part):
+            result.replace_all_uses_with(_call(graph, aten.reshape.default, part, shape))
+        graph.erase_node(result)
+    rest = [(x, start) for x, start in zip(parts, starts, strict=True) if start not in columns.values()]
+    return _call(graph, fill_in._opoverload, whole, *map(list, zip(*rest, strict=True))) if rest else whole
+
+
+def _result(part: Any) -> Any:
+    """Which result of an operator that can write it elsewhere this is, [B, T, H, X] as [B T, H X]; None if it is none."""
+    rows, width = part.meta["val"].shape
+    while part.target in RESHAPES:
+        part = part.args[0]
+    if part.target is operator.getitem and isinstance(part.args[0].target, OpOverload):
+        batch, length, heads, size = part.meta["val"].shape
+        maker = part.args[0]
+        able = torch.Tag.flexible_layout in maker.target.tags and maker.target._schema.arguments[-1].name == "starts"
+        if able and not maker.args[-1] and (batch * length, heads * size) == (rows, width):
+            return part
+    return None
 
 
 def _edges(members: list[Node], dim: int) -> list[int]:

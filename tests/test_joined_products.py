@@ -2,9 +2,12 @@
 
 import copy
 import shutil
+from collections.abc import Sequence
+from itertools import zip_longest
 
 import pytest
 import torch
+from torch import nn
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import run_and_get_code
@@ -14,6 +17,9 @@ from distill_pl.student.factory import StudentFactory
 from distill_pl.teacher import _run
 
 LENGTH = 32
+OPTIONS = {"post_grad_custom_pre_pass": JoinProducts(), "fx_graph_cache": False}
+FREE = (torch.Tag.flexible_layout,)
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler")
 aten = torch.ops.aten
 
 
@@ -51,9 +57,8 @@ def test_a_student_s_layer(teacher, name, joined, autocast):
         gradients.append(torch.cat([g.flatten().float() for g in found if g is not None]))
     for value, expected in (outputs, gradients):
         assert (value - expected).norm() / expected.norm() < (2e-2 if autocast else 1e-5)
-    products = 4  # of what reads the first norm, o, of what reads the second, down; their inputs' and weights' gradients
-    more = 2 * (name == "gla")  # the second product of its gate of low rank
-    assert [left for _, left in counts] == [products, 2 * products + more]
+    products = 4 + (name == "gla")  # of what reads the first norm, o, of what reads the second, down; GLA's gate has two
+    assert [left for _, left in counts] == [products, 2 * products]  # their inputs' and their weights' gradients
     assert all(found > left for found, left in counts)
 
 
@@ -68,12 +73,11 @@ def test_a_teacher_s_layer(teacher, joined):
     assert counts == [(7, 4)]  # q, k and v; o; the gate and what it lets through; down
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler")
+@needs_compiler
 def test_inductor_writes_parts_where_the_whole_has_them(teacher):
     torch.compiler.reset()
     mlp = copy.deepcopy(teacher.model.model.layers[0].mlp).requires_grad_(True)
-    options = {"post_grad_custom_pre_pass": JoinProducts(), "fx_graph_cache": False}
-    compiled = torch.compile(mlp, dynamic=False, options=options)
+    compiled = torch.compile(mlp, dynamic=False, options=OPTIONS)
 
     def gradients(run) -> list[torch.Tensor]:
         x = torch.randn(2, LENGTH, teacher.config.hidden_size, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
@@ -82,3 +86,51 @@ def test_inductor_writes_parts_where_the_whole_has_them(teacher):
     found, code = run_and_get_code(gradients, compiled)
     torch.testing.assert_close(found, gradients(mlp))
     assert [text.count("extern_kernels.mm(") for text in code] == [2, 4] and "distill_pl" not in code[1], code
+
+
+@torch.library.custom_op("tests::mixed", mutates_args=(), tags=FREE)
+def mixed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return q + 2 * k + 3 * v
+
+
+@torch.library.custom_op("tests::mixed_backward", mutates_args=(), tags=FREE)
+def mixed_backward(dy: torch.Tensor, width: int, starts: Sequence[int]) -> list[torch.Tensor]:
+    *apart, whole = results = empty(dy, width, starts)
+    for i, (result, start) in enumerate(zip_longest(apart, starts, fillvalue=-1)):
+        columns = result if start < 0 else whole[..., start : start + dy[0, 0].numel()].unflatten(-1, dy.shape[2:])
+        columns.copy_((i + 1) * dy)
+    return results
+
+
+def empty(dy: torch.Tensor, width: int, starts: Sequence[int]) -> list[torch.Tensor]:
+    sizes = (dy.shape if start < 0 else 0 for _, start in zip_longest("qkv", starts, fillvalue=-1))
+    return [*map(dy.new_empty, sizes), dy.new_empty(*dy.shape[:2], width)]
+
+
+mixed.register_fake(lambda q, k, v: torch.empty_like(q))
+mixed_backward.register_fake(empty)
+mixed.register_autograd(lambda ctx, dy: tuple(mixed_backward(dy.contiguous(), 0, [])[:3]))
+
+
+@needs_compiler
+@pytest.mark.parametrize("read", ["in products alone", "elsewhere too"])
+def test_an_operator_writes_its_results_where_the_whole_has_them(read):
+    torch.compiler.reset()
+    q, k, v, gate = (nn.Linear(64, 64, bias=False) for _ in range(4))
+
+    def layer(x):
+        heads = [proj(x).unflatten(-1, (2, 32)) for proj in (q, k, v)]
+        if read == "elsewhere too":  # its gradient is read by more than a product
+            heads[1] = heads[1] + shift
+        return mixed(*heads).flatten(2) * gate(x).sigmoid()
+
+    shift = torch.randn(2, 32, requires_grad=True)
+    x = torch.randn(2, LENGTH, 64, requires_grad=True)
+    leaves = [x, shift, *(proj.weight for proj in (q, k, v, gate))]
+
+    def gradients(run) -> list[torch.Tensor]:
+        return list(torch.autograd.grad(run(x).square().sum(), leaves, allow_unused=True))
+
+    found, code = run_and_get_code(gradients, torch.compile(layer, dynamic=False, options=OPTIONS))
+    torch.testing.assert_close(found, gradients(layer), rtol=1e-4, atol=1e-4)
+    assert ", 256, [192, 128, 64])" in code[1] and "fill_in" not in code[1]

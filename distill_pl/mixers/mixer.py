@@ -130,7 +130,8 @@ class SequenceMixer(nn.Module):
 
     def repeat_kv(self, x: Tensor) -> Tensor:
         """[B, T, kv_heads, X] -> [B, T, H, X]: each kv head serves consecutive query heads, as in the teacher."""
-        return x.repeat_interleave(self.heads // x.shape[2], dim=2)
+        repeats = self.heads // x.shape[2]
+        return x if repeats == 1 else x.repeat_interleave(repeats, dim=2)
 
     def matrix(self, hidden: Tensor, position: Position) -> Tensor:
         """The mixing matrix A [B, H, T, T] of Eq. 7."""

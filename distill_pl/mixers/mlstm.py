@@ -52,4 +52,5 @@ class MLSTM(SequenceMixer):
 
     def output(self, mixed, hidden):
         """Head norm, sigmoid gate, o_proj."""
-        return self.o_proj(self.norm(mixed).flatten(2) * sigmoid(self.gate_proj(hidden)))
+        gate = sigmoid(self.gate_proj(hidden)).unflatten(-1, (self.heads, -1))
+        return self.o_proj((self.norm(mixed) * gate).flatten(2))

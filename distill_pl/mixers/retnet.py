@@ -35,4 +35,5 @@ class RetNet(SequenceMixer):
 
     def output(self, mixed, hidden):
         """Head norm, swish gate, o_proj."""
-        return self.o_proj(self.norm(mixed).flatten(2) * silu(self.gate_proj(hidden)))
+        gate = silu(self.gate_proj(hidden)).unflatten(-1, (self.heads, -1))
+        return self.o_proj((self.norm(mixed) * gate).flatten(2))

@@ -16,6 +16,8 @@ fill a GPU there are several segments, and two scans bring S and dS to their bor
 is tuned when it first runs.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -44,8 +46,8 @@ def _load(x, step, sequence, first, T, H, X: tl.constexpr, C: tl.constexpr, N: t
 
 
 @triton.jit
-def _store(x, value, sequence, first, T, H, X: tl.constexpr, C: tl.constexpr):
-    corner, inside, exists = _where(H * X, sequence, first, T, H, X, C, X)
+def _store(x, step, value, sequence, first, T, H, X: tl.constexpr, C: tl.constexpr):
+    corner, inside, exists = _where(step, sequence, first, T, H, X, C, X)
     tl.store(x + corner + inside, value.to(x.dtype.element_ty), exists)
 
 
@@ -141,15 +143,16 @@ def _outputs(q, k, v, g, starts, y, final, scale, q_step, k_step, v_step, g_step
         state *= half[:, None]
         a = tl.where(tl.trans(_below(C)), 0.0, tl.dot(up, tl.trans(down)))
         out = tl.dot(a.to(dtype), v_chunk, tl.dot(up, state.to(dtype)))
-        _store(y, out * scale, sequence, first, T, H, V, C)
+        _store(y, H * V, out * scale, sequence, first, T, H, V, C)
         state = tl.dot(tl.trans(down), v_chunk, state) * half[:, None]
     if segment == segments - 1:
         tl.store(final + sequence.to(tl.int64) * (K * V) + _grid(K, V), state)
 
 
 @triton.jit
-def _d_queries(q, k, v, g, dy, starts, dq, inner, states, scale, q_step, k_step, v_step, g_step, T, H, segments, length,
-               temperature: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, B: tl.constexpr):  # fmt: skip
+def _d_queries(q, k, v, g, dy, starts, dq, inner, states, scale, q_step, k_step, v_step, g_step, dq_step, T, H, segments,
+               length, temperature: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+               B: tl.constexpr):  # fmt: skip
     """dq of a segment, q dq without the part of A's diagonal, and S after every block of B tokens."""
     sequence, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
     blocks = tl.cdiv(T, B)
@@ -164,9 +167,9 @@ def _d_queries(q, k, v, g, dy, starts, dq, inner, states, scale, q_step, k_step,
         da = tl.where(_below(C), tl.dot(dy_chunk, tl.trans(v_chunk)), 0.0)
         grad = tl.trans(tl.dot(state.to(dtype), tl.trans(dy_chunk)))  # so the state is read from where it lies
         grad = tl.dot(da.to(dtype), down, grad) * (tl.exp(b) * scale)
-        _store(inner, q_chunk * grad, sequence, first, T, H, K, C)
+        _store(inner, H * K, q_chunk * grad, sequence, first, T, H, K, C)
         now = tl.sum(dy_chunk.to(tl.float32) * v_chunk, 1)[:, None] * scale
-        _store(dq, grad + now * k_chunk, sequence, first, T, H, K, C)
+        _store(dq, dq_step, grad + now * k_chunk, sequence, first, T, H, K, C)
         state = tl.dot(tl.trans(down), v_chunk, state) * half[:, None]
         if (first + C) % B == 0 or first + C >= T:
             block = sequence.to(tl.int64) * blocks + first // B
@@ -174,9 +177,9 @@ def _d_queries(q, k, v, g, dy, starts, dq, inner, states, scale, q_step, k_step,
 
 
 @triton.jit
-def _d_others(q, k, v, g, dy, ends, inner, states, dk, dv, dg, d_initial, scale, q_step, k_step, v_step, g_step, T, H, segments,
-              length, temperature: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-              B: tl.constexpr):  # fmt: skip
+def _d_others(q, k, v, g, dy, ends, inner, states, dk, dv, dg, d_initial, scale, q_step, k_step, v_step, g_step, dk_step,
+              dv_step, dg_step, T, H, segments, length, temperature: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+              C: tl.constexpr, B: tl.constexpr):  # fmt: skip
     """dk, dv and dg (of logits, theirs) of a segment; the gradient of S before the first."""
     sequence, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
     blocks = tl.cdiv(T, B)
@@ -198,7 +201,7 @@ def _d_others(q, k, v, g, dy, ends, inner, states, dk, dv, dg, d_initial, scale,
         d_state *= half[:, None]
         a = tl.where(_below(C), 0.0, tl.dot(down, tl.trans(up)))  # A^T
         grad = tl.dot(a.to(dtype), dy_chunk, tl.dot(down, d_state.to(dtype)))
-        _store(dv, grad, sequence, first, T, H, V, C)
+        _store(dv, dv_step, grad, sequence, first, T, H, V, C)
         da = tl.where(tl.trans(_below(C)), tl.dot(v_chunk, tl.trans(dy_chunk)), 0.0)  # dA^T
         grad = tl.trans(tl.dot(d_state.to(dtype), tl.trans(v_chunk)))
         grad = tl.dot(da.to(dtype), up, grad) * fall
@@ -206,10 +209,10 @@ def _d_others(q, k, v, g, dy, ends, inner, states, dk, dv, dg, d_initial, scale,
         grad_g = tl.dot(1.0 - _below(C).to(tl.float32), change, later)
         if temperature is not None:
             grad_g *= tl.sigmoid(-_load(g, g_step, sequence, first, T, H, K, C, K).to(tl.float32)) * (1 / temperature)
-        _store(dg, grad_g, sequence, first, T, H, K, C)
+        _store(dg, dg_step, grad_g, sequence, first, T, H, K, C)
         later = tl.dot(tl.full([C, C], 1.0, tl.float32), change, later)
         now = tl.sum(dy_chunk.to(tl.float32) * v_chunk, 1)[:, None] * scale
-        _store(dk, grad + now * q_chunk, sequence, first, T, H, K, C)
+        _store(dk, dk_step, grad + now * q_chunk, sequence, first, T, H, K, C)
         d_state = tl.dot(tl.trans(up), dy_chunk, d_state) * half[:, None]
     if d_initial is not None and segment == 0:
         tl.store(d_initial + sequence.to(tl.int64) * (K * V) + _grid(K, V), d_state)
@@ -269,35 +272,43 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Te
     return y, final
 
 
-def _to_fill(q: Tensor, k: Tensor, v: Tensor, g: Tensor,
-             state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Room for the gradients, the state's too."""
-    dq, dk, dv, dg = (x.new_empty(x.shape) for x in (q, k, v, g))
-    return dq, dk, dv, dg, k.new_empty(0) if state is None else state.new_empty(state.shape)
+def _to_fill(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None, width: int,
+             starts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Room for the gradients of q, k, v and g, of the state, and for all of the first that have a start, [B, T, width]."""
+    starts = [*starts, -1, -1, -1, -1]
+    dq, dk, dv, dg = (x.new_empty(x.shape if start < 0 else 0) for x, start in zip((q, k, v, g), starts, strict=False))
+    return dq, dk, dv, dg, k.new_empty(0) if state is None else state.new_empty(state.shape), q.new_empty(*q.shape[:2], width)
 
 
 @torch.library.custom_op("distill_pl::channel_decay_backward", mutates_args=(), tags=(torch.Tag.flexible_layout,))
 def _backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tensor | None, temperature: float | None,
-              dy: Tensor, d_final: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+              dy: Tensor, d_final: Tensor | None, width: int,
+              starts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients; `width` and `starts` are what joined_products says."""
     (q, k, v, g), dy = _rows(q, k, v, g), dy.contiguous()
     d_final = None if d_final is None else d_final.contiguous()
     (batch, length, heads, key), value, cut = k.shape, v.shape[-1], _cut(k)
-    gradients = dq, dk, dv, dg, d_initial = _to_fill(q, k, v, g, state)
+    *gradients, d_initial, whole = results = _to_fill(q, k, v, g, state, width, starts)
+    for i, (at, x) in enumerate(zip(starts, (q, k, v, g), strict=False)):
+        if at >= 0:
+            gradients[i] = whole[..., at : at + x.shape[2] * x.shape[3]].unflatten(-1, x.shape[2:])
+    dq, dk, dv, dg = gradients
     inner = k.new_empty(k.shape, dtype=torch.float32)
     states = v.new_empty(batch, heads, triton.cdiv(length, BLOCK), key, value)
     with torch.cuda.device_of(q):
-        starts, ends = _starts(k, v, g, state, cut, temperature), d_final
+        before, ends = _starts(k, v, g, state, cut, temperature), d_final
         if cut[0] > 1:
             ends, keys = inner.new_empty(batch, heads, cut[0], key, value), min(key, SCAN_KEYS)
             sizes = *_steps(q, g), length, heads, *cut, temperature, key, value, BLOCK, keys
             _scan_back[batch * heads, key // keys](q, dy, g, d_final, ends, scale, *sizes, num_warps=4)
-        sizes = *_steps(q, k, v, g), length, heads, *cut, temperature, key, value, CHUNK, BLOCK
+        steps, sizes = _steps(q, k, v, g), (length, heads, *cut, temperature, key, value, CHUNK, BLOCK)
         programs, options = batch * heads * cut[0], _options(k, v)
-        _d_queries[programs,](q, k, v, g, dy, starts, dq, inner, states, scale, *sizes, **options)
-        results = dk, dv, dg, None if state is None else d_initial
+        _d_queries[programs,](q, k, v, g, dy, before, dq, inner, states, scale, *steps, *_steps(dq), *sizes, **options)
+        others = dk, dv, dg, None if state is None else d_initial
+        steps += _steps(dk, dv, dg)
         options |= {"maxnreg": None}  # it would not fit without spilling
-        _d_others[programs,](q, k, v, g, dy, ends, inner, states, *results, scale, *sizes, **options)
-    return gradients
+        _d_others[programs,](q, k, v, g, dy, ends, inner, states, *others, scale, *steps, *sizes, **options)
+    return results
 
 
 @_forward.register_fake
@@ -307,8 +318,8 @@ def _(q, k, v, g, scale, state, temperature):
 
 
 @_backward.register_fake
-def _(q, k, v, g, scale, state, temperature, dy, d_final):
-    return _to_fill(q, k, v, g, state)
+def _(q, k, v, g, scale, state, temperature, dy, d_final, width, starts):
+    return _to_fill(q, k, v, g, state, width, starts)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -320,7 +331,7 @@ def _save(ctx, inputs, output) -> None:
 def _differentiate(ctx, dy, d_final):
     q, k, v, g, state = ctx.saved_tensors
     dy = v.new_zeros(v.shape) if dy is None else dy
-    dq, dk, dv, dg, d_initial = _backward(q, k, v, g, ctx.scale, state, ctx.temperature, dy, d_final)
+    dq, dk, dv, dg, d_initial, _ = _backward(q, k, v, g, ctx.scale, state, ctx.temperature, dy, d_final, 0, [])
     return dq, dk, dv, dg, None, None if state is None else d_initial, None
 
 
