@@ -90,7 +90,7 @@ def _blocks(k: Tensor, v: Tensor) -> tuple[int, int, int, int, int]:
 
 
 def _whole(parts: Tensor) -> Tensor:
-    return parts[0] if len(parts) == 1 else parts.sum(0)
+    return parts[0] if len(parts) == 1 else parts.sum(0, dtype=parts.dtype)  # which autocast would else make fp32
 
 
 @custom_op("distill_pl::scalar_decay", mutates_args=())
