@@ -120,7 +120,9 @@ def _to_fill(q: Tensor, k: Tensor, v: Tensor, sums: Tensor,
              state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Room for the gradients of q, k, v and g, in the parts that a head's programs make, and of the state."""
     *_, key_parts, value_parts = _blocks(k, v)
-    dq, dk, dv = (x.new_empty(parts, *x.shape) for x, parts in ((q, value_parts), (k, value_parts), (v, key_parts)))
+    dtype = torch.float32 if sums.numel() and value_parts > 1 else q.dtype  # mLSTM's v and normaliser nearly cancel
+    dq, dk = (x.new_empty(value_parts, *x.shape, dtype=dtype) for x in (q, k))
+    dv = v.new_empty(key_parts, *v.shape)
     dg = sums.new_empty(key_parts * value_parts, *sums.shape) if sums.numel() else q.new_empty(0)
     return dq, dk, dv, dg, q.new_empty(0) if state is None else _new(state)
 
@@ -198,7 +200,7 @@ def _differentiate(backward):
 
 def _scalar_decay_gradients(q, k, v, g, sums, *rest) -> tuple[Tensor, ...]:
     *gradients, d_state = _scalar_decay_backward(q, k, v, sums, *rest)
-    return *map(_whole, gradients), d_state
+    return *(_whole(parts).to(x.dtype) for parts, x in zip(gradients, (q, k, v, sums), strict=True)), d_state
 
 
 _scalar_decay.register_autograd(_differentiate(_scalar_decay_gradients), setup_context=_save)
