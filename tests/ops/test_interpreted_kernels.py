@@ -31,6 +31,8 @@ ROWS = {  # sizes, width, and whether there are biases, a norm, a residual, an M
     "rows, biased": ((5, 1, 1, 1, 1), 100, True, True, False, False),
     "rows, gated and biased": ((9, 9), 33, True, False, False, True),
 }
+LOSSES = {"losses": (1.0, True), "losses, softened": (3.0, True), "losses, alone": (1.0, False)}  # temperature, with a teacher
+BESIDE = "channel_decay, gradients beside others"
 TOLERANCE = {"delta_rule": 2e-3, "channel_decay, strong pieces": 1e-4}  # fp16; g below -9 counts as -9
 
 
@@ -98,6 +100,31 @@ def row_errors(sizes: tuple[int, ...], width: int, biased: bool, normed: bool, a
     return {name: ((found - right).abs().max() / right.abs().max()).item() for name, found, right in pairs}
 
 
+def loss_errors(temperature: float, taught: bool) -> dict[str, float]:
+    """Of the losses' terms and their gradient, in rows of four blocks, the last not full."""
+    from distill_pl import losses_kernel
+    from distill_pl.losses import _terms
+
+    losses_kernel.BLOCK = 16
+    numbers = torch.Generator().manual_seed(0)
+    logits, expected = (3 * torch.randn(6, 50, generator=numbers) for _ in range(2))
+    arguments = expected if taught else None, torch.tensor([3, -1, 49, 0, 20, 31]), 0.7, temperature, True
+    names, pairs = ("terms", "gradient"), zip(losses_kernel.terms(logits.clone(), *arguments), _terms(logits, *arguments), strict=True)
+    return {name: ((found - right).norm() / right.norm()).item() for name, (found, right) in zip(names, pairs, strict=True)}
+
+
+def errors_beside() -> dict[str, float]:
+    """Of gradients that channel decay writes as columns of a tensor with room for others, against those by themselves."""
+    from distill_pl.ops.channel_decay_kernel import _backward
+
+    numbers = torch.Generator().manual_seed(0)
+    q, k, v, g, dy = (torch.randn(2, 100, 2, 16, generator=numbers) for _ in range(5))
+    given = q, k, v, -g.abs(), 1.0, None, None, dy, None
+    apart, (_, dk, _, _, _, whole) = _backward(*given, 0, []), _backward(*given, 120, [72, -1, 8, 40])
+    found = [whole[..., 72:104], dk.flatten(2), whole[..., 8:40], whole[..., 40:72]]
+    return {f"d{name}": (x - y.flatten(2)).abs().max().item() for name, x, y in zip("qkvg", found, apart[:4], strict=True)}
+
+
 @pytest.fixture(scope="module")
 def measured() -> dict[str, dict[str, float]]:
     missing = [name for name in ("triton", "fla", "einops") if importlib.util.find_spec(name) is None]
@@ -110,7 +137,7 @@ def measured() -> dict[str, dict[str, float]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("kernel", [*KERNELS, *ROWS])
+@pytest.mark.parametrize("kernel", [*KERNELS, *ROWS, *LOSSES, BESIDE])
 def test_kernel_is_what_torch_computes(measured, kernel):
     assert max(measured[kernel].values()) < TOLERANCE.get(kernel, 1e-5), measured[kernel]
 
@@ -118,4 +145,5 @@ def test_kernel_is_what_torch_computes(measured, kernel):
 if __name__ == "__main__":
     patch()
     found = {name: errors(family, **options) for name, (family, options) in KERNELS.items()}
-    print(json.dumps(found | {name: row_errors(*case) for name, case in ROWS.items()}))
+    found |= {name: row_errors(*case) for name, case in ROWS.items()} | {BESIDE: errors_beside()}
+    print(json.dumps(found | {name: loss_errors(*case) for name, case in LOSSES.items()}))
