@@ -109,8 +109,9 @@ def loss_errors(temperature: float, taught: bool) -> dict[str, float]:
     numbers = torch.Generator().manual_seed(0)
     logits, expected = (3 * torch.randn(6, 50, generator=numbers) for _ in range(2))
     arguments = expected if taught else None, torch.tensor([3, -1, 49, 0, 20, 31]), 0.7, temperature, True
-    names, pairs = ("terms", "gradient"), zip(losses_kernel.terms(logits.clone(), *arguments), _terms(logits, *arguments), strict=True)
-    return {name: ((found - right).norm() / right.norm()).item() for name, (found, right) in zip(names, pairs, strict=True)}
+    results = losses_kernel.terms(logits.clone(), *arguments), _terms(logits, *arguments)
+    errors = [((found - right).norm() / right.norm()).item() for found, right in zip(*results, strict=True)]
+    return dict(zip(("terms", "gradient"), errors, strict=True))
 
 
 def errors_beside() -> dict[str, float]:
