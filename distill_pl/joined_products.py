@@ -8,7 +8,7 @@ Fewer products fill a GPU better, and what several would write to be read and ad
 leave their product in fp32, as the weights have them, rather than in bf16 to be cast.
 
 What makes the dy_i writes them where they are to lie. So can an operator of our own, tagged flexible_layout, whose last
-arguments are `width` and `starts`, 0 and [] in the graph given: its result i, [B, T, H, X], becomes the columns from starts[i]
+arguments are `width` and `starts`, 0 and [] in the graph given: its result i, [B, T, ..], becomes the columns from starts[i]
 on, if that is not -1, of its last result, [B, T, width].
 """
 
@@ -195,26 +195,25 @@ def _filled_in(graph: Graph, parts: list[Node]) -> Node | None:
     with graph.inserting_after(whole):
         whole = _call(graph, aten.reshape.default, whole, [-1, width])
     for result, start in made:
-        shape = list(result.meta["val"].shape)
+        shape = result.meta["val"].shape
         with graph.inserting_after(whole):
-            part = _call(graph, aten.slice.Tensor, whole, 1, start, start + shape[2] * shape[3])
+            part = _call(graph, aten.slice.Tensor, whole, 1, start, start + shape[2:].numel())
         with graph.inserting_after(part):
-            result.replace_all_uses_with(_call(graph, aten.reshape.default, part, shape))
+            result.replace_all_uses_with(_call(graph, aten.reshape.default, part, list(shape)))
         graph.erase_node(result)
     rest = [(x, start) for x, start in zip(parts, starts, strict=True) if start not in columns.values()]
     return _call(graph, fill_in._opoverload, whole, *map(list, zip(*rest, strict=True))) if rest else whole
 
 
 def _result(part: Any) -> Any:
-    """Which result of an operator that can write it elsewhere this is, [B, T, H, X] as [B T, H X]; None if it is none."""
+    """Which result of an operator that can write it elsewhere this is, [B, T, ..] as [B T, X]; None if it is none."""
     rows, width = part.meta["val"].shape
     while part.target in RESHAPES:
         part = part.args[0]
     if part.target is operator.getitem and isinstance(part.args[0].target, OpOverload):
-        batch, length, heads, size = part.meta["val"].shape
-        maker = part.args[0]
+        maker, shape = part.args[0], part.meta["val"].shape
         able = torch.Tag.flexible_layout in maker.target.tags and maker.target._schema.arguments[-1].name == "starts"
-        if able and not maker.args[-1] and (batch * length, heads * size) == (rows, width):
+        if able and not maker.args[-1] and (shape[:2].numel(), shape[2:].numel()) == (rows, width):
             return part
     return None
 

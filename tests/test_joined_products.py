@@ -112,6 +112,15 @@ mixed_backward.register_fake(empty)
 mixed.register_autograd(lambda ctx, dy: tuple(mixed_backward(dy.contiguous(), 0, [])[:3]))
 
 
+@torch.library.custom_op("tests::split", mutates_args=(), tags=FREE)
+def split(x: torch.Tensor, share: float) -> list[torch.Tensor]:
+    return [share * x, (1 - share) * x]
+
+
+split.register_fake(lambda x, share: [torch.empty_like(x), torch.empty_like(x)])
+split.register_autograd(lambda ctx, dy: (split(dy[0], 1.0)[0], None))
+
+
 @needs_compiler
 @pytest.mark.parametrize("read", ["in products alone", "elsewhere too"])
 def test_an_operator_writes_its_results_where_the_whole_has_them(read):
@@ -122,7 +131,7 @@ def test_an_operator_writes_its_results_where_the_whole_has_them(read):
         heads = [proj(x).unflatten(-1, (2, 32)) for proj in (q, k, v)]
         if read == "elsewhere too":  # its gradient is read by more than a product
             heads[1] = heads[1] + shift
-        return mixed(*heads).flatten(2) * gate(x).sigmoid()
+        return mixed(*heads).flatten(2) + sum(split(gate(x), 0.5))  # whose gradient is a result of an operator that cannot
 
     shift = torch.randn(2, 32, requires_grad=True)
     x = torch.randn(2, LENGTH, 64, requires_grad=True)
