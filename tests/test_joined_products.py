@@ -125,21 +125,22 @@ split.register_autograd(lambda ctx, dy: (split(dy[0], 1.0)[0], None))
 @pytest.mark.parametrize("read", ["in products alone", "elsewhere too"])
 def test_an_operator_writes_its_results_where_the_whole_has_them(read):
     torch.compiler.reset()
-    q, k, v, gate = (nn.Linear(64, 64, bias=False) for _ in range(4))
+    q, k, v, gate, other = (nn.Linear(64, 64, bias=False) for _ in range(5))
 
     def layer(x):
         heads = [proj(x).unflatten(-1, (2, 32)) for proj in (q, k, v)]
         if read == "elsewhere too":  # its gradient is read by more than a product
             heads[1] = heads[1] + shift
-        return mixed(*heads).flatten(2) + sum(split(gate(x), 0.5))  # whose gradient is a result of an operator that cannot
+        # the gate's gradient is worked out by inductor, the other's is a result of an operator that cannot write it elsewhere
+        return mixed(*heads).flatten(2) * gate(x).sigmoid() + sum(split(other(x), 0.5))
 
     shift = torch.randn(2, 32, requires_grad=True)
     x = torch.randn(2, LENGTH, 64, requires_grad=True)
-    leaves = [x, shift, *(proj.weight for proj in (q, k, v, gate))]
+    leaves = [x, shift, *(proj.weight for proj in (q, k, v, gate, other))]
 
     def gradients(run) -> list[torch.Tensor]:
         return list(torch.autograd.grad(run(x).square().sum(), leaves, allow_unused=True))
 
     found, code = run_and_get_code(gradients, torch.compile(layer, dynamic=False, options=OPTIONS))
     torch.testing.assert_close(found, gradients(layer), rtol=1e-4, atol=1e-4)
-    assert ", 256, [192, 128, 64])" in code[1] and "fill_in" not in code[1]
+    assert ", 320, [256, 192, 128])" in code[1] and "fill_in" not in code[1]

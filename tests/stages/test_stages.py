@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.optim import AdamW
 from transformers import AutoModelForCausalLM
 
 from distill_pl.errors import Diverged, InputError
@@ -362,16 +363,21 @@ def test_a_loss_that_is_not_finite_names_stage_and_layer(teacher, tokens, name, 
         assert torch.equal(parameter.nan_to_num(), before.nan_to_num())
 
 
+def fused_adamw(parameters) -> AdamW:
+    """As on a GPU."""
+    optimizer = adamw(parameters, 1e-3, 0.0)
+    for options in (optimizer.defaults, *optimizer.param_groups):
+        options["fused"] = True
+    return optimizer
+
+
 @pytest.mark.parametrize("end", ["configure_gradient_clipping", "on_validation_start", "on_save_checkpoint", "on_train_end"])
 @pytest.mark.parametrize("kind", STAGES.values(), ids=STAGES)
 def test_a_fused_optimizer_takes_no_step_that_is_not_finite(teacher_folder, tokens, kind, end):
-    """As on a GPU: whether the step was finite is asked later."""
+    """Whether the step was finite is asked later."""
     stage = make(kind, Teacher(str(teacher_folder), torch.bfloat16), "gla")
     stage.batch = tokens
-    optimizer = adamw(stage.student.parameters(), 1e-3, 0.0)
-    optimizer.defaults["fused"] = True
-    for group in optimizer.param_groups:
-        group["fused"] = True
+    optimizer = fused_adamw(stage.student.parameters())
 
     def step() -> None:
         optimizer.zero_grad()
@@ -395,15 +401,19 @@ def test_a_fused_optimizer_takes_no_step_that_is_not_finite(teacher_folder, toke
     stage.check_finite()  # said once
 
 
-def test_gradients_are_clipped_together(teacher, tokens):
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+def test_gradients_are_clipped_together(teacher, tokens, fused):
     stage = make(HiddenAlignStage, teacher, "gla", clip=0.01)
     stage.batch = tokens
     stage.losses(tokens, seed=0)[0].backward()
     before = [p.grad.clone() for p in stage.student.parameters() if p.grad is not None]
     norm = torch.cat([gradient.flatten() for gradient in before]).norm()
     assert norm > 0.01
-    stage.configure_gradient_clipping(adamw(stage.student.parameters(), 1e-3, 0.0))
+    optimizer = fused_adamw(stage.student.parameters()) if fused else adamw(stage.student.parameters(), 1e-3, 0.0)
+    stage.configure_gradient_clipping(optimizer)
     torch.testing.assert_close(stage.grad_norm, norm)
+    if fused:  # it clips as it steps
+        optimizer.step()
     after = [p.grad for p in stage.student.parameters() if p.grad is not None]
     for gradient, start in zip(after, before, strict=True):
         torch.testing.assert_close(gradient, start * 0.01 / norm, rtol=1e-3, atol=0)
