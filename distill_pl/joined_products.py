@@ -172,10 +172,11 @@ def _wide(graph: Graph, x: Node, dim: int) -> Node:
 
 def _join(graph: Graph, parts: Any, beside: dict[tuple[Node, ...], Node]) -> Node:
     """[N, X_i] side by side, or the only one as it is."""
+    if len(parts) == 1:
+        return parts[0]
     if (key := tuple(parts)) not in beside:
         wide = [_wide(graph, x, 1) for x in parts]
-        together = _filled_in(graph, wide) if len(wide) > 1 else wide[0]
-        beside[key] = together or _call(graph, side_by_side._opoverload, wide)
+        beside[key] = _filled_in(graph, wide) or _call(graph, side_by_side._opoverload, wide)
     return beside[key]
 
 
