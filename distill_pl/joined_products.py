@@ -9,11 +9,11 @@ leave their product in fp32, as the weights have them, rather than in bf16 to be
 
 What makes the dy_i writes them where they are to lie. So can an operator of our own, tagged flexible_layout, whose last
 arguments are `width` and `starts`, 0 and [] in the graph given: its result i, [B, T, ..], becomes the columns from starts[i]
-on, if that is not -1, of its last result, [B, T, width].
+on, if that is not -1, of its last result, [B, T, width]. `results` and `where_to` are for such operators.
 """
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -52,6 +52,23 @@ def fill_in(whole: Tensor, parts: list[Tensor], starts: list[int]) -> Tensor:
 @fill_in.register_fake
 def _(whole, parts, starts):
     return torch.empty_like(whole)
+
+
+def results(inputs: Sequence[Tensor], width: int, starts: Sequence[int]) -> list[Tensor]:
+    """Of such an operator, unfilled: the gradients of `inputs` [B, T, ..], empty where they have a start, and the whole."""
+    starts = [*starts, *[-1] * len(inputs)]
+    apart = [x.new_empty(x.shape if start < 0 else 0) for x, start in zip(inputs, starts, strict=False)]
+    return [*apart, inputs[0].new_empty(*inputs[0].shape[:2], width)]
+
+
+def where_to(filled: Sequence[Tensor], inputs: Sequence[Tensor], starts: Sequence[int]) -> list[Tensor]:
+    """Where each gradient belongs: one of `results`, or columns of the last."""
+    places = list(filled[: len(inputs)])
+    for i, start in enumerate(starts):
+        if start >= 0:
+            shape = inputs[i].shape[2:]
+            places[i] = filled[-1][..., start : start + shape.numel()].unflatten(-1, shape)
+    return places
 
 
 class JoinProducts(CustomGraphPass):

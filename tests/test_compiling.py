@@ -78,4 +78,4 @@ def test_a_graph_goes_around_the_kernels(save_model, name, graphs):
     with pytest.raises(BackendCompilerFailed):
         torch.compile(layer, backend=stop, fullgraph=True)(torch.randn(2, LENGTH, 64).bfloat16(), position_embeddings=position)
     kernels = [node for node in graphs[0].graph.nodes if "distill_pl" in str(node.target)]
-    assert len(kernels) == 1
+    assert len(kernels) == (2 if name in ("mamba2", "metala", "delta_net") else 1)  # which have a convolution before it

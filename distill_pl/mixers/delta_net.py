@@ -4,19 +4,11 @@ beta = sigmoid(W x);  q, k, v each through a short convolution and silu, then q 
 after A v: RMSNorm per head, o_proj. There is no decay: what is forgotten is what is overwritten.
 """
 
-from torch import Tensor, nn
+from torch import nn
 
 from distill_pl.mixers.mixer import RMSNorm
 from distill_pl.mixers.short_conv import ConvolvedMixer
 from distill_pl.ops import delta_rule
-
-EPS = 1e-6  # of the l2 norm, under the root: a padded key, zero, stays zero
-
-
-def l2_norm(x: Tensor) -> Tensor:
-    """[..., K] -> [..., K] of unit length, computed in fp32, in the dtype of x."""
-    wide = x.float()
-    return (wide * (wide.square().sum(-1, keepdim=True) + EPS).rsqrt()).to(x.dtype)
 
 
 class DeltaNet(ConvolvedMixer):
@@ -31,12 +23,12 @@ class DeltaNet(ConvolvedMixer):
 
     def inputs(self, hidden, position, mask, state):
         """q and k of unit length, v, beta; a padded token writes nothing: its beta is zero."""
-        q, k, v = self.convolved(hidden, mask, state)
+        q, k, v = self.convolved(hidden, mask, state, unit=True)
         q, k = self.rotated(position, q, k)
         beta = self.beta_proj(hidden).float().sigmoid()
         if mask is not None:
             beta = beta * mask[:, :, None]
-        q, k, v = l2_norm(q), self.repeat_kv(l2_norm(k)), self.repeat_kv(v)
+        k, v = self.repeat_kv(k), self.repeat_kv(v)
         return {"q": q, "k": k, "v": v, "beta": beta, "scale": self.scale, "backend": self.backend}
 
     def output(self, mixed, hidden):

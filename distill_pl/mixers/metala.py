@@ -14,7 +14,7 @@ from torch.nn.functional import layer_norm, silu
 from transformers import initialization
 
 from distill_pl.mixers.mixer import Paper, SequenceMixer
-from distill_pl.mixers.short_conv import ShortConv
+from distill_pl.mixers.short_conv import ShortConv, convolve
 from distill_pl.ops import channel_decay
 
 TEMPERATURE = 16  # of the gate's logsigmoid, as in GLA
@@ -49,7 +49,8 @@ class MetaLA(SequenceMixer):
 
     def inputs(self, hidden, position, mask, state):
         """q, v, the logits of g and k = 1 - e^g of the convolved hidden, which `output` reads as well; a padded key is zero."""
-        hidden = self.conv(hidden, mask, state, "hidden")
+        (hidden,) = convolve({"hidden": self.conv}, [hidden[:, :, None]], mask, state, self.backend, [False])
+        hidden = hidden.flatten(2)
         q, v = self.qv(hidden)
         g = self.decay_proj(hidden).unflatten(-1, (self.kv_count, -1))
         k = -channel_decay.log_decay(g, TEMPERATURE).expm1()

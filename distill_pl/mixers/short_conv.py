@@ -1,5 +1,6 @@
 """The short causal convolution that Mamba2, MetaLA and DeltaNet put before their op."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -8,21 +9,25 @@ from torch.nn.functional import pad, silu
 from transformers import initialization
 
 from distill_pl.mixers.mixer import SequenceMixer
+from distill_pl.ops import Backend, use_fla
 
 if TYPE_CHECKING:
     from distill_pl.student.cache import MixerState
 
 
+WIDTH = 4  # tokens that a convolution reads, its own the last
+EPS = 1e-6  # of the l2 norm, under the root: a padded key, zero, stays zero
+
+
 class ShortConv(nn.Module):
-    """Depthwise causal convolution over the last `width` tokens, then silu where `activate`.
+    """Depthwise causal convolution over the last WIDTH tokens, then silu.
 
     Starts as the identity (its last tap 1, all others 0), so that a copied projection comes through unchanged.
     """
 
-    def __init__(self, channels: int, width: int = 4, activate: bool = True):
+    def __init__(self, channels: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(channels, width))
-        self.activate = activate
+        self.weight = nn.Parameter(torch.zeros(channels, WIDTH))
 
     def start(self) -> None:
         """The identity tap."""
@@ -32,27 +37,42 @@ class ShortConv(nn.Module):
 
     def state_bytes(self, batch: int, itemsize: int) -> int:
         """Of its tail, for an input of `itemsize` bytes a number."""
-        channels, width = self.weight.shape
-        return batch * channels * (width - 1) * itemsize
+        return batch * len(self.weight) * (WIDTH - 1) * itemsize
 
-    def forward(self, x: Tensor, mask: Tensor | None, state: "MixerState | None", name: str) -> Tensor:
-        """x [B, T, C] -> [B, T, C]. Padded tokens (mask False) count as before the start.
-
-        While generating, `state.tails[name]` [B, width - 1, C] holds the tokens before x.
-        """
-        if mask is not None:
-            x = x * mask[:, :, None]
-        length, before = x.shape[1], self.weight.shape[1] - 1
+    def forward(self, x: Tensor, state: "MixerState | None", name: str) -> Tensor:
+        """x [B, T, C] -> [B, T, C]. While generating, `state.tails[name]` [B, WIDTH - 1, C] holds the tokens before x."""
+        length = x.shape[1]
         tail = None if state is None else state.tails.get(name)
-        x = pad(x, (0, 0, before, 0)) if tail is None else torch.cat([tail, x], 1)
+        x = pad(x, (0, 0, WIDTH - 1, 0)) if tail is None else torch.cat([tail, x], 1)
         if state is not None:
             rest = x[:, length:]
             state.tails[name] = rest if length == 1 else rest.clone()  # a view would keep the whole prompt alive
-        # one by one: a compiler fuses that, unlike a library's convolution; each in a row, which a GPU reads faster
-        taps = enumerate(self.weight.to(x.dtype).mT.contiguous())
+        taps = enumerate(self.weight.to(x.dtype).unbind(1))  # one by one: a compiler fuses that, unlike a library's convolution
         first, *others = (x[:, at : at + length] * tap for at, tap in taps)
-        y = sum(others, first)
-        return silu(y) if self.activate else y
+        return silu(sum(others, first))
+
+
+def l2_norm(x: Tensor) -> Tensor:
+    """[..., K] -> [..., K] of unit length, computed in fp32, in the dtype of x."""
+    wide = x.float()
+    return (wide * (wide.square().sum(-1, keepdim=True) + EPS).rsqrt()).to(x.dtype)
+
+
+def convolve(convs: dict[str, ShortConv], inputs: Sequence[Tensor], mask: Tensor | None, state: "MixerState | None",
+             backend: Backend, unit: Sequence[bool]) -> list[Tensor]:  # fmt: skip
+    """inputs [B, T, heads, X], each through a convolution and, where `unit`, to unit length per head.
+
+    Padded tokens (mask False) count as before the start. On a GPU all of it is one operator.
+    """
+    if mask is not None:
+        inputs = [x * mask[:, :, None, None] for x in inputs]
+    if state is None and use_fla(backend, inputs[0].device):
+        from distill_pl.ops.short_conv_kernel import short_convs
+
+        return short_convs(inputs, [conv.weight for conv in convs.values()], unit, EPS)
+    named = zip(convs.items(), inputs, strict=True)
+    outputs = (conv(x.flatten(2), state, name).unflatten(-1, x.shape[2:]) for (name, conv), x in named)
+    return [l2_norm(y) if so else y for y, so in zip(outputs, unit, strict=True)]
 
 
 class ConvolvedMixer(SequenceMixer):
@@ -74,10 +94,7 @@ class ConvolvedMixer(SequenceMixer):
         tails = sum(conv.state_bytes(batch, itemsize) for conv in (self.q_conv, self.k_conv, self.v_conv))
         return super().state_bytes(batch, length, itemsize) + tails
 
-    def convolved(self, hidden: Tensor, mask: Tensor | None, state: "MixerState | None") -> list[Tensor]:
-        """`qkv`, without RoPE: what depends on distances alone has to be rotated last."""
+    def convolved(self, hidden: Tensor, mask: Tensor | None, state: "MixerState | None", unit: bool = False) -> list[Tensor]:
+        """`qkv`, without RoPE: what depends on distances alone has to be rotated last. q and k of unit length if asked."""
         convs = {"q": self.q_conv, "k": self.k_conv, "v": self.v_conv}
-        return [
-            conv(x.flatten(2), mask, state, name).unflatten(-1, x.shape[2:])
-            for (name, conv), x in zip(convs.items(), self.qkv(hidden), strict=True)
-        ]
+        return convolve(convs, self.qkv(hidden), mask, state, self.backend, (unit, unit, False))

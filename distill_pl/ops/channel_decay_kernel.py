@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from distill_pl.joined_products import results, where_to
+
 CHUNK = 16
 LOWEST = tl.constexpr(-9.0)
 BLOCK = 64  # tokens at a time in a scan; the shortest segment
@@ -275,9 +277,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Te
 def _to_fill(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None, width: int,
              starts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Room for the gradients of q, k, v and g, of the state, and for all of the first that have a start, [B, T, width]."""
-    starts = [*starts, -1, -1, -1, -1]
-    dq, dk, dv, dg = (x.new_empty(x.shape if start < 0 else 0) for x, start in zip((q, k, v, g), starts, strict=False))
-    return dq, dk, dv, dg, k.new_empty(0) if state is None else state.new_empty(state.shape), q.new_empty(*q.shape[:2], width)
+    dq, dk, dv, dg, whole = results((q, k, v, g), width, starts)
+    return dq, dk, dv, dg, k.new_empty(0) if state is None else state.new_empty(state.shape), whole
 
 
 @torch.library.custom_op("distill_pl::channel_decay_backward", mutates_args=(), tags=(torch.Tag.flexible_layout,))
@@ -288,11 +289,8 @@ def _backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: T
     (q, k, v, g), dy = _rows(q, k, v, g), dy.contiguous()
     d_final = None if d_final is None else d_final.contiguous()
     (batch, length, heads, key), value, cut = k.shape, v.shape[-1], _cut(k)
-    *gradients, d_initial, whole = results = _to_fill(q, k, v, g, state, width, starts)
-    for i, (at, x) in enumerate(zip(starts, (q, k, v, g), strict=False)):
-        if at >= 0:
-            gradients[i] = whole[..., at : at + x.shape[2] * x.shape[3]].unflatten(-1, x.shape[2:])
-    dq, dk, dv, dg = gradients
+    filled = _to_fill(q, k, v, g, state, width, starts)
+    dq, dk, dv, dg = where_to(filled, (q, k, v, g), starts)
     inner = k.new_empty(k.shape, dtype=torch.float32)
     states = v.new_empty(batch, heads, triton.cdiv(length, BLOCK), key, value)
     with torch.cuda.device_of(q):
@@ -304,11 +302,11 @@ def _backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: T
         steps, sizes = _steps(q, k, v, g), (length, heads, *cut, temperature, key, value, CHUNK, BLOCK)
         programs, options = batch * heads * cut[0], _options(k, v)
         _d_queries[programs,](q, k, v, g, dy, before, dq, inner, states, scale, *steps, *_steps(dq), *sizes, **options)
-        others = dk, dv, dg, None if state is None else d_initial
+        others = dk, dv, dg, None if state is None else filled[4]
         steps += _steps(dk, dv, dg)
         options |= {"maxnreg": None}  # it would not fit without spilling
         _d_others[programs,](q, k, v, g, dy, ends, inner, states, *others, scale, *steps, *sizes, **options)
-    return results
+    return filled
 
 
 @_forward.register_fake

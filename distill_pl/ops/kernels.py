@@ -3,8 +3,9 @@
 An op imports them from here when it first calls one, as loading them takes seconds.
 
 Left alone, fla tries each kernel in up to 48 configurations at its first call, half a minute to three of an op. tuned.json has
-what it settled on at the study's shapes; a kernel tries that one alone where it knows its arguments. On other GPUs, for other
-shapes and dtypes, with another fla, or where the user has told fla its own way (FLA_CACHE_MODE), fla tunes as ever.
+what it settled on at the study's shapes, and for the inverses one warp, which it does not try; a kernel tries that one alone
+where it knows its arguments. On other GPUs, for other shapes and dtypes, with another fla, or where the user has told fla its
+own way (FLA_CACHE_MODE), fla tunes as ever.
 """
 
 import functools

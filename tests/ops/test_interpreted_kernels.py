@@ -32,6 +32,11 @@ ROWS = {  # sizes, width, and whether there are biases, a norm, a residual, an M
     "rows, gated and biased": ((9, 9), 33, True, False, False, True),
 }
 LOSSES = {"losses": (1.0, True), "losses, softened": (3.0, True), "losses, alone": (1.0, False)}  # temperature, with a teacher
+CONVS = {  # tokens, heads, channels of a head
+    "convolutions": (300, 2, 24),
+    "convolutions, in fours": (200, 1, 16),
+    "convolutions, short": (2, 3, 40),
+}
 BESIDE = "channel_decay, gradients beside others"
 TOLERANCE = {"delta_rule": 2e-3, "channel_decay, strong pieces": 1e-4}  # fp16; g below -9 counts as -9
 
@@ -126,6 +131,30 @@ def errors_beside() -> dict[str, float]:
     return {f"d{name}": (x - y.flatten(2)).abs().max().item() for name, x, y in zip("qkvg", found, apart[:4], strict=True)}
 
 
+def conv_errors(length: int, heads: int, size: int) -> dict[str, float]:
+    """Of two short convolutions of columns of a wider tensor, the first to unit length; gradients apart and beside others."""
+    from distill_pl.mixers.short_conv import EPS, ShortConv, l2_norm
+    from distill_pl.ops.short_conv_kernel import _backward, short_convs
+
+    numbers, width = torch.Generator().manual_seed(0), heads * size
+    convs = [ShortConv(width), ShortConv(width)]
+    for conv in convs:
+        torch.nn.init.normal_(conv.weight, generator=numbers)
+    wide = torch.randn(2, length, 2 * width + 24, generator=numbers)
+    inputs = [wide[..., at : at + width].unflatten(2, (heads, size)).requires_grad_(True) for at in (8, 8 + width)]
+    dy = [torch.randn(x.shape, generator=numbers) for x in inputs]
+    weights, unit = [conv.weight for conv in convs], [True, False]
+    ys = short_convs(inputs, weights, unit, EPS)
+    first, second = (conv(x.flatten(2), None, "").unflatten(2, (heads, size)) for conv, x in zip(convs, inputs, strict=True))
+    expected = [l2_norm(first), second]
+    gradients, right = (torch.autograd.grad(y, inputs + weights, dy) for y in (ys, expected))
+    values = dict(zip(("y", "unit y", "dx", "unit dx", "dw", "unit dw"), [*ys, *gradients], strict=True))
+    pairs = zip(values.items(), [*expected, *right], strict=True)
+    beside = _backward([x.detach() for x in inputs], weights, dy, unit, EPS, 2 * width + 40, [width + 16, 8])[-1].detach()
+    placed = {"placed": (beside[..., width + 16 : -24] - gradients[0].flatten(2)).abs().max().item()}
+    return placed | {name: ((found - right).norm() / right.norm()).item() for (name, found), right in pairs}
+
+
 @pytest.fixture(scope="module")
 def measured() -> dict[str, dict[str, float]]:
     missing = [name for name in ("triton", "fla", "einops") if importlib.util.find_spec(name) is None]
@@ -138,7 +167,7 @@ def measured() -> dict[str, dict[str, float]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("kernel", [*KERNELS, *ROWS, *LOSSES, BESIDE])
+@pytest.mark.parametrize("kernel", [*KERNELS, *ROWS, *LOSSES, *CONVS, BESIDE])
 def test_kernel_is_what_torch_computes(measured, kernel):
     assert max(measured[kernel].values()) < TOLERANCE.get(kernel, 1e-5), measured[kernel]
 
@@ -147,4 +176,5 @@ if __name__ == "__main__":
     patch()
     found = {name: errors(family, **options) for name, (family, options) in KERNELS.items()}
     found |= {name: row_errors(*case) for name, case in ROWS.items()} | {BESIDE: errors_beside()}
+    found |= {name: conv_errors(*case) for name, case in CONVS.items()}
     print(json.dumps(found | {name: loss_errors(*case) for name, case in LOSSES.items()}))
