@@ -117,11 +117,16 @@ def _join_forward(graph: Graph) -> None:
         if len(members) > 1:
             with graph.inserting_before(members[0]):
                 weights = [_wide(graph, _transposed(_factors(product)[1]), 0) for product in members]
-                factors = x, _call(graph, aten.permute.default, _call(graph, aten.cat.default, weights), [1, 0])
+                weight = _call(graph, aten.cat.default, weights)
+                factors = x, _call(graph, aten.permute.default, weight, [1, 0])
                 bias = _bias(graph, members)
                 product = _call(graph, aten.addmm.default, bias, *factors) if bias else _call(graph, aten.mm.default, *factors)
                 for member, part in zip(members, _cut(graph, members, product, 1), strict=True):
                     member.replace_all_uses_with(part)
+                for member, part in zip(members, _cut(graph, members, weight, 0, 1), strict=True):
+                    own = _factors(member)[1]
+                    if _transposed(own).target is cast:  # then what is kept of it is part of the joined one, not another cast
+                        own.replace_all_uses_with(_call(graph, aten.permute.default, part, [1, 0]))
 
 
 def _bias(graph: Graph, members: list[Node]) -> Node | None:
@@ -242,11 +247,12 @@ def _edges(members: list[Node], dim: int) -> list[int]:
     return list(accumulate((size + -size % WIDTH for size in sizes), initial=0))
 
 
-def _cut(graph: Graph, members: list[Node], product: Node, dim: int) -> list[Node]:
-    """The part of `product` that each of `members` is."""
+def _cut(graph: Graph, members: list[Node], joined: Node, dim: int, of: int | None = None) -> list[Node]:
+    """The part of `joined`, along `dim`, that each of `members` is, or has made its dimension `of` with."""
+    of = dim if of is None else of
     return [
-        _call(graph, aten.slice.Tensor, product, dim, start, start + node.meta["val"].shape[dim])
-        for node, start in zip(members, _edges(members, dim)[:-1], strict=True)
+        _call(graph, aten.slice.Tensor, joined, dim, start, start + node.meta["val"].shape[of])
+        for node, start in zip(members, _edges(members, of)[:-1], strict=True)
     ]
 
 

@@ -3,7 +3,6 @@
 import copy
 import shutil
 from collections.abc import Sequence
-from itertools import zip_longest
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import run_and_get_code
 
-from distill_pl.joined_products import JoinProducts, join_products
+from distill_pl.joined_products import JoinProducts, join_products, results, where_to
 from distill_pl.student.factory import StudentFactory
 from distill_pl.teacher import _run
 
@@ -88,6 +87,22 @@ def test_inductor_writes_parts_where_the_whole_has_them(teacher):
     assert [text.count("extern_kernels.mm(") for text in code] == [2, 4] and "distill_pl" not in code[1], code
 
 
+@needs_compiler
+def test_what_is_kept_of_cast_weights_is_the_joined_one(teacher):
+    torch.compiler.reset()
+    mlp = copy.deepcopy(teacher.model.model.layers[0].mlp).requires_grad_(True)
+    compiled, kept = torch.compile(mlp, dynamic=False, options=OPTIONS), []
+    x = torch.randn(3, LENGTH, teacher.config.hidden_size, requires_grad=True)
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda y: kept.append(y) or y, lambda y: y)
+    with torch.autocast("cpu", torch.bfloat16), keep:
+        y = compiled(x)
+    weights = [y.untyped_storage().data_ptr() for y in kept if y.numel() == mlp.gate_proj.weight.numel()]
+    assert (len(weights), len(set(weights))) == (3, 2)  # those of the gate and of what it lets through are in one
+    (found,) = torch.autograd.grad(y.sum(), x)
+    (expected,) = torch.autograd.grad(mlp(x).sum(), x)
+    assert (found - expected).norm() / expected.norm() < 2e-2
+
+
 @torch.library.custom_op("tests::mixed", mutates_args=(), tags=FREE)
 def mixed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return q + 2 * k + 3 * v
@@ -95,20 +110,14 @@ def mixed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("tests::mixed_backward", mutates_args=(), tags=FREE)
 def mixed_backward(dy: torch.Tensor, width: int, starts: Sequence[int]) -> list[torch.Tensor]:
-    *apart, whole = results = empty(dy, width, starts)
-    for i, (result, start) in enumerate(zip_longest(apart, starts, fillvalue=-1)):
-        columns = result if start < 0 else whole[..., start : start + dy[0, 0].numel()].unflatten(-1, dy.shape[2:])
-        columns.copy_((i + 1) * dy)
-    return results
-
-
-def empty(dy: torch.Tensor, width: int, starts: Sequence[int]) -> list[torch.Tensor]:
-    sizes = (dy.shape if start < 0 else 0 for _, start in zip_longest("qkv", starts, fillvalue=-1))
-    return [*map(dy.new_empty, sizes), dy.new_empty(*dy.shape[:2], width)]
+    filled = results([dy] * 3, width, starts)
+    for i, place in enumerate(where_to(filled, [dy] * 3, starts)):
+        place.copy_((i + 1) * dy)
+    return filled
 
 
 mixed.register_fake(lambda q, k, v: torch.empty_like(q))
-mixed_backward.register_fake(empty)
+mixed_backward.register_fake(lambda dy, width, starts: results([dy] * 3, width, starts))
 mixed.register_autograd(lambda ctx, dy: tuple(mixed_backward(dy.contiguous(), 0, [])[:3]))
 
 
