@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from distill_pl.errors import InputError
 from distill_pl.stages import Stage
+from distill_pl.stages.stage import Later
 from distill_pl.tokens import short
 
 SECONDS_BETWEEN_LINES = 10
@@ -71,6 +72,7 @@ class Monitor(Callback):
         self.first_step = self.logged_step = 0
         self.began = self.logged_at = self.paused_at = 0.0
         self.spoke_at = -math.inf
+        self.unreported: tuple[int, bool, float, Later] | None = None  # step, whether it is to be logged, lr, losses and norm
 
     def on_train_start(self, trainer: L.Trainer, stage: Stage) -> None:
         """Start the clocks."""
@@ -79,32 +81,53 @@ class Monitor(Callback):
         self.began = self.logged_at = time.monotonic()
 
     def on_train_batch_end(self, trainer: L.Trainer, stage: Stage, outputs, batch, batch_idx: int) -> None:
-        """Write to TensorBoard every `trainer.log_every_n_steps` steps, to the console every few seconds."""
+        """Report the step before, the numbers of which are there by now; of the last step, wait for them."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # a part of a step
-        step, steps, now = trainer.global_step, trainer.max_steps, time.monotonic()
+        self.report(trainer, stage)
+        step, values = trainer.global_step, stage.values
+        last = step == trainer.max_steps
+        logged = step % trainer.log_every_n_steps == 0 or last  # type: ignore[attr-defined]
+        if logged:
+            values = trainer.strategy.reduce(values, reduce_op="mean")  # type: ignore[arg-type]
+        if logged or step == self.first_step + 1 or time.monotonic() - self.spoke_at >= SECONDS_BETWEEN_LINES:
+            lr = trainer.optimizers[0].param_groups[0]["lr"]
+            self.unreported = step, logged, lr, Later(torch.cat([values, stage.grad_norm.to(values)[None]]))
+        if last:
+            self.report(trainer, stage)
+
+    def report(self, trainer: L.Trainer, stage: Stage) -> None:
+        """Write to TensorBoard every `trainer.log_every_n_steps` steps, to the console every few seconds."""
+        unreported, self.unreported = self.unreported, None
+        if unreported is None:
+            return
+        step, logged, lr, numbers = unreported
+        *values, grad_norm = numbers.get().tolist()
+        steps, now = trainer.max_steps, time.monotonic()
         if step == self.first_step + 1:  # the first step also compiles and allocates: it says nothing about speed
             self.logged_step, self.logged_at = step, now
             self.began = now
-        last = step == steps
-        if step % trainer.log_every_n_steps == 0 or last:  # type: ignore[attr-defined]
-            values = trainer.strategy.reduce(stage.values, reduce_op="mean")  # type: ignore[arg-type]
-            scalars = dict(zip(["train/loss", *stage.part_names], values.tolist(), strict=True))
-            scalars |= {"train/lr": trainer.optimizers[0].param_groups[0]["lr"], "train/grad_norm": stage.grad_norm.item()}
+        if logged:
+            scalars = dict(zip(["train/loss", *stage.part_names], values, strict=True))
+            scalars |= {"train/lr": lr, "train/grad_norm": grad_norm}
             if step > self.logged_step:
                 scalars["train/tokens_per_second"] = self.speed(step - self.logged_step, now - self.logged_at)
             if stage.device.type == "cuda":
                 scalars["train/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
             self.logged_step, self.logged_at = step, now
-            self.write(trainer, scalars)
-        if now - self.spoke_at >= SECONDS_BETWEEN_LINES or last:
+            self.write(trainer, scalars, step)
+        if now - self.spoke_at >= SECONDS_BETWEEN_LINES or step == steps:
             self.spoke_at = now
-            line = f"{stage.name}  step {step:,}/{steps:,} ({step / steps:.0%})  loss {stage.values[0].item():.4f}"
+            line = f"{stage.name}  step {step:,}/{steps:,} ({step / steps:.0%})  loss {values[0]:.4f}"
             if step > self.first_step + 1:
                 speed = self.speed(step - self.first_step - 1, now - self.began)
                 left = (steps - step) * self.tokens_per_step / speed
                 line += f"  {short(speed)} tokens/s  {duration(left)} left"
             say(line)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, stage: Stage, checkpoint: dict) -> None:
+        """A run that goes on from here does not report this step again."""
+        self.report(trainer, stage)
 
     def on_load_checkpoint(self, trainer: L.Trainer, stage: Stage, checkpoint: dict) -> None:
         """Let Lightning count micro-batches as they are now: ranks or data.micro_batch_size may have changed since."""
@@ -120,11 +143,12 @@ class Monitor(Callback):
     def on_validation_start(self, trainer: L.Trainer, stage: Stage) -> None:
         """Stop the clocks: tokens/s is of training. A stage's first hook once Lightning has installed its signal handlers."""
         leave_on_sigterm(trainer)
+        self.report(trainer, stage)
         self.paused_at = time.monotonic()
 
-    def write(self, trainer: L.Trainer, scalars: dict[str, float]) -> None:
+    def write(self, trainer: L.Trainer, scalars: dict[str, float], step: int) -> None:
         """At the number of tokens consumed since the run began."""
-        trainer.logger.log_metrics(scalars, step=self.tokens_before + trainer.global_step * self.tokens_per_step)
+        trainer.logger.log_metrics(scalars, step=self.tokens_before + step * self.tokens_per_step)
 
     def on_validation_end(self, trainer: L.Trainer, stage: Stage) -> None:
         """Report held-out loss and perplexities; at step 0, compare with what was expected."""
@@ -133,7 +157,7 @@ class Monitor(Callback):
         found = stage.validation
         models = [key.removesuffix("_ce") for key in found if key.endswith("_ce")]
         scalars = {f"validation/{model}_perplexity": perplexity(found[f"{model}_ce"]) for model in models}
-        self.write(trainer, {"validation/loss": found["loss"]} | scalars)
+        self.write(trainer, {"validation/loss": found["loss"]} | scalars, trainer.global_step)
         say(
             f"{stage.name}  step {trainer.global_step:,}/{trainer.max_steps:,} held-out: loss {found['loss']:.4f}  "
             f"{perplexities(found)}"

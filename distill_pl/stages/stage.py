@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import lightning as L
 import torch
@@ -24,22 +24,29 @@ from distill_pl.teacher import Teacher
 from distill_pl.tokens import Tokens
 
 
-class Finite:
-    """Whether a step's loss and gradient were finite, which is asked when the GPU has long answered."""
+class Later:
+    """A tensor on its way to the CPU, which goes on meanwhile: a step waits for nothing."""
 
-    def __init__(self, finite: Tensor, step: int, batch: Tensor, values: Tensor):
-        self.step, self.batch, self.values = step, batch, values
-        self.answer = torch.empty((), dtype=torch.bool, pin_memory=finite.is_cuda)
-        self.answer.copy_(finite, non_blocking=True)
-        self.given = torch.cuda.Event() if finite.is_cuda else None
-        if self.given:
-            self.given.record()
+    def __init__(self, x: Tensor):
+        self.copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x, non_blocking=True)
+        self.arrived = torch.cuda.Event() if x.is_cuda else None
+        if self.arrived:
+            self.arrived.record()
 
-    def known(self) -> bool:
-        """The answer, waited for."""
-        if self.given:
-            self.given.synchronize()
-        return bool(self.answer)
+    def get(self) -> Tensor:
+        """It, waited for."""
+        if self.arrived:
+            self.arrived.synchronize()
+        return self.copy
+
+
+class Unchecked(NamedTuple):
+    """A step of which it is not known yet whether its loss and gradient were finite."""
+
+    step: int
+    batch: Tensor
+    values: Tensor
+    finite: Later
 
 
 class Stage(L.LightningModule):
@@ -81,7 +88,7 @@ class Stage(L.LightningModule):
         self.grad_norm: Tensor = torch.zeros(())
         self.validation: dict[str, float] = {}
         self.validated_at = -1  # step
-        self.unchecked: Finite | None = None
+        self.unchecked: Unchecked | None = None
         self.metrics = torch.nn.ModuleDict({key: MeanMetric() for key in ("loss", "teacher_ce", "student_ce")})
 
     @property
@@ -181,7 +188,7 @@ class Stage(L.LightningModule):
         self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.check_finite()
         finite = torch.isfinite(self.grad_norm + self.values.sum())
-        self.unchecked = Finite(finite, self.global_step + 1, self.batch, self.values)
+        self.unchecked = Unchecked(self.global_step + 1, self.batch, self.values, Later(finite))
         if optimizer.defaults["fused"] and not isinstance(norm, DTensor):
             # it divides gradients by the one, takes no step if the other, and the CPU goes on without waiting for the GPU
             vars(optimizer).update(grad_scale=(norm.float() / self.clip).clamp(min=1), found_inf=(~finite).float())
@@ -192,14 +199,14 @@ class Stage(L.LightningModule):
     def check_finite(self) -> None:
         """Raise Diverged if loss or gradient of the last step, which is checked once, were not finite."""
         last, self.unchecked = self.unchecked, None
-        if last is not None and not last.known():
+        if last is not None and not last.finite.get():
             raise Diverged(
                 f"{self.name}: not finite at step {last.step}, {self.culprit(last)}; the last checkpoint is intact. "
                 f"Try a smaller {self.name}.lr (now {self.lr:g}), or look at this step's text"
             )
 
     @torch.no_grad()
-    def culprit(self, last: "Finite") -> str:
+    def culprit(self, last: Unchecked) -> str:
         """Where a loss or gradient first stopped being finite."""
         hidden = self.student.model.embed_tokens(last.batch)
         position = self.student.position(hidden)
