@@ -58,8 +58,6 @@ def fit(config: Namespace) -> None:
         return
     for leg in legs:
         check_leg(leg)
-    if device(config).type == "cuda":
-        compiling.switch(config.compile and config.trainer.strategy != "fsdp")  # nobody has measured the two together
     data = ChunkDataModule(**config.data)
     probe = trainer_for(config)
     accumulation = data.accumulation(probe.world_size)
@@ -72,6 +70,8 @@ def fit(config: Namespace) -> None:
     bf16 = precision(config).startswith("bf16")
     teacher = Teacher(config.teacher, torch.bfloat16 if bf16 else torch.float32)
     check_teacher(teacher)
+    if device(config).type == "cuda":  # under FSDP nobody has measured it
+        compiling.switch(config.compile and config.trainer.strategy != "fsdp", teacher.config.hidden_size)
     length, positions = config.data.sequence_length, teacher.config.max_position_embeddings
     if length > positions:
         raise InputError(f"data.sequence_length {length} is beyond the teacher's {positions} positions: lower it")

@@ -7,6 +7,8 @@
 Fewer products fill a GPU better, and what several would write to be read and added up is written once. Gradients of weights
 leave their product in fp32, as the weights have them, rather than in bf16 to be cast.
 
+A product that is added to a sum worked out for it alone, as an MLP's is, adds to it: nobody writes it to read it again.
+
 What makes the dy_i writes them where they are to lie. So can an operator of our own, tagged flexible_layout, whose last
 arguments are `width` and `starts`, 0 and [] in the graph given: its result i, [B, T, ..], becomes the columns from starts[i]
 on, if that is not -1, of its last result, [B, T, width]. `results` and `where_to` are for such operators.
@@ -54,6 +56,27 @@ def _(whole, parts, starts):
     return torch.empty_like(whole)
 
 
+@torch.library.custom_op("distill_pl::add_product", mutates_args=())
+def add_product(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """[N, X] + [N, K] [K, X]."""
+    return torch.addmm(total, x, weight)
+
+
+@add_product.register_fake
+def _(total, x, weight):
+    return torch.empty_like(total)
+
+
+library = torch.library.Library("distill_pl", "FRAGMENT")
+library.define("add_product_(Tensor(a!) total, Tensor x, Tensor weight) -> ()", tags=(torch.Tag.flexible_layout,))
+
+
+@torch.library.impl(library, "add_product_", "CompositeExplicitAutograd")
+def _(total, x, weight):
+    """In place."""
+    total.addmm_(x, weight)
+
+
 def results(inputs: Sequence[Tensor], width: int, starts: Sequence[int]) -> list[Tensor]:
     """Of such an operator, unfilled: the gradients of `inputs` [B, T, ..], empty where they have a start, and the whole."""
     starts = [*starts, *[-1] * len(inputs)]
@@ -76,7 +99,7 @@ class JoinProducts(CustomGraphPass):
 
     def __call__(self, graph: Graph) -> None:
         """In place."""
-        from torch._inductor.ir import ConcatKernel, TensorBox
+        from torch._inductor.ir import ConcatKernel, FallbackKernel, TensorBox
         from torch._inductor.lowering import lowerings, register_lowering
 
         if side_by_side._opoverload not in lowerings:  # inductor's `cat` may work out all parts for each element of the whole
@@ -91,6 +114,13 @@ class JoinProducts(CustomGraphPass):
                     columns = lowerings[aten.slice.Tensor](whole, 1, start, start + part.get_size()[1])
                     lowerings[aten.copy_.default](columns, part)
                 return whole
+
+            @register_lowering(add_product._opoverload, type_promotion_kind=None)
+            def _(total, x, weight):
+                total = lowerings[aten.clone.default](total)
+                total.realize()
+                FallbackKernel.create(torch.ops.distill_pl.add_product_.default, total, x, weight)
+                return total
 
         join_products(graph)
 
@@ -107,6 +137,7 @@ def join_products(graph: Graph) -> None:
     beside: dict[tuple[Node, ...], Node] = {}  # the same gradients are joined once
     _join_sums(graph, beside)
     _join_gradients(graph, beside)
+    _add_to_sums(graph)
     stable_topological_sort(graph)
     graph.eliminate_dead_code()
 
@@ -178,6 +209,21 @@ def _join_gradients(graph: Graph, beside: dict[tuple[Node, ...], Node]) -> None:
             if fp32:
                 for node in casts:
                     node.replace_all_uses_with(node.args[0])
+
+
+def _add_to_sums(graph: Graph) -> None:
+    """a + b + x W^T."""
+    for total in graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        for summand, other in (total.args, total.args[::-1]) if not total.kwargs else ():
+            like = total.meta["val"]
+            summed = isinstance(other, Node) and other.target is aten.add.Tensor and other.meta["val"].shape == like.shape
+            product = _product(summand) if isinstance(summand, Node) and summed else None
+            if product and product.meta["val"].dtype == other.meta["val"].dtype == like.dtype:
+                with graph.inserting_before(total):
+                    rows = _call(graph, aten.reshape.default, other, list(product.meta["val"].shape))
+                    added = _call(graph, add_product._opoverload, rows, *product.args)
+                    total.replace_all_uses_with(_call(graph, aten.reshape.default, added, list(like.shape)))
+                break
 
 
 def _call(graph: Graph, target: Callable, *args: Any) -> Node:

@@ -11,7 +11,7 @@ from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import run_and_get_code
 
-from distill_pl.joined_products import JoinProducts, join_products, results, where_to
+from distill_pl.joined_products import JoinProducts, add_product, join_products, results, where_to
 from distill_pl.student.factory import StudentFactory
 from distill_pl.teacher import _run
 
@@ -29,7 +29,7 @@ def joined():
     counts = []
 
     def products(graph) -> int:
-        return sum(node.target in (aten.mm.default, aten.addmm.default) for node in graph.nodes)
+        return sum(node.target in (aten.mm.default, aten.addmm.default, add_product._opoverload) for node in graph.nodes)
 
     def inner(graph, inputs, **options):
         before = products(graph.graph)
@@ -101,6 +101,21 @@ def test_what_is_kept_of_cast_weights_is_the_joined_one(teacher):
     (found,) = torch.autograd.grad(y.sum(), x)
     (expected,) = torch.autograd.grad(mlp(x).sum(), x)
     assert (found - expected).norm() / expected.norm() < 2e-2
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_product_adds_to_what_it_is_added_to(teacher, dtype):
+    torch.compiler.reset()
+    layer = copy.deepcopy(teacher.model.model.layers[0]).to(dtype)
+    hidden = torch.randn(2, LENGTH, teacher.config.hidden_size, dtype=dtype)
+    position = teacher.model.model.rotary_emb(hidden, torch.arange(LENGTH)[None])
+    compiled = torch.compile(layer, dynamic=False, options=OPTIONS)
+    with torch.no_grad():
+        expected = layer(hidden, position_embeddings=position)
+        found, code = run_and_get_code(compiled, hidden.clone(), position_embeddings=position)
+    assert (found - expected).norm() / expected.norm() < (1e-2 if dtype == torch.bfloat16 else 1e-5)
+    assert code[0].count("add_product_") == 1  # the MLP's; what attention's is added to is the layer's input
 
 
 @torch.library.custom_op("tests::mixed", mutates_args=(), tags=FREE)

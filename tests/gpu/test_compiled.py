@@ -31,7 +31,7 @@ def loss_and_gradients(stage, tokens: torch.Tensor) -> tuple[torch.Tensor, list[
 @pytest.mark.parametrize("stage_name", [*STAGES, "exact"])
 def test_compiled_is_plain(small, name, stage_name):
     torch.compiler.reset()
-    compiling.switch(True)
+    compiling.switch(True, small.config.hidden_size)
     options = {"estimator": "exact"} if stage_name == "exact" else {}
     student = StudentFactory(name, init="fresh").build(small, seed=0)
     if name == "rebased":  # keep q . k away from 0, where its gradient jumps
