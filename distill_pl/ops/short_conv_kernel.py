@@ -206,14 +206,18 @@ def _(inputs, weights, dy, unit, eps, width, starts):
 def _save(ctx, inputs, output) -> None:
     xs, weights, ctx.unit, ctx.eps = inputs
     ctx.save_for_backward(*xs, *weights)
+    ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, dy):
     count = len(ctx.unit)
-    xs, weights = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-    gradients = _backward(xs, weights, dy, ctx.unit, ctx.eps, 0, [])
-    of_weights = [parts.sum(0).to(w.dtype) for parts, w in zip(gradients[count:], weights, strict=False)]
-    return gradients[:count], of_weights, None, None
+    read = [i for i, d in enumerate(dy) if d is not None]  # the others have no gradient, as if they stood alone
+    xs, weights, dy, unit = ([x[i] for i in read] for x in (ctx.saved_tensors, ctx.saved_tensors[count:], dy, ctx.unit))
+    gradients = _backward(xs, weights, dy, unit, ctx.eps, 0, [])
+    dx, dw = [None] * count, [None] * count
+    for i, x, parts, weight in zip(read, gradients, gradients[len(read) :], weights, strict=False):
+        dx[i], dw[i] = x, parts.sum(0).to(weight.dtype)
+    return dx, dw, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -147,11 +147,13 @@ def conv_errors(length: int, heads: int, size: int) -> dict[str, float]:
     ys = short_convs(inputs, weights, unit, EPS)
     first, second = (conv(x.flatten(2), None, "").unflatten(2, (heads, size)) for conv, x in zip(convs, inputs, strict=True))
     expected = [l2_norm(first), second]
-    gradients, right = (torch.autograd.grad(y, inputs + weights, dy) for y in (ys, expected))
+    gradients, right = (torch.autograd.grad(y, inputs + weights, dy, retain_graph=True) for y in (ys, expected))
     values = dict(zip(("y", "unit y", "dx", "unit dx", "dw", "unit dw"), [*ys, *gradients], strict=True))
     pairs = zip(values.items(), [*expected, *right], strict=True)
     beside = _backward([x.detach() for x in inputs], weights, dy, unit, EPS, 2 * width + 40, [width + 16, 8])[-1].detach()
     placed = {"placed": (beside[..., width + 16 : -24] - gradients[0].flatten(2)).abs().max().item()}
+    _, unread, _, unused = torch.autograd.grad(ys[0].sum(), inputs + weights, allow_unused=True)
+    assert unread is unused is None  # so that nobody trains what nothing depends on
     return placed | {name: ((found - right).norm() / right.norm()).item() for (name, found), right in pairs}
 
 
