@@ -4,6 +4,7 @@ import math
 import signal
 import sys
 import time
+from typing import NamedTuple
 
 import lightning as L
 import torch
@@ -57,6 +58,16 @@ def leave_on_sigterm(trainer: L.Trainer) -> None:
     signal.signal(signal.SIGTERM, leave)
 
 
+class Unreported(NamedTuple):
+    """What is to be said of a step: when it ended, whether it is one of those that are logged, its losses and gradient norm."""
+
+    step: int
+    ended: float
+    logged: bool
+    lr: float
+    numbers: Later
+
+
 class Monitor(Callback):
     """Reports a stage, and checks at its first validation that it starts from where the one before it ended.
 
@@ -72,7 +83,7 @@ class Monitor(Callback):
         self.first_step = self.logged_step = 0
         self.began = self.logged_at = self.paused_at = 0.0
         self.spoke_at = -math.inf
-        self.unreported: tuple[int, bool, float, Later] | None = None  # step, whether it is to be logged, lr, losses and norm
+        self.unreported: Unreported | None = None
 
     def on_train_start(self, trainer: L.Trainer, stage: Stage) -> None:
         """Start the clocks."""
@@ -85,14 +96,14 @@ class Monitor(Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # a part of a step
         self.report(trainer, stage)
-        step, values = trainer.global_step, stage.values
+        step, values, now = trainer.global_step, stage.values, time.monotonic()
         last = step == trainer.max_steps
         logged = step % trainer.log_every_n_steps == 0 or last  # type: ignore[attr-defined]
         if logged:
             values = trainer.strategy.reduce(values, reduce_op="mean")  # type: ignore[arg-type]
-        if logged or step == self.first_step + 1 or time.monotonic() - self.spoke_at >= SECONDS_BETWEEN_LINES:
+        if logged or step == self.first_step + 1 or now - self.spoke_at >= SECONDS_BETWEEN_LINES:
             lr = trainer.optimizers[0].param_groups[0]["lr"]
-            self.unreported = step, logged, lr, Later(torch.cat([values, stage.grad_norm.to(values)[None]]))
+            self.unreported = Unreported(step, now, logged, lr, Later(torch.cat([values, stage.grad_norm.to(values)[None]])))
         if last:
             self.report(trainer, stage)
 
@@ -101,9 +112,9 @@ class Monitor(Callback):
         unreported, self.unreported = self.unreported, None
         if unreported is None:
             return
-        step, logged, lr, numbers = unreported
+        step, now, logged, lr, numbers = unreported
         *values, grad_norm = numbers.get().tolist()
-        steps, now = trainer.max_steps, time.monotonic()
+        steps = trainer.max_steps
         if step == self.first_step + 1:  # the first step also compiles and allocates: it says nothing about speed
             self.logged_step, self.logged_at = step, now
             self.began = now
