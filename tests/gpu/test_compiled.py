@@ -5,6 +5,7 @@ import torch
 
 from distill_pl import compiling
 from distill_pl.stages import STAGES
+from distill_pl.stages.matrix_mixing import mixing_parameters
 from distill_pl.student.factory import StudentFactory
 from distill_pl.teacher import Teacher
 
@@ -50,3 +51,9 @@ def test_compiled_is_plain(small, name, stage_name):
     off = (error / size).sqrt().item()
     print(name, stage_name, expected.item(), found.item(), f"gradients off by {off:.1e}")
     assert off < 5e-2  # two roundings to bf16 of the same
+
+
+def test_matrix_mixing_trains_what_it_trains_on_a_cpu(small, name):
+    mixer = StudentFactory(name, init="fresh").build(small, seed=0).mixers[0].cpu()
+    expected = mixing_parameters(mixer)
+    assert [id(p) for p in mixing_parameters(mixer.cuda())] == [id(p) for p in expected]
