@@ -11,7 +11,7 @@ A product that is added to a sum worked out for it alone, as an MLP's is, adds t
 
 What makes the dy_i writes them where they are to lie. So can an operator of our own, tagged flexible_layout, whose last
 arguments are `width` and `starts`, 0 and [] in the graph given: its result i, [B, T, ..], becomes the columns from starts[i]
-on, if that is not -1, of its last result, [B, T, width]. `results` and `where_to` are for such operators.
+on, if that is not -1, of its last result, [B, T, width]. `even_rows` to `where_to` are for such operators.
 """
 
 import operator
@@ -75,6 +75,17 @@ library.define("add_product_(Tensor(a!) total, Tensor x, Tensor weight) -> ()", 
 def _(total, x, weight):
     """In place."""
     total.addmm_(x, weight)
+
+
+def even_rows(*tensors: Tensor) -> list[Tensor]:
+    """[B, T, H, X], copied unless the H X numbers of a token lie together and tokens evenly, as in columns of a product."""
+    even = ((x.stride(1) * x.shape[1], x.shape[3], 1) == (x.stride(0), *x.stride()[2:]) for x in tensors)
+    return [x if so else x.contiguous() for x, so in zip(tensors, even, strict=True)]
+
+
+def token_steps(*tensors: Tensor) -> list[int]:
+    """Of such, from a token to the next."""
+    return [x.shape[2] * x.shape[3] if x.is_contiguous() else x.stride(1) for x in tensors]
 
 
 def results(inputs: Sequence[Tensor], width: int, starts: Sequence[int]) -> list[Tensor]:

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distill_pl.joined_products import results, where_to
+from distill_pl.joined_products import even_rows, results, token_steps, where_to
 
 CHUNK = 16
 LOWEST = tl.constexpr(-9.0)
@@ -229,17 +229,6 @@ def _cut(x: Tensor) -> tuple[int, int]:
     return triton.cdiv(length, size), size
 
 
-def _rows(*tensors: Tensor) -> list[Tensor]:
-    """[B, T, H, X], copied unless the H X numbers of a token lie together and tokens evenly, as in columns of a product."""
-    even = ((x.stride(1) * x.shape[1], x.shape[3], 1) == (x.stride(0), *x.stride()[2:]) for x in tensors)
-    return [x if so else x.contiguous() for x, so in zip(tensors, even, strict=True)]
-
-
-def _steps(*tensors: Tensor) -> list[int]:
-    """From a token to the next."""
-    return [x.shape[2] * x.shape[3] if x.is_contiguous() else x.stride(1) for x in tensors]
-
-
 def _starts(k: Tensor, v: Tensor, g: Tensor, state: Tensor | None, cut: tuple[int, int],
             temperature: float | None) -> Tensor | None:  # fmt: skip
     """S before every segment [B, H, segments, K, V]; None if it is 0 before the only one."""
@@ -248,7 +237,7 @@ def _starts(k: Tensor, v: Tensor, g: Tensor, state: Tensor | None, cut: tuple[in
     if cut[0] == 1:
         return state
     starts, keys = k.new_empty(batch, heads, cut[0], key, value, dtype=torch.float32), min(key, SCAN_KEYS)
-    sizes = *_steps(k, v, g), length, heads, *cut, temperature, key, value, BLOCK, keys
+    sizes = *token_steps(k, v, g), length, heads, *cut, temperature, key, value, BLOCK, keys
     _scan[batch * heads, key // keys](k, v, g, state, starts, *sizes, num_warps=4)
     return starts
 
@@ -264,12 +253,12 @@ def _options(k: Tensor, v: Tensor) -> dict[str, int | None]:
 @torch.library.custom_op("distill_pl::channel_decay", mutates_args=(), tags=(torch.Tag.flexible_layout,))
 def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tensor | None,
              temperature: float | None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    q, k, v, g = _rows(q, k, v, g)
+    q, k, v, g = even_rows(q, k, v, g)
     (batch, length, heads, key), value, cut = k.shape, v.shape[-1], _cut(k)
     y, final = v.new_empty(v.shape), k.new_empty(batch, heads, key, value, dtype=torch.float32)
     with torch.cuda.device_of(q):
         starts = _starts(k, v, g, state, cut, temperature)
-        sizes = *_steps(q, k, v, g), length, heads, *cut, temperature, key, value, CHUNK
+        sizes = *token_steps(q, k, v, g), length, heads, *cut, temperature, key, value, CHUNK
         _outputs[batch * heads * cut[0],](q, k, v, g, starts, y, final, scale, *sizes, **_options(k, v))
     return y, final
 
@@ -286,7 +275,7 @@ def _backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: T
               dy: Tensor, d_final: Tensor | None, width: int,
               starts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients; `width` and `starts` are what joined_products says."""
-    (q, k, v, g), dy = _rows(q, k, v, g), dy.contiguous()
+    (q, k, v, g), dy = even_rows(q, k, v, g), dy.contiguous()
     d_final = None if d_final is None else d_final.contiguous()
     (batch, length, heads, key), value, cut = k.shape, v.shape[-1], _cut(k)
     filled = _to_fill(q, k, v, g, state, width, starts)
@@ -297,13 +286,13 @@ def _backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: T
         before, ends = _starts(k, v, g, state, cut, temperature), d_final
         if cut[0] > 1:
             ends, keys = inner.new_empty(batch, heads, cut[0], key, value), min(key, SCAN_KEYS)
-            sizes = *_steps(q, g), length, heads, *cut, temperature, key, value, BLOCK, keys
+            sizes = *token_steps(q, g), length, heads, *cut, temperature, key, value, BLOCK, keys
             _scan_back[batch * heads, key // keys](q, dy, g, d_final, ends, scale, *sizes, num_warps=4)
-        steps, sizes = _steps(q, k, v, g), (length, heads, *cut, temperature, key, value, CHUNK, BLOCK)
+        steps, sizes = token_steps(q, k, v, g), (length, heads, *cut, temperature, key, value, CHUNK, BLOCK)
         programs, options = batch * heads * cut[0], _options(k, v)
-        _d_queries[programs,](q, k, v, g, dy, before, dq, inner, states, scale, *steps, *_steps(dq), *sizes, **options)
+        _d_queries[programs,](q, k, v, g, dy, before, dq, inner, states, scale, *steps, *token_steps(dq), *sizes, **options)
         others = dk, dv, dg, None if state is None else filled[4]
-        steps += _steps(dk, dv, dg)
+        steps += token_steps(dk, dv, dg)
         options |= {"maxnreg": None}  # it would not fit without spilling
         _d_others[programs,](q, k, v, g, dy, ends, inner, states, *others, scale, *steps, *sizes, **options)
     return filled

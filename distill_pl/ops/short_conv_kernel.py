@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distill_pl.joined_products import results, where_to
-from distill_pl.ops.channel_decay_kernel import _rows, _steps
+from distill_pl.joined_products import even_rows, results, token_steps, where_to
 
 CHANNELS = 64  # of a program, where it need not be a head
 SEGMENTS, LENGTH, WARPS = 4, 32, 4  # of a program; tokens of a segment
@@ -160,12 +159,12 @@ def _sizes(x: Tensor, unit: bool, eps: float, *others: Tensor) -> tuple:
     """What both kernels want to know."""
     (_, length, heads, size), channels = x.shape, _channels(x, unit)
     program = triton.next_power_of_2(channels), SEGMENTS, LENGTH
-    return length, heads * size, channels, eps, *_steps(x, *others), length % 4 == 0, unit, *program
+    return length, heads * size, channels, eps, *token_steps(x, *others), length % 4 == 0, unit, *program
 
 
 @torch.library.custom_op("distill_pl::short_convs", mutates_args=(), tags=(torch.Tag.flexible_layout,))
 def _forward(inputs: Sequence[Tensor], weights: Sequence[Tensor], unit: Sequence[bool], eps: float) -> list[Tensor]:
-    inputs, outputs = _rows(*inputs), [x.new_empty(x.shape) for x in inputs]
+    inputs, outputs = even_rows(*inputs), [x.new_empty(x.shape) for x in inputs]
     with torch.cuda.device_of(inputs[0]):
         for x, weight, y, so in zip(inputs, weights, outputs, unit, strict=True):
             _outputs[_grid(x, so)](x, weight.contiguous(), y, *_sizes(x, so, eps, y), num_warps=WARPS)
@@ -184,7 +183,7 @@ def _to_fill(inputs: Sequence[Tensor], weights: Sequence[Tensor], unit: Sequence
 def _backward(inputs: Sequence[Tensor], weights: Sequence[Tensor], dy: Sequence[Tensor], unit: Sequence[bool], eps: float,
               width: int, starts: Sequence[int]) -> list[Tensor]:  # fmt: skip
     """Gradients; `width` and `starts` are what joined_products says."""
-    inputs, dy, filled = _rows(*inputs), _rows(*dy), _to_fill(inputs, weights, unit, width, starts)
+    inputs, dy, filled = even_rows(*inputs), even_rows(*dy), _to_fill(inputs, weights, unit, width, starts)
     each = zip(inputs, weights, dy, where_to(filled, inputs, starts), filled[len(inputs) :], unit, strict=False)
     with torch.cuda.device_of(inputs[0]):
         for x, weight, dy_x, dx, dw, so in each:
