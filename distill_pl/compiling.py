@@ -31,7 +31,7 @@ def switch(on: bool, width: int) -> None:
     torch._dynamo.config.optimize_ddp = False  # which would cut graphs; a layer a graph lets gradients travel early as it is
     # norms and gates are made again for the products of the backward pass: a third of all that is kept for it
     torch._functorch.config.ban_recompute_materialized_backward = False
-    # what a convolution's taps or a decay read is made where it is read, up to a dozen times, not written first
+    # what a decay reads, or a convolution that has no kernel, is made where it is read, up to a dozen times, not written first
     torch._inductor.config.realize_reads_threshold, torch._inductor.config.realize_opcount_threshold = 12, 100
     if width <= 1024:  # norms' gradients fetch rows ahead; of longer ones, before torch 2.13, more than shared memory holds
         torch._inductor.config.triton.mix_order_reduction_allow_multi_stages = True

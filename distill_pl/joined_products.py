@@ -67,7 +67,7 @@ def _(total, x, weight):
     return torch.empty_like(total)
 
 
-library = torch.library.Library("distill_pl", "FRAGMENT")
+library = torch.library.Library("distill_pl", "FRAGMENT")  # less Python around every call than a custom_op has
 library.define("add_product_(Tensor(a!) total, Tensor x, Tensor weight) -> ()", tags=(torch.Tag.flexible_layout,))
 
 
@@ -158,17 +158,16 @@ def _join_forward(graph: Graph) -> None:
     for x, members in _sharing(graph, (aten.mm.default, aten.addmm.default), 0, _reads_weight):
         if len(members) > 1:
             with graph.inserting_before(members[0]):
-                weights = [_wide(graph, _transposed(_factors(product)[1]), 0) for product in members]
-                weight = _call(graph, aten.cat.default, weights)
+                weights = [_transposed(_factors(product)[1]) for product in members]
+                weight = _call(graph, aten.cat.default, [_wide(graph, own, 0) for own in weights])
                 factors = x, _call(graph, aten.permute.default, weight, [1, 0])
                 bias = _bias(graph, members)
                 product = _call(graph, aten.addmm.default, bias, *factors) if bias else _call(graph, aten.mm.default, *factors)
                 for member, part in zip(members, _cut(graph, members, product, 1), strict=True):
                     member.replace_all_uses_with(part)
-                for member, part in zip(members, _cut(graph, members, weight, 0, 1), strict=True):
-                    own = _factors(member)[1]
-                    if _transposed(own).target is cast:  # then what is kept of it is part of the joined one, not another cast
-                        own.replace_all_uses_with(_call(graph, aten.permute.default, part, [1, 0]))
+                for member, own, part in zip(members, weights, _cut(graph, weights, weight, 0), strict=True):
+                    if own.target is cast:  # then what is kept of it is part of the joined one, not another cast
+                        _factors(member)[1].replace_all_uses_with(_call(graph, aten.permute.default, part, [1, 0]))
 
 
 def _bias(graph: Graph, members: list[Node]) -> Node | None:
@@ -225,15 +224,15 @@ def _join_gradients(graph: Graph, beside: dict[tuple[Node, ...], Node]) -> None:
 def _add_to_sums(graph: Graph) -> None:
     """a + b + x W^T."""
     for total in graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        shape, dtype = total.meta["val"].shape, total.meta["val"].dtype
         for summand, other in (total.args, total.args[::-1]) if not total.kwargs else ():
-            like = total.meta["val"]
-            summed = isinstance(other, Node) and other.target is aten.add.Tensor and other.meta["val"].shape == like.shape
-            product = _product(summand) if isinstance(summand, Node) and summed else None
-            if product and product.meta["val"].dtype == other.meta["val"].dtype == like.dtype:
+            summed = isinstance(summand, Node) and isinstance(other, Node) and other.target is aten.add.Tensor
+            product = _product(summand) if summed and other.meta["val"].shape == shape else None
+            if product and product.meta["val"].dtype == other.meta["val"].dtype == dtype:
                 with graph.inserting_before(total):
                     rows = _call(graph, aten.reshape.default, other, list(product.meta["val"].shape))
                     added = _call(graph, add_product._opoverload, rows, *product.args)
-                    total.replace_all_uses_with(_call(graph, aten.reshape.default, added, list(like.shape)))
+                    total.replace_all_uses_with(_call(graph, aten.reshape.default, added, list(shape)))
                 break
 
 
@@ -304,12 +303,11 @@ def _edges(members: list[Node], dim: int) -> list[int]:
     return list(accumulate((size + -size % WIDTH for size in sizes), initial=0))
 
 
-def _cut(graph: Graph, members: list[Node], joined: Node, dim: int, of: int | None = None) -> list[Node]:
-    """The part of `joined`, along `dim`, that each of `members` is, or has made its dimension `of` with."""
-    of = dim if of is None else of
+def _cut(graph: Graph, members: list[Node], joined: Node, dim: int) -> list[Node]:
+    """The part of `joined` that each of `members` is."""
     return [
-        _call(graph, aten.slice.Tensor, joined, dim, start, start + node.meta["val"].shape[of])
-        for node, start in zip(members, _edges(members, of)[:-1], strict=True)
+        _call(graph, aten.slice.Tensor, joined, dim, start, start + node.meta["val"].shape[dim])
+        for node, start in zip(members, _edges(members, dim)[:-1], strict=True)
     ]
 
 
