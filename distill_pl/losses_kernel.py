@@ -4,14 +4,22 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
-BLOCK, WARPS, STAGES = 4096, 8, 3  # numbers at a time, warps of a program, blocks that are fetched ahead
+LOG2_E = tl.constexpr(1.4426950408889634)
+BLOCK, WARPS, STAGES = 4096, 4, 3  # numbers at a time, warps of a program, blocks that are fetched ahead
+
+
+@triton.jit
+def _exp(x, top, beta):
+    """e^{beta (x - top)}: 2^(a x + b) is two instructions."""
+    return libdevice.exp2(x * (beta * LOG2_E) - top * (beta * LOG2_E))
 
 
 @triton.jit
 def _add_exp(total, x, highest, higher, beta):
     """A sum of e^{beta x}, relative to the highest x so far, with more x and then relative to a higher one."""
-    return total * tl.exp(beta * (highest - higher)) + tl.sum(tl.exp(beta * (x - higher)), 0)
+    return total * tl.exp(beta * (highest - higher)) + tl.sum(_exp(x, higher, beta), 0)
 
 
 @triton.jit
@@ -26,7 +34,7 @@ def _row(logits, expected, labels, terms, alpha, temperature, V: tl.constexpr, B
     highest, total, soft_total = low, 0.0, 0.0
     highest_p, total_p, beta = low, 0.0, 1 / temperature
     for start in tl.range(0, V, BLOCK, num_stages=STAGES):
-        inside = start + column < V
+        inside = (start + column < V) | (V % BLOCK == 0)
         x = tl.load(logits + start + column, inside, low).to(tl.float32)
         higher = tl.maximum(highest, tl.max(x, 0))
         total = _add_exp(total, x, highest, higher, 1.0)
@@ -46,15 +54,16 @@ def _row(logits, expected, labels, terms, alpha, temperature, V: tl.constexpr, B
         total_p = beta * highest_p + tl.log(total_p)
         for i in tl.range(tl.cdiv(V, BLOCK), num_stages=STAGES):
             at = (tl.cdiv(V, BLOCK) - 1 - i) * BLOCK + column  # what was read last is the likeliest to be cached yet
-            inside = at < V
+            inside = (at < V) | (V % BLOCK == 0)
             x = tl.load(logits + at, inside, 0.0).to(tl.float32)
-            gradient = tl.exp(x - total) - tl.where(at == label, 1.0, 0.0)
+            q = _exp(x, total, 1.0)
+            gradient = q - tl.where(at == label, 1.0, 0.0)
             if expected is not None:
                 log_p = tl.load(expected + row * V + at, inside, 0.0).to(tl.float32) * beta - total_p
                 log_q = x * beta - soft_total
-                p = tl.exp(log_p)
+                p = libdevice.fast_expf(log_p)
                 kl += tl.where(inside, p * (log_p - log_q), 0.0)
-                gradient += alpha * temperature * (tl.exp(log_q) - p)
+                gradient += alpha * temperature * ((libdevice.fast_expf(log_q) if SOFT else q) - p)
             if GRADIENT:
                 tl.store(logits + at, tl.where(counts, gradient, 0.0).to(logits.dtype.element_ty), inside)
     tl.store(terms + 2 * row, tl.where(counts, ce, 0.0))

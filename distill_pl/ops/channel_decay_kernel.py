@@ -22,11 +22,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
 from distill_pl.joined_products import even_rows, results, token_steps, where_to
 
 CHUNK = 16
-LOWEST = tl.constexpr(-9.0)
+LOG2_E = tl.constexpr(1.4426950408889634)  # e^x is worked out as 2^(x log2 e), which is one instruction
+LOWEST = tl.constexpr(-9.0 * 1.4426950408889634)
 BLOCK = 64  # tokens at a time in a scan; the shortest segment
 PROGRAMS = 512  # that fill a GPU
 SCAN_KEYS = 32  # in one program of the scans
@@ -66,22 +68,30 @@ def _below(C: tl.constexpr):
 
 
 @triton.jit
+def _diagonal(x, C: tl.constexpr):
+    """Of [C, C], as [C, 1]."""
+    return tl.sum(tl.where(tl.arange(0, C)[:, None] == tl.arange(0, C)[None, :], x, 0.0), 1)[:, None]
+
+
+@triton.jit
 def _gates(g, g_step, sequence, first, T, H, K: tl.constexpr, C: tl.constexpr, N: tl.constexpr,
            temperature: tl.constexpr):  # fmt: skip
-    """The log decay of N channels [C, N]: g, or of logits g where there is a temperature."""
-    decay = _load(g, g_step, sequence, first, T, H, K, C, N).to(tl.float32)
+    """The decay of N channels [C, N] as a power of 2: of g, or of logits g where there is a temperature."""
+    decay = _load(g, g_step, sequence, first, T, H, K, C, N).to(tl.float32) * LOG2_E
     if temperature is not None:  # a token after the last has the logit 0, but forgets nothing
-        decay = (tl.minimum(decay, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(decay)))) * (1 / temperature)
+        decay = (tl.minimum(decay, 0.0) - libdevice.fast_log2f(1.0 + libdevice.exp2(-tl.abs(decay)))) * (1 / temperature)
         decay = tl.where(first + tl.arange(0, C)[:, None] < T, decay, 0.0)
     return tl.maximum(decay, LOWEST)
 
 
 @triton.jit
 def _decays(g, g_step, sequence, first, T, H, K: tl.constexpr, C: tl.constexpr, temperature: tl.constexpr):
-    """b - R [C, K] by a product with +-1/2, e^R [K]."""
+    """b - R [C, K] by a product with +-1/2, 2^R [K]. Of g the first 16 bits count, as two parts in bf16."""
     g = _gates(g, g_step, sequence, first, T, H, K, C, K, temperature)
-    b = tl.dot(0.5 - tl.trans(_below(C)).to(tl.float32), g, input_precision="tf32x3")
-    return b, tl.exp(tl.sum(tl.where(tl.arange(0, C)[:, None] == C - 1, b, 0.0), 0))
+    high = (g.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    halves = (0.5 - tl.trans(_below(C)).to(tl.float32)).to(tl.bfloat16)
+    b = tl.dot(halves, (g - high).to(tl.bfloat16), tl.dot(halves, high.to(tl.bfloat16)))
+    return b, libdevice.exp2(tl.sum(tl.where(tl.arange(0, C)[:, None] == C - 1, b, 0.0), 0))
 
 
 @triton.jit
@@ -107,8 +117,8 @@ def _scan(k, v, g, initial, starts, k_step, v_step, g_step, T, H, segments, leng
                 g_chunk = _gates(g + start, g_step, sequence, first, T, H, K, C, N, temperature)
                 b, total = tl.cumsum(g_chunk, 0), tl.sum(g_chunk, 0)
                 v_chunk = _load(v, v_step, sequence, first, T, H, V, C, V)
-                added = _load(k + start, k_step, sequence, first, T, H, K, C, N) * tl.exp(total[None, :] - b)
-                state = tl.dot(tl.trans(added.to(v_chunk.dtype)), v_chunk, state * tl.exp(total)[:, None])
+                added = _load(k + start, k_step, sequence, first, T, H, K, C, N) * libdevice.exp2(total[None, :] - b)
+                state = tl.dot(tl.trans(added.to(v_chunk.dtype)), v_chunk, state * libdevice.exp2(total)[:, None])
 
 
 @triton.jit
@@ -126,8 +136,8 @@ def _scan_back(q, dy, g, d_final, ends, scale, q_step, g_step, T, H, segments, l
                 g_chunk = _gates(g + start, g_step, sequence, first, T, H, K, C, N, temperature)
                 b, total = tl.cumsum(g_chunk, 0), tl.sum(g_chunk, 0)
                 dy_chunk = _load(dy, H * V, sequence, first, T, H, V, C, V)
-                read = (_load(q + start, q_step, sequence, first, T, H, K, C, N) * (tl.exp(b) * scale)).to(dy_chunk.dtype)
-                d_state = tl.dot(tl.trans(read), dy_chunk, d_state * tl.exp(total)[:, None])
+                read = _load(q + start, q_step, sequence, first, T, H, K, C, N) * (libdevice.exp2(b) * scale)
+                d_state = tl.dot(tl.trans(read.to(dy_chunk.dtype)), dy_chunk, d_state * libdevice.exp2(total)[:, None])
 
 
 @triton.jit
@@ -141,7 +151,7 @@ def _outputs(q, k, v, g, starts, y, final, scale, q_step, k_step, v_step, g_step
         q_chunk, k_chunk = _load(q, q_step, sequence, first, T, H, K, C, K), _load(k, k_step, sequence, first, T, H, K, C, K)
         v_chunk = _load(v, v_step, sequence, first, T, H, V, C, V)
         dtype: tl.constexpr = v_chunk.dtype
-        up, down = (q_chunk * tl.exp(b)).to(dtype), (k_chunk * tl.exp(-b)).to(dtype)
+        up, down = (q_chunk * libdevice.exp2(b)).to(dtype), (k_chunk * libdevice.exp2(-b)).to(dtype)
         state *= half[:, None]
         a = tl.where(tl.trans(_below(C)), 0.0, tl.dot(up, tl.trans(down)))
         out = tl.dot(a.to(dtype), v_chunk, tl.dot(up, state.to(dtype)))
@@ -164,13 +174,14 @@ def _d_queries(q, k, v, g, dy, starts, dq, inner, states, scale, q_step, k_step,
         q_chunk, k_chunk = _load(q, q_step, sequence, first, T, H, K, C, K), _load(k, k_step, sequence, first, T, H, K, C, K)
         v_chunk, dy_chunk = _load(v, v_step, sequence, first, T, H, V, C, V), _load(dy, H * V, sequence, first, T, H, V, C, V)
         dtype: tl.constexpr = v_chunk.dtype
-        down = (k_chunk * tl.exp(-b)).to(dtype)
+        down = (k_chunk * libdevice.exp2(-b)).to(dtype)
         state *= half[:, None]
-        da = tl.where(_below(C), tl.dot(dy_chunk, tl.trans(v_chunk)), 0.0)
+        da = tl.dot(dy_chunk, tl.trans(v_chunk))
+        now = _diagonal(da, C) * scale
+        da = tl.where(_below(C), da, 0.0)
         grad = tl.trans(tl.dot(state.to(dtype), tl.trans(dy_chunk)))  # so the state is read from where it lies
-        grad = tl.dot(da.to(dtype), down, grad) * (tl.exp(b) * scale)
+        grad = tl.dot(da.to(dtype), down, grad) * (libdevice.exp2(b) * scale)
         _store(inner, H * K, q_chunk * grad, sequence, first, T, H, K, C)
-        now = tl.sum(dy_chunk.to(tl.float32) * v_chunk, 1)[:, None] * scale
         _store(dq, dq_step, grad + now * k_chunk, sequence, first, T, H, K, C)
         state = tl.dot(tl.trans(down), v_chunk, state) * half[:, None]
         if (first + C) % B == 0 or first + C >= T:
@@ -198,22 +209,24 @@ def _d_others(q, k, v, g, dy, ends, inner, states, dk, dv, dg, d_initial, scale,
             block = sequence.to(tl.int64) * blocks + first // B
             after = tl.load(states + block * (K * V) + _grid(K, V)).to(tl.float32)
             later = tl.zeros([C, K], tl.float32) + tl.sum(after * d_state, 1)[None, :]
-        fall = tl.exp(-b)
-        up, down = (q_chunk * (tl.exp(b) * scale)).to(dtype), (k_chunk * fall).to(dtype)
+        fall = libdevice.exp2(-b)
+        up, down = (q_chunk * (libdevice.exp2(b) * scale)).to(dtype), (k_chunk * fall).to(dtype)
         d_state *= half[:, None]
         a = tl.where(_below(C), 0.0, tl.dot(down, tl.trans(up)))  # A^T
         grad = tl.dot(a.to(dtype), dy_chunk, tl.dot(down, d_state.to(dtype)))
         _store(dv, dv_step, grad, sequence, first, T, H, V, C)
-        da = tl.where(tl.trans(_below(C)), tl.dot(v_chunk, tl.trans(dy_chunk)), 0.0)  # dA^T
+        da = tl.dot(v_chunk, tl.trans(dy_chunk))  # dA^T
+        now = _diagonal(da, C) * scale
+        da = tl.where(tl.trans(_below(C)), da, 0.0)
         grad = tl.trans(tl.dot(d_state.to(dtype), tl.trans(v_chunk)))
         grad = tl.dot(da.to(dtype), up, grad) * fall
         change = _load(inner, H * K, sequence, first, T, H, K, C, K) - k_chunk * grad
         grad_g = tl.dot(1.0 - _below(C).to(tl.float32), change, later)
         if temperature is not None:
-            grad_g *= tl.sigmoid(-_load(g, g_step, sequence, first, T, H, K, C, K).to(tl.float32)) * (1 / temperature)
+            logit = _load(g, g_step, sequence, first, T, H, K, C, K).to(tl.float32)
+            grad_g = libdevice.fast_dividef(grad_g * (1 / temperature), 1.0 + libdevice.exp2(logit * LOG2_E))
         _store(dg, dg_step, grad_g, sequence, first, T, H, K, C)
         later = tl.dot(tl.full([C, C], 1.0, tl.float32), change, later)
-        now = tl.sum(dy_chunk.to(tl.float32) * v_chunk, 1)[:, None] * scale
         _store(dk, dk_step, grad + now * q_chunk, sequence, first, T, H, K, C)
         d_state = tl.dot(tl.trans(up), dy_chunk, d_state) * half[:, None]
     if d_initial is not None and segment == 0:

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
 from distill_pl.joined_products import even_rows, results, token_steps, where_to
 
@@ -60,9 +61,14 @@ def _sum(w0, w1, w2, w3, x0, x1, x2, x3):
 
 
 @triton.jit
+def _sigmoid(x):
+    return libdevice.fast_dividef(1.0, 1.0 + libdevice.fast_expf(-x))
+
+
+@triton.jit
 def _output(z, eps, UNIT: tl.constexpr):
     """y of z."""
-    u = z * tl.sigmoid(z)
+    u = z * _sigmoid(z)
     if UNIT:
         u *= tl.rsqrt(tl.sum(u * u, 1) + eps)[:, None]
     return u
@@ -71,7 +77,7 @@ def _output(z, eps, UNIT: tl.constexpr):
 @triton.jit
 def _d_sum(z, dy, eps, UNIT: tl.constexpr):
     """dz of dy."""
-    open = tl.sigmoid(z)
+    open = _sigmoid(z)
     u = z * open
     if UNIT:
         n = tl.rsqrt(tl.sum(u * u, 1) + eps)[:, None]
