@@ -155,7 +155,8 @@ def inductor(graph, inputs):
 
     # what is made of few numbers is made anew wherever it is read: for one row, a kernel fewer is worth any arithmetic
     options = {"unroll_reductions_threshold": 17} | {f"realize_{x}_threshold": 400 for x in ("reads", "acc_reads", "opcount")}
-    with config.patch(options | {"triton.enable_pdl": launches_early()}):
+    # deterministic: a kernel timed by itself, a few microseconds, is not the fastest one beside others
+    with config.patch(options | {"triton.enable_pdl": launches_early(), "deterministic": True}):
         return compile_fx(graph, inputs, decompositions=dict(select_decomp_table()) | products())
 
 
@@ -352,8 +353,10 @@ class Decoder:
 
     def _choose(self, logits: Tensor) -> Tensor:
         """[B, vocab] -> [B, 1]: the likeliest, or a draw."""
-        if self.temperature == 0:
-            return logits.argmax(-1, keepdim=True)
+        if self.temperature == 0:  # in two steps, or one program reads a whole row
+            highest, column = logits.unflatten(-1, (-1, math.gcd(logits.shape[-1], 256))).max(-1)
+            row = highest.argmax(-1, keepdim=True)
+            return row * (logits.shape[-1] // highest.shape[-1]) + column.gather(-1, row)
         likeliest, tokens = logits.float().topk(min(self.top_k or logits.shape[-1], logits.shape[-1]))
         # the first of exponential clocks that run at these speeds: a draw that, unlike multinomial, never waits for the GPU
         clocks = torch.empty_like(likeliest).exponential_() / (likeliest / self.temperature).softmax(-1)
