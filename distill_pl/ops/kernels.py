@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fla.ops.common.chunk_delta_h import chunk_gated_delta_rule_bwd_dhu, chunk_gated_delta_rule_fwd_h
+from fla.ops.common.chunk_o import chunk_bwd_dqkwg, chunk_bwd_dv_local, chunk_fwd_o
 from fla.ops.common.fused_chunk import fused_chunk_bwd_kernel, fused_chunk_fwd_kernel
-from fla.ops.delta_rule.chunk import chunk_delta_rule_bwd, chunk_delta_rule_fwd
+from fla.ops.delta_rule.wy_fast import prepare_wy_repr_bwd, prepare_wy_repr_fwd
 from fla.ops.gla import chunk_gla
 from fla.ops.rebased.parallel import parallel_rebased_bwd_kernel, parallel_rebased_fwd_kernel
 from fla.ops.utils import chunk_local_cumsum
@@ -153,47 +155,56 @@ def _(q, k, v, sums, scale, state, dy, d_final):
 
 @custom_op("distill_pl::delta_rule", mutates_args=())
 def _delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float,
-                state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, the state, and the inverses that the backward pass needs, [B, T, H, CHUNK]."""
+                state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, the state, and what the backward pass needs: inverses [B, T, H, CHUNK], w like k, new values like v, chunk states."""
     q, k, v, beta = (x.contiguous() for x in (q, k, v, beta))
     state = None if state is None else state.contiguous()
     with torch.cuda.device_of(q):
-        y, inverse, state = chunk_delta_rule_fwd(q, k, v, beta, scale, state, output_final_state=True)
-    return y, state, inverse
+        w, u, inverse = prepare_wy_repr_fwd(k, v, beta, None)
+        states, new, final = chunk_gated_delta_rule_fwd_h(k, w, u, initial_state=state, output_final_state=True)
+        y = chunk_fwd_o(q, k, new, states, scale=scale)
+    return y, final, inverse, w, new, states
 
 
 @_delta_rule.register_fake
 def _(q, k, v, beta, scale, state):
-    return _new(v), _new(v, v.shape[0], *k.shape[2:], v.shape[3]), k.new_empty(*k.shape[:3], CHUNK)
+    (batch, length, heads, key), value = k.shape, v.shape[3]
+    inverse, states = k.new_empty(batch, length, heads, CHUNK), k.new_empty(batch, cdiv(length, CHUNK), heads, key, value)
+    return _new(v), _new(v, batch, heads, key, value), inverse, _new(k), _new(v), states
 
 
 @custom_op("distill_pl::delta_rule_backward", mutates_args=())
-def _delta_rule_backward(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, inverse: Tensor, scale: float, state: Tensor | None,
-                         dy: Tensor, d_final: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _delta_rule_backward(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, inverse: Tensor, w: Tensor, new: Tensor, states: Tensor,
+                         scale: float, state: Tensor | None, dy: Tensor,
+                         d_final: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As fla's chunk_delta_rule_bwd, which makes w, the new values and the states again."""
     q, k, v, beta, dy = (x.contiguous() for x in (q, k, v, beta, dy))
     state, d_final = (x if x is None else x.contiguous() for x in (state, d_final))
     with torch.cuda.device_of(q):
-        dq, dk, dv, d_beta, d_state = chunk_delta_rule_bwd(q, k, v, beta, inverse, scale, state, dy, d_final)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_beta.to(beta.dtype), q.new_empty(0) if state is None else d_state
+        dv = chunk_bwd_dv_local(q, k, dy, scale=scale)
+        d_states, d_state, dv = chunk_gated_delta_rule_bwd_dhu(q, k, w, dy, dv, h0=state, dht=d_final, scale=scale)
+        dq, dk, dw, _ = chunk_bwd_dqkwg(q, k, new, dy, states, d_states, w, dv=dv, scale=scale)
+        more, dv, d_beta = prepare_wy_repr_bwd(k, v, beta, inverse, dw, dv, None)
+    return dq, dk.add_(more), dv, d_beta, q.new_empty(0) if state is None else d_state
 
 
 @_delta_rule_backward.register_fake
-def _(q, k, v, beta, inverse, scale, state, dy, d_final):
+def _(q, k, v, beta, inverse, w, new, states, scale, state, dy, d_final):
     return _new(q), _new(k), _new(v), _new(beta), q.new_empty(0) if state is None else _new(state)
 
 
 def _save(ctx, inputs, output) -> None:
     *tensors, ctx.scale, state = inputs
-    ctx.save_for_backward(*tensors, state, output[2])
-    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(*tensors, state, *output[2:])
+    ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(backward):
-    def run(ctx, dy, d_final, _):
-        q, k, v, gate, state, kept = ctx.saved_tensors
+    def run(ctx, dy, d_final, *_):
+        q, k, v, gate, state, *kept = ctx.saved_tensors
         dy = torch.zeros_like(v) if dy is None else dy
-        dq, dk, dv, d_gate, d_state = backward(q, k, v, gate, kept, ctx.scale, state, dy, d_final)
+        dq, dk, dv, d_gate, d_state = backward(q, k, v, gate, *kept, ctx.scale, state, dy, d_final)
         return dq, dk, dv, None if gate is None else d_gate, None, None if state is None else d_state
 
     return run
