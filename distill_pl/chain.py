@@ -259,3 +259,5 @@ def quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="lightning")
+    # said of every DDP run: Lightning makes DDP on a stream of its own, and DDP keeps the nodes that it made there
+    warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
