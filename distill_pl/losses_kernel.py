@@ -34,7 +34,7 @@ def _row(logits, expected, labels, terms, alpha, temperature, V: tl.constexpr, B
     highest, total, soft_total = low, 0.0, 0.0
     highest_p, total_p, beta = low, 0.0, 1 / temperature
     for start in tl.range(0, V, BLOCK, num_stages=STAGES):
-        inside = (start + column < V) | (V % BLOCK == 0)
+        inside = (start + column < V) | (V % BLOCK == 0)  # known beforehand, it costs nothing
         x = tl.load(logits + start + column, inside, low).to(tl.float32)
         higher = tl.maximum(highest, tl.max(x, 0))
         total = _add_exp(total, x, highest, higher, 1.0)
