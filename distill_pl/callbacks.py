@@ -59,11 +59,12 @@ def leave_on_sigterm(trainer: L.Trainer) -> None:
 
 
 class Unreported(NamedTuple):
-    """What is to be said of a step: when it ended, whether it is one of those that are logged, its losses and gradient norm."""
+    """What is to be said of a step: when it ended, whether in TensorBoard and on the console, its losses and gradient norm."""
 
     step: int
     ended: float
     logged: bool
+    said: bool
     lr: float
     numbers: Later
 
@@ -101,9 +102,10 @@ class Monitor(Callback):
         logged = step % trainer.log_every_n_steps == 0 or last  # type: ignore[attr-defined]
         if logged:
             values = trainer.strategy.reduce(values, reduce_op="mean")  # type: ignore[arg-type]
-        if logged or step == self.first_step + 1 or now - self.spoke_at >= SECONDS_BETWEEN_LINES:
-            lr = trainer.optimizers[0].param_groups[0]["lr"]
-            self.unreported = Unreported(step, now, logged, lr, Later(torch.cat([values, stage.grad_norm.to(values)[None]])))
+        said = now - self.spoke_at >= SECONDS_BETWEEN_LINES or last  # of the first step in any case
+        if logged or said:
+            lr, numbers = trainer.optimizers[0].param_groups[0]["lr"], torch.cat([values, stage.grad_norm.to(values)[None]])
+            self.unreported = Unreported(step, now, logged, said, lr, Later(numbers))
         if last:
             self.report(trainer, stage)
 
@@ -112,7 +114,7 @@ class Monitor(Callback):
         unreported, self.unreported = self.unreported, None
         if unreported is None:
             return
-        step, now, logged, lr, numbers = unreported
+        step, now, logged, said, lr, numbers = unreported
         *values, grad_norm = numbers.get().tolist()
         steps = trainer.max_steps
         if step == self.first_step + 1:  # the first step also compiles and allocates: it says nothing about speed
@@ -127,7 +129,7 @@ class Monitor(Callback):
                 scalars["train/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
             self.logged_step, self.logged_at = step, now
             self.write(trainer, scalars, step)
-        if now - self.spoke_at >= SECONDS_BETWEEN_LINES or step == steps:
+        if said:
             self.spoke_at = now
             line = f"{stage.name}  step {step:,}/{steps:,} ({step / steps:.0%})  loss {values[0]:.4f}"
             if step > self.first_step + 1:

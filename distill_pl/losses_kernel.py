@@ -1,12 +1,14 @@
 """The terms of `next_token_loss`, and their gradient, from logits: a Triton kernel that reads each row twice."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E = tl.constexpr(math.log2(math.e))
 BLOCK, WARPS, STAGES = 4096, 4, 3  # numbers at a time, warps of a program, blocks that are fetched ahead
 
 

@@ -16,6 +16,7 @@ fill a GPU there are several segments, and two scans bring S and dS to their bor
 is tuned when it first runs.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -27,8 +28,8 @@ from triton.language.extra import libdevice
 from distill_pl.joined_products import even_rows, results, token_steps, where_to
 
 CHUNK = 16
-LOG2_E = tl.constexpr(1.4426950408889634)  # e^x is worked out as 2^(x log2 e), which is one instruction
-LOWEST = tl.constexpr(-9.0 * 1.4426950408889634)
+LOG2_E = tl.constexpr(math.log2(math.e))  # e^x is worked out as 2^(x log2 e), which is one instruction
+LOWEST = tl.constexpr(-9 * LOG2_E.value)  # g = -9
 BLOCK = 64  # tokens at a time in a scan; the shortest segment
 PROGRAMS = 512  # that fill a GPU
 SCAN_KEYS = 32  # in one program of the scans

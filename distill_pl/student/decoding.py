@@ -354,9 +354,10 @@ class Decoder:
     def _choose(self, logits: Tensor) -> Tensor:
         """[B, vocab] -> [B, 1]: the likeliest, or a draw."""
         if self.temperature == 0:  # in two steps, or one program reads a whole row
-            highest, column = logits.unflatten(-1, (-1, math.gcd(logits.shape[-1], 256))).max(-1)
+            columns = math.gcd(logits.shape[-1], 256)
+            highest, column = logits.unflatten(-1, (-1, columns)).max(-1)
             row = highest.argmax(-1, keepdim=True)
-            return row * (logits.shape[-1] // highest.shape[-1]) + column.gather(-1, row)
+            return row * columns + column.gather(-1, row)
         likeliest, tokens = logits.float().topk(min(self.top_k or logits.shape[-1], logits.shape[-1]))
         # the first of exponential clocks that run at these speeds: a draw that, unlike multinomial, never waits for the GPU
         clocks = torch.empty_like(likeliest).exponential_() / (likeliest / self.temperature).softmax(-1)
