@@ -185,13 +185,18 @@ class OneLayer(NamedTuple):
     layers: list[MixerState]
 
 
+def apart(tails: dict[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
+    """Each token [B, 1, C] by itself: one that moves up a place in a larger tensor could not be written where others are read."""
+    return {name: tail.split(1, 1) for name, tail in tails.items()}
+
+
 def layer_step(layer: nn.Module, hidden: tuple[Tensor, ...], position: Position | None, op: Any,
-               tails: dict[str, Tensor]) -> tuple[Tensor, ...]:  # fmt: skip
+               tails: dict[str, tuple[Tensor, ...]]) -> tuple[Tensor, ...]:  # fmt: skip
     """One token through one layer, which takes and gives one or two [B, 1, D]; its state, `op` and `tails`, is overwritten."""
     memory = MixerState()
-    memory.op, memory.tails = op, dict(tails)
+    memory.op, memory.tails = op, {name: torch.cat(tokens, 1) for name, tokens in tails.items()}
     found = layer(*hidden, position_embeddings=position, past_key_values=OneLayer([memory]))
-    for buffer, new in zip(tree_leaves((op, tails)), tree_leaves((memory.op, memory.tails)), strict=True):
+    for buffer, new in zip(tree_leaves((op, tails)), tree_leaves((memory.op, apart(memory.tails))), strict=True):
         if new is not buffer:
             buffer.copy_(new)
     return found if isinstance(found, tuple) else (found,)
@@ -219,7 +224,7 @@ class Decoder:
         self.gpu = model.device.type == "cuda"
         self.backend = (inductor if self.gpu else None) if backend == "auto" else backend
         self.graph: torch.cuda.CUDAGraph | None = None  # once there is one
-        self.states: list[tuple[Any, dict[str, Tensor]]] = []  # of each layer, op and tails
+        self.states: list[tuple[Any, dict[str, tuple[Tensor, ...]]]] = []  # of each layer, op and tails
         self.seen = 0
 
     @torch.no_grad()
@@ -287,7 +292,7 @@ class Decoder:
                 )
                 self.states.append(((keys, values, self.position), {}))
             else:
-                self.states.append(tree_map(_zeros, (held.op, held.tails)))
+                self.states.append(tree_map(_zeros, (held.op, apart(held.tails))))
         self.turns = any(mixer.rope for mixer in student.mixers)
         self.layers, self.head = list(student.model.layers), None
         if batch == 1 and (self.gpu or self.backend is not None) and find_spec("triton") and all(map(by_rows, self.layers)):
@@ -325,7 +330,7 @@ class Decoder:
                 for buffer, x in zip(op, _keys_and_values(held), strict=False):
                     buffer[:, :, :length].copy_(x)
             else:
-                tree_map(lambda buffer, x: buffer.copy_(x), (op, tails), (held.op, held.tails))
+                tree_map(lambda buffer, x: buffer.copy_(x), (op, tails), (held.op, apart(held.tails)))
         self.seen = length
         self.position.fill_(length)
 
