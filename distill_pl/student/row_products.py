@@ -18,6 +18,11 @@ TILE = 4096  # weights of a program: enough to keep the memory busy, few enough 
 
 
 @triton.jit
+def _add(a, b, c, more_a, more_b, more_c):
+    return a + more_a, b + more_b, c + more_c
+
+
+@triton.jit
 def _kernel(x, residual, gain, y, total, weights, biases, eps, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
             SIZES: tl.constexpr, PROGRAMS: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
             EARLY: tl.constexpr):  # fmt: skip
@@ -40,6 +45,11 @@ def _kernel(x, residual, gain, y, total, weights, biases, eps, K: tl.constexpr, 
         other = tl.load(weights[1] + at, inside, 0.0)
     if NORM:
         gain = tl.load(gain + column, column < K, 0.0)
+    found, up = 0.0, 0.0
+    if len(biases) > 0:
+        found = tl.load(bias + row, row < size, 0.0).to(tl.float32)
+        if GATED:
+            up = tl.load(biases[1] + row, row < size, 0.0).to(tl.float32)
     if EARLY:
         gdc_wait()  # all that is read before may not be what the kernel before writes
     dtype: tl.constexpr = y.dtype.element_ty
@@ -48,19 +58,22 @@ def _kernel(x, residual, gain, y, total, weights, biases, eps, K: tl.constexpr, 
         h = (h + tl.load(residual + column, column < K, 0.0).to(tl.float32)).to(dtype).to(tl.float32)
         if program == 0:
             tl.store(total + column, h.to(dtype), column < K)
+    squares = tl.broadcast_to((h * h)[None, :], tile.shape)
     scale = 1.0
-    if NORM:  # the products need not wait for its sum
-        scale = tl.rsqrt(tl.sum(h * h, 0) / K + eps)
+    if NORM:
         h *= gain.to(tl.float32)
-    found = tl.sum(tile.to(tl.float32) * h[None, :], 1) * scale
-    if len(biases) > 0:
-        found += tl.load(bias + row, row < size, 0.0).to(tl.float32)
-    found = found.to(dtype)
+    products, others = tile.to(tl.float32) * h[None, :], tl.zeros_like(squares)
     if GATED:
-        gate, up = found.to(tl.float32), tl.sum(other.to(tl.float32) * h[None, :], 1) * scale
-        if len(biases) > 0:
-            up += tl.load(biases[1] + row, row < size, 0.0).to(tl.float32)
-        found = (gate * tl.sigmoid(gate)).to(dtype) * up.to(dtype)
+        others = other.to(tl.float32) * h[None, :]
+    if NORM:  # all sums at once: for each alone, all warps would wait for each other three times
+        product, other_product, square = tl.reduce((products, others, squares), 1, _add)
+        scale = tl.rsqrt(square / K + eps)
+    else:
+        product, other_product = tl.sum(products, 1), tl.sum(others, 1)
+    found = (product * scale + found).to(dtype)
+    if GATED:
+        gate = found.to(tl.float32)
+        found = (gate * tl.sigmoid(gate)).to(dtype) * (other_product * scale + up).to(dtype)
     tl.store(out + row, found, row < size)
 
 
