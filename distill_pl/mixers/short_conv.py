@@ -71,7 +71,7 @@ def convolve(convs: dict[str, ShortConv], inputs: Sequence[Tensor], mask: Tensor
 
         return short_convs(inputs, [conv.weight for conv in convs.values()], unit, EPS)
     named = zip(convs.items(), inputs, strict=True)
-    outputs = (conv(x.flatten(2), state, name).unflatten(-1, x.shape[2:]) for (name, conv), x in named)
+    outputs = (conv(x.flatten(2), state, name).unflatten(-1, (x.shape[2], -1)) for (name, conv), x in named)
     return [l2_norm(y) if so else y for y, so in zip(outputs, unit, strict=True)]
 
 

@@ -89,6 +89,19 @@ class Part(nn.Module):
         return made.narrow(-1, self.start, self.size)
 
 
+class Convolved(nn.Module):
+    """In place of a short convolution: what it makes, or `Products` of that, written once instead of made where it is read."""
+
+    def __init__(self, conv: nn.Module, products: Products | None = None):
+        super().__init__()
+        self.conv, self.products = conv, products
+
+    def forward(self, x: Tensor, state: MixerState, name: str) -> Tensor | tuple[Tensor, Tensor]:
+        """[1, 1, D] -> [1, 1, D] or [1, 1, sum of N]."""
+        made = self.conv(x, state, name)
+        return made.as_strided(made.shape, made.stride()) if self.products is None else self.products(made)
+
+
 class RowLayer(nn.Module):
     """One token of one row through a layer of Llama's wiring, in as few kernels as can be.
 
@@ -98,17 +111,22 @@ class RowLayer(nn.Module):
     def __init__(self, layer: Any):
         super().__init__()
         self.mixer, self.norm = layer.self_attn, layer.input_layernorm
-        mlp, self.enter = layer.mlp, None
-        if not hasattr(self.mixer, "conv"):  # which reads what is normed before any linear does
-            linears = {
-                name: x for name, x in self.mixer.named_modules()
-                if isinstance(x, nn.Linear) and name not in ("o_proj", "decay_proj.1")
-            }  # fmt: skip
-            self.enter, start = Products(list(linears.values()), self.norm), 0
-            for name, linear in linears.items():
-                parent, _, own = name.rpartition(".")
-                setattr(self.mixer.get_submodule(parent), own, Part(start, linear.out_features))
-                start += linear.out_features
+        mlp, self.enter, start = layer.mlp, None, 0
+        linears = {
+            name: x for name, x in self.mixer.named_modules()
+            if isinstance(x, nn.Linear) and name not in ("o_proj", "decay_proj.1")
+        }  # fmt: skip
+        for name, linear in linears.items():
+            parent, _, own = name.rpartition(".")
+            setattr(self.mixer.get_submodule(parent), own, Part(start, linear.out_features))
+            start += linear.out_features
+        if hasattr(self.mixer, "conv"):  # which reads what is normed before any linear does
+            self.mixer.conv = Convolved(self.mixer.conv, Products(list(linears.values())))
+        else:
+            self.enter = Products(list(linears.values()), self.norm)
+        for name in ("q_conv", "k_conv", "v_conv"):
+            if hasattr(self.mixer, name):
+                setattr(self.mixer, name, Convolved(getattr(self.mixer, name)))
         self.mixer.o_proj = Products([self.mixer.o_proj], heads=self.mixer.heads)
         self.up = Products([mlp.gate_proj, mlp.up_proj], layer.post_attention_layernorm, gated=True)
         self.down = Products([mlp.down_proj])
@@ -127,13 +145,19 @@ class RowLayer(nn.Module):
 
 
 def is_sum(a: Tensor, b: Tensor) -> bool:
-    """Whether to take [.., M, K] @ [.., K, N] apart: one row, and no more terms than sums, or each makes all its terms anew."""
-    return a.shape[-2] == 1 and b.shape[-2] <= b.shape[-1]
+    """Whether to take [.., M, K] @ [.., K, N] apart.
+
+    What has one term does; of one row, what reads a state, in fp32, and else if K <= N: each sum makes all its terms anew.
+    """
+    terms, sums = b.shape[-2:]
+    return terms == 1 or (a.shape[-2] == 1 and (b.ndim == 3 and b.dtype == torch.float32 or terms <= sums))
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """[.., 1, K] @ [.., K, N] as a sum, which the compiler fuses with what is around it; NotImplemented for others."""
-    return (a.float().mT * b.float()).sum(-2, keepdim=True).to(a.dtype) if is_sum(a, b) else NotImplemented
+    """[.., M, K] @ [.., K, N] as a sum, which the compiler fuses with what is around it; NotImplemented for others."""
+    if not is_sum(a, b):
+        return NotImplemented
+    return a * b if b.shape[-2] == 1 else (a.float().mT * b.float()).sum(-2, keepdim=True).to(a.dtype)
 
 
 def product_and_bias(bias: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -156,7 +180,7 @@ def inductor(graph, inputs):
     # what is made of few numbers is made anew wherever it is read: for one row, a kernel fewer is worth any arithmetic
     options = {"unroll_reductions_threshold": 17} | {f"realize_{x}_threshold": 400 for x in ("reads", "acc_reads", "opcount")}
     # deterministic: a kernel timed by itself, a few microseconds, is not the fastest one beside others
-    with config.patch(options | {"triton.enable_pdl": launches_early(), "deterministic": True}):
+    with config.patch(options | {"triton.enable_pdl": launches_early(), "deterministic": True, "combo_kernels": True}):
         return compile_fx(graph, inputs, decompositions=dict(select_decomp_table()) | products())
 
 
@@ -186,7 +210,7 @@ class OneLayer(NamedTuple):
 
 
 def apart(tails: dict[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
-    """Each token [B, 1, C] by itself: one that moves up a place in a larger tensor could not be written where others are read."""
+    """Each token [B, 1, C] by itself: within one tensor, none could move up a place where another is still read."""
     return {name: tail.split(1, 1) for name, tail in tails.items()}
 
 
