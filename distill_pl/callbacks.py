@@ -126,7 +126,7 @@ class Monitor(Callback):
             if step > self.logged_step:
                 scalars["train/tokens_per_second"] = self.speed(step - self.logged_step, now - self.logged_at)
             if stage.device.type == "cuda":
-                scalars["train/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+                scalars["train/peak_gib"] = (torch.cuda.max_memory_allocated() + stage.pool_bytes) / 2**30
             self.logged_step, self.logged_at = step, now
             self.write(trainer, scalars, step)
         if said:

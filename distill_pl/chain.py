@@ -70,8 +70,10 @@ def fit(config: Namespace) -> None:
     bf16 = precision(config).startswith("bf16")
     teacher = Teacher(config.teacher, torch.bfloat16 if bf16 else torch.float32)
     check_teacher(teacher)
-    if device(config).type == "cuda":  # under FSDP nobody has measured it
-        compiling.switch(config.compile and config.trainer.strategy != "fsdp", teacher.config.hidden_size)
+    gpu = device(config).type == "cuda"
+    compiled = gpu and config.compile and config.trainer.strategy != "fsdp"  # under which nobody has measured it
+    if gpu:
+        compiling.switch(compiled, teacher.config.hidden_size)
     length, positions = config.data.sequence_length, teacher.config.max_position_embeddings
     if length > positions:
         raise InputError(f"data.sequence_length {length} is beyond the teacher's {positions} positions: lower it")
@@ -92,6 +94,7 @@ def fit(config: Namespace) -> None:
                 say(f"{leg.name} is done: {leg.weights}")
             else:
                 stage.student = student
+                stage.captures = compiled and probe.world_size == 1  # ranks exchange gradients while others are still made
                 student = run_stage(config, leg, stage, data, accumulation, expected)
             load_student(student, leg)
             expected = read_metrics(leg.weights)["student_ce"]

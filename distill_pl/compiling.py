@@ -1,11 +1,12 @@
-"""What torch.compile does to the inner loops: on a GPU, where it fuses the many small passes between matrix products."""
+"""What makes inner loops fast on a GPU: torch.compile, which fuses the many small passes between products, and CUDA graphs."""
 
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from distill_pl.joined_products import JoinProducts
@@ -47,3 +48,40 @@ def launches_early() -> bool:
 def plainly(device: torch.device) -> AbstractContextManager:
     """A context in which nothing is compiled."""
     return torch.compiler.set_stance("force_eager") if device.type == "cuda" else nullcontext()
+
+
+class Captured:
+    """Losses of a student's parameters as two CUDA graphs, forward and backward: a step is launched at once, not by kernel.
+
+    Whoever keeps a gradient beyond the next backward pass must copy it: each pass writes to the same place.
+    """
+
+    def __init__(self, losses: Callable[..., tuple[Tensor, Tensor]], student: nn.Module, inputs: tuple[Tensor, ...]):
+        """For inputs of these shapes. What is compiled or tuned in a first run cannot be captured: it runs once before."""
+        pool = torch.cuda.graph_pool_handle()
+        self.run: Any = torch.cuda.make_graphed_callables(
+            _Losses(losses, student), tuple(x.clone() for x in inputs), num_warmup_iters=1, allow_unused_input=True, pool=pool
+        )
+        torch.cuda.reset_peak_memory_stats()  # what lives within a step lies in the pool from now on
+        self.pool_bytes = pool_bytes(pool)
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """What `losses` gives; the next call overwrites it."""
+        return self.run(*inputs)
+
+
+class _Losses(nn.Module):
+    """A function as a module that has the parameters it depends on."""
+
+    def __init__(self, losses: Callable, student: nn.Module):
+        super().__init__()
+        self.losses, self.student = losses, student
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return self.losses(*inputs)
+
+
+def pool_bytes(pool: tuple[int, int]) -> int:
+    """GPU memory that graphs keep for what lives within a step, which the allocator does not count as allocated."""
+    mine = [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == tuple(pool)]
+    return sum(segment["total_size"] - segment["allocated_size"] for segment in mine)

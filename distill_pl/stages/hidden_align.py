@@ -40,7 +40,7 @@ class HiddenAlignStage(Stage):
         """Warm-up, stable, decay (section 4.3)."""
         return warmup_stable_decay(step, steps, self.warmup, self.decay)
 
-    def losses(self, tokens: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    def losses_given(self, tokens: Tensor, *drawn: Tensor) -> tuple[Tensor, Tensor]:
         """Mean over layers of Eq. 8's distances."""
         distances = []
         for student_layer, layer in zip(self.student.model.layers, self.teacher.layers(tokens), strict=True):

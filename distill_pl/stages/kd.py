@@ -54,7 +54,7 @@ class KDStage(Stage):
         """Warm-up, then linear (section 4.3)."""
         return linear(step, steps, self.warmup)
 
-    def losses(self, tokens: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    def losses_given(self, tokens: Tensor, *drawn: Tensor) -> tuple[Tensor, Tensor]:
         """Eq. 5."""
         return self.losses_of(tokens, *self.hidden_states(tokens))
 

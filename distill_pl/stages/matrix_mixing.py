@@ -66,17 +66,23 @@ class MatrixMixingStage(Stage):
         """Warm-up, stable, decay (section 4.3)."""
         return warmup_stable_decay(step, steps, self.warmup, self.decay)
 
-    def losses(self, tokens: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Mean over layers of Eq. 7's distances."""
+    def draw(self, tokens: Tensor, seed: int) -> tuple[Tensor, ...]:
+        """Probes: random signs [1, T, 1, P]."""
+        if self.estimator == "exact":
+            return ()
         generator = torch.Generator().manual_seed(seed)
         bits = torch.randint(0, 2, (1, tokens.shape[1], 1, self.probes), generator=generator, dtype=torch.int8)
         signs = bits.to(tokens.device) * 2 - 1  # bytes: for a copy of more than 64 KiB the CPU would wait until the GPU is idle
+        return (signs,)
+
+    def losses_given(self, tokens: Tensor, *drawn: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean over layers of Eq. 7's distances."""
         distances = []
         for student_layer, layer in zip(self.student.model.layers, self.teacher.layers(tokens), strict=True):
             if self.estimator == "exact":
                 distances.append(exact_distance(student_layer, layer, self.norm))
             else:
-                squared = probed_distance(student_layer, layer, signs)
+                squared = probed_distance(student_layer, layer, *drawn)
                 distances.append(matrix_distance(squared, tokens.shape[1], self.norm))
         parts = torch.stack(distances)
         return parts.mean(), parts.detach()

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
-from distill_pl.compiling import plainly
+from distill_pl.compiling import Captured, plainly
 from distill_pl.errors import Diverged, InputError
 from distill_pl.losses import next_token_loss
 from distill_pl.optim import adamw
@@ -89,6 +89,8 @@ class Stage(L.LightningModule):
         self.validation: dict[str, float] = {}
         self.validated_at = -1  # step
         self.unchecked: Unchecked | None = None
+        self.captures = False  # whether a step is to be a CUDA graph
+        self.captured: Captured | None = None
         self.metrics = torch.nn.ModuleDict({key: MeanMetric() for key in ("loss", "teacher_ce", "student_ce")})
 
     @property
@@ -97,11 +99,16 @@ class Stage(L.LightningModule):
         """What each part is called in the logs, e.g. align/layer_07."""
 
     @abstractmethod
-    def losses(self, tokens: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """tokens [B, T] -> the loss to minimise (scalar), its parts (one value per name, detached).
+    def losses_given(self, tokens: Tensor, *drawn: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens [B, T] and what was drawn -> the loss to minimise (scalar), its parts (one value per name, detached)."""
 
-        Whatever is random in it comes from `seed` alone, so that a resumed run takes the same steps.
-        """
+    def draw(self, tokens: Tensor, seed: int) -> tuple[Tensor, ...]:
+        """What is random in the losses, from `seed` alone, so that a resumed run takes the same steps."""
+        return ()
+
+    def losses(self, tokens: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """`losses_given` with what is drawn."""
+        return self.losses_given(tokens, *self.draw(tokens, seed))
 
     @abstractmethod
     def share_of_lr(self, step: int, steps: int) -> float:
@@ -136,8 +143,14 @@ class Stage(L.LightningModule):
         self.check_finite()
 
     def on_train_end(self) -> None:
-        """Nor is such a one saved."""
+        """Nor is such a one saved. What a graph held is free for the next stage."""
         self.check_finite()
+        self.captured = None
+
+    @property
+    def pool_bytes(self) -> int:
+        """GPU memory that a step takes beyond what counts as allocated."""
+        return self.captured.pool_bytes if self.captured else 0
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Likewise."""
@@ -147,10 +160,28 @@ class Stage(L.LightningModule):
         """One micro-batch of tokens [B, T]."""
         self.batch = batch
         count = self.trainer.accumulate_grad_batches
-        loss, parts = self.losses(batch, seed=self.global_step)
+        inputs = (batch, *self.draw(batch, seed=self.global_step))
+        if self.captures and self.captured is None:
+            self.capture(inputs)
+        loss, parts = (self.captured or self.losses_given)(*inputs)
         values = torch.cat([loss.detach()[None], parts]) / count
-        self.values = values if batch_idx % count == 0 else self.values + values
+        self.is_first = batch_idx % count == 0  # of a step's micro-batches
+        self.values = values if self.is_first else self.values + values
         return loss
+
+    def capture(self, inputs: tuple[Tensor, ...]) -> None:
+        """Make the step a CUDA graph, if there is the memory, and a teacher that does not ask the CPU."""
+        try:
+            self.captured = Captured(self.losses_given, self.student, inputs)
+        except RuntimeError as error:
+            self.captures = False
+            self.print(f"{self.name}: no CUDA graph of a step can be had, its kernels are launched one by one ({error})")
+
+    def on_after_backward(self) -> None:
+        """Of several micro-batches, take the first one's gradients away from where the graph writes the next one's."""
+        if self.captured and self.trainer.accumulate_grad_batches > 1 and self.is_first:
+            for parameter in self.student.parameters():
+                parameter.grad = None if parameter.grad is None else parameter.grad.clone()
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Held-out tokens [B, T]."""

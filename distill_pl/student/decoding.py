@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 
-from distill_pl.compiling import launches_early
+from distill_pl.compiling import launches_early, pool_bytes
 from distill_pl.errors import InputError
 from distill_pl.mixers import Softmax
 from distill_pl.mixers.mixer import Position
@@ -289,11 +289,8 @@ class Decoder:
         return sum(x.nbytes for x in tree_leaves(self.states) if x is not self.position)
 
     def pool_bytes(self) -> int:
-        """GPU memory that the graph keeps for what lives within a step, which the allocator does not count as allocated."""
-        if self.graph is None:
-            return 0
-        mine = [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == tuple(self.graph.pool())]
-        return sum(segment["total_size"] - segment["allocated_size"] for segment in mine)
+        """What the graph keeps."""
+        return 0 if self.graph is None else pool_bytes(self.graph.pool())
 
     def _check_room(self, tokens: int) -> None:
         if self.max_length is not None and tokens > self.max_length:

@@ -22,9 +22,9 @@ def small(save_model) -> Teacher:
     return teacher.to(torch.device("cuda"))
 
 
-def loss_and_gradients(stage, tokens: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    with torch.autocast("cuda", torch.bfloat16):
-        loss, _ = stage.losses(tokens, seed=0)
+def loss_and_gradients(stage, tokens: torch.Tensor, losses=None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+        loss, _ = (losses or stage.losses_given)(tokens, *stage.draw(tokens, seed=0))
     trained = [p for p in stage.student.parameters() if p.requires_grad]
     return loss.detach(), list(torch.autograd.grad(loss, trained, allow_unused=True))
 
@@ -52,8 +52,30 @@ def test_compiled_is_plain(small, name, stage_name):
     print(name, stage_name, expected.item(), found.item(), f"gradients off by {off:.1e}")
     assert off < 5e-2  # two roundings to bf16 of the same
 
+    with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+        captured = compiling.Captured(stage.losses_given, student, (tokens.flip(1), *stage.draw(tokens, seed=1)))
+    again, same = loss_and_gradients(stage, tokens, captured)
+    torch.testing.assert_close([again, *same], [found, *others], rtol=1e-3, atol=1e-5)  # sums in another order
+
 
 def test_matrix_mixing_trains_what_it_trains_on_a_cpu(small, name):
     mixer = StudentFactory(name, init="fresh").build(small, seed=0).mixers[0].cpu()
     expected = mixing_parameters(mixer)
     assert [id(p) for p in mixing_parameters(mixer.cuda())] == [id(p) for p in expected]
+
+
+def test_what_waits_for_the_gpu_cannot_be_captured_and_runs_as_ever(small):
+    compiling.switch(True, small.config.hidden_size)
+    stage = STAGES["kd"](StudentFactory("gla", init="fresh").build(small, seed=0), small).cuda()
+    stage.configure_model()
+    tokens = torch.randint(small.config.vocab_size, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0)).cuda()
+
+    def waiting(tokens):
+        loss, parts = stage.losses_given(tokens)
+        return loss * (1 if loss.item() else 2), parts
+
+    expected, _ = loss_and_gradients(stage, tokens)
+    with pytest.raises(RuntimeError), torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+        compiling.Captured(waiting, stage.student, (tokens,))
+    found, _ = loss_and_gradients(stage, tokens)
+    torch.testing.assert_close(found, expected)
