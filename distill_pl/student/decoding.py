@@ -20,8 +20,8 @@ from transformers.cache_utils import Cache
 
 from distill_pl.compiling import launches_early, pool_bytes
 from distill_pl.errors import InputError
-from distill_pl.mixers import Softmax
-from distill_pl.mixers.mixer import Position
+from distill_pl.mixers import GLA, Softmax
+from distill_pl.mixers.mixer import Position, RMSNorm
 from distill_pl.student.cache import MixerState
 from distill_pl.student.factory import StudentFactory, check_teacher
 from distill_pl.student.modeling import Student
@@ -67,13 +67,13 @@ class Products(nn.Module):
         self.weights, self.biases = [x.weight for x in linears], []
         if any(x.bias is not None for x in linears):
             self.biases = [x.weight.new_zeros(x.out_features) if x.bias is None else x.bias for x in linears]
-        self.norm, self.gated, self.heads = norm, gated, heads
+        self.gain, self.gated, self.heads = None if norm is None else norm.weight, gated, heads
+        self.eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """x [1, 1, D] -> the products beside each other [1, 1, sum of N], gated one; and x + residual, if there is one."""
-        gain, eps = (None, 0.0) if self.norm is None else (self.norm.weight, self.norm.variance_epsilon)
         x = x.unflatten(-1, (self.heads, -1))  # whose shape must show the heads, or their norms are kernels of their own
-        y, total = torch.ops.distill_pl.row_products(x, self.weights, self.biases, gain, eps, residual, self.gated)
+        y, total = torch.ops.distill_pl.row_products(x, self.weights, self.biases, self.gain, self.eps, residual, self.gated)
         return y if residual is None else (y, total)
 
 
@@ -127,7 +127,15 @@ class RowLayer(nn.Module):
         for name in ("q_conv", "k_conv", "v_conv"):
             if hasattr(self.mixer, name):
                 setattr(self.mixer, name, Convolved(getattr(self.mixer, name)))
-        self.mixer.o_proj = Products([self.mixer.o_proj], heads=self.mixer.heads)
+        if isinstance(self.mixer, GLA):  # what one token's gates read of the weights lies side by side
+            second = self.mixer.decay_proj[1]
+            second.weight = nn.Parameter(second.weight.mT.contiguous().mT, requires_grad=False)
+        norm = getattr(self.mixer, "norm", None)
+        if isinstance(norm, RMSNorm) and len(norm.weight) == self.mixer.o_proj.in_features and "gate_proj" not in linears:
+            self.mixer.norm = nn.Identity()  # it is of all heads, and o reads nothing else
+        else:
+            norm = None
+        self.mixer.o_proj = Products([self.mixer.o_proj], norm, heads=self.mixer.heads)
         self.up = Products([mlp.gate_proj, mlp.up_proj], layer.post_attention_layernorm, gated=True)
         self.down = Products([mlp.down_proj])
 

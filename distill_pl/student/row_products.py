@@ -18,11 +18,6 @@ TILE = 4096  # weights of a program: enough to keep the memory busy, few enough 
 
 
 @triton.jit
-def _add(a, b, c, more_a, more_b, more_c):
-    return a + more_a, b + more_b, c + more_c
-
-
-@triton.jit
 def _kernel(x, residual, gain, y, total, weights, biases, eps, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
             SIZES: tl.constexpr, PROGRAMS: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
             EARLY: tl.constexpr):  # fmt: skip
@@ -58,22 +53,14 @@ def _kernel(x, residual, gain, y, total, weights, biases, eps, K: tl.constexpr, 
         h = (h + tl.load(residual + column, column < K, 0.0).to(tl.float32)).to(dtype).to(tl.float32)
         if program == 0:
             tl.store(total + column, h.to(dtype), column < K)
-    squares = tl.broadcast_to((h * h)[None, :], tile.shape)
     scale = 1.0
-    if NORM:
+    if NORM:  # the products need not wait for its sum
+        scale = tl.rsqrt(tl.sum(h * h, 0) / K + eps)
         h *= gain.to(tl.float32)
-    products, others = tile.to(tl.float32) * h[None, :], tl.zeros_like(squares)
+    found = (found + tl.sum(tile.to(tl.float32) * h[None, :], 1) * scale).to(dtype)
     if GATED:
-        others = other.to(tl.float32) * h[None, :]
-    if NORM:  # all sums at once: for each alone, all warps would wait for each other three times
-        product, other_product, square = tl.reduce((products, others, squares), 1, _add)
-        scale = tl.rsqrt(square / K + eps)
-    else:
-        product, other_product = tl.sum(products, 1), tl.sum(others, 1)
-    found = (product * scale + found).to(dtype)
-    if GATED:
-        gate = found.to(tl.float32)
-        found = (gate * tl.sigmoid(gate)).to(dtype) * (other_product * scale + up).to(dtype)
+        gate, up = found.to(tl.float32), up + tl.sum(other.to(tl.float32) * h[None, :], 1) * scale
+        found = (gate * tl.sigmoid(gate)).to(dtype) * up.to(dtype)
     tl.store(out + row, found, row < size)
 
 
