@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distill_pl import compiling
 from distill_pl.stages import STAGES
@@ -79,3 +80,34 @@ def test_what_waits_for_the_gpu_cannot_be_captured_and_runs_as_ever(small):
         compiling.Captured(waiting, stage.student, (tokens,))
     found, _ = loss_and_gradients(stage, tokens)
     torch.testing.assert_close(found, expected)
+
+
+def test_steps_of_graphs_are_those_of_kernels(small, fitted, monkeypatch, capsys):
+    """Of two micro-batches each, whose gradients the graph writes to one place."""
+    options = {
+        "teacher": small.path, "student.mixer": "gla", "student.init": "fresh", "data.micro_batch_size": 2, "tokens": 1536,
+        "matrix_mixing.tokens": 512, "hidden_align.tokens": 512, "trainer.accelerator": "gpu", "trainer.log_every_n_steps": 1,
+    }  # fmt: skip
+    found = steps(fitted(**options))
+    assert "no CUDA graph" not in capsys.readouterr().out
+
+    def refuse(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(stage, "Captured", refuse)
+    expected = steps(fitted(**options))
+    assert (
+        "kd: no CUDA graph of a step can be had, its kernels are launched one by one (out of memory)" in capsys.readouterr().out
+    )
+    assert len(expected) == 3 * 2 * 4
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+
+
+def steps(run) -> list[float]:
+    """Every step's loss and gradient norm in all stages."""
+    values = []
+    for folder in sorted(run.glob("[123]_*")):
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        values += [event.value for key in ("loss", "grad_norm") for event in events.Scalars(f"train/{key}")]
+    return values
