@@ -261,6 +261,7 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module="lightning")
+    for module in ("lightning", r"torch\._inductor"):
+        warnings.filterwarnings("ignore", module=module)
     # said of every DDP run: Lightning makes DDP on a stream of its own, and DDP keeps the nodes that it made there
     warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")

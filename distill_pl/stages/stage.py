@@ -146,6 +146,7 @@ class Stage(L.LightningModule):
         """Nor is such a one saved. What a graph held is free for the next stage."""
         self.check_finite()
         self.captured = None
+        self.student.zero_grad()
 
     @property
     def pool_bytes(self) -> int:
@@ -175,7 +176,8 @@ class Stage(L.LightningModule):
             self.captured = Captured(self.losses_given, self.student, inputs)
         except RuntimeError as error:
             self.captures = False
-            self.print(f"{self.name}: no CUDA graph of a step can be had, its kernels are launched one by one ({error})")
+            why = str(error).split("\n")[0]
+            self.print(f"{self.name}: no CUDA graph of a step can be had, its kernels are launched one by one ({why})")
 
     def on_after_backward(self) -> None:
         """Of several micro-batches, take the first one's gradients away from where the graph writes the next one's."""
