@@ -293,6 +293,9 @@ def measure(network: PreTrainedModel, length: int, settings: dict[str, Any], war
         torch.cuda.reset_peak_memory_stats()
         return found + (decoder.pool_bytes() if decoder else 0)
 
+    if gpu:  # neither the Decoder of the last length nor what the libraries take at their first call is of this measurement
+        gc.collect()
+        prefill(network, prompt[:, :1])
     before = torch.cuda.memory_allocated() if gpu else 0
     decoder = Decoder(network, length + settings["new_tokens"]) if settings["decode"] == "graph" else None
     row: Row = {"prefill_seconds": [], "decode_seconds": [], "state_in_theory": theory(network, batch, length)}
