@@ -164,8 +164,16 @@ def run_stage(config: Namespace, leg: Leg, stage: Stage, data: ChunkDataModule, 
         enable_checkpointing=True,
     )
     say(f"\n{leg.name}  {leg.steps:,} steps of {batch_tokens:,} tokens" + (f", resumed at step {done:,}" if resume else ""))
-    with contextlib.suppress(SystemExit):  # how Lightning leaves on Ctrl-C and SIGTERM: silently, the latter with code 0
-        trainer.fit(stage, datamodule=data, ckpt_path=leg.checkpoint if resume else None, weights_only=True)
+    try:
+        with contextlib.suppress(SystemExit):  # how Lightning leaves on Ctrl-C and SIGTERM: silently, the latter with code 0
+            trainer.fit(stage, datamodule=data, ckpt_path=leg.checkpoint if resume else None, weights_only=True)
+    except torch.OutOfMemoryError as error:
+        micro = config.data.batch_size // trainer.world_size // accumulation
+        remedy = f"a data.micro_batch_size below {micro}" if micro > 1 else "trainer.strategy fsdp on more GPUs"
+        raise InputError(
+            f"{leg.name}: the GPU's memory is full: run the same command again with {remedy}, which leaves the steps as they "
+            "are; what was saved before is intact"
+        ) from error
     if trainer.global_step < leg.steps:
         stopped = (
             f"distill-pl: {leg.name} was stopped at step {trainer.global_step:,}: run the same command again to go on from "

@@ -315,6 +315,19 @@ def test_full_disk_keeps_the_last_checkpoint(arguments, tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.new"))
 
 
+def test_full_gpu_names_the_key_to_lower(begun, arguments, tmp_path, monkeypatch):
+    plain_step = STAGES["kd"].training_step
+
+    def full(self, batch, batch_idx):
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.46 GiB.\nSee documentation")
+        return plain_step(self, batch, batch_idx)
+
+    monkeypatch.setattr(STAGES["kd"], "training_step", full)
+    assert "kd: the GPU's memory is full" in (line := refused(arguments())) and "data.micro_batch_size below 4" in line
+    fit_here(arguments("run", **{"data.micro_batch_size": 2}))
+
+
 @pytest.mark.parametrize("stage", LAST)
 def test_not_finite_names_stage_step_and_layer(arguments, tmp_path, monkeypatch, stage, capsys):
     """From the third step on, layer 1 divides by zero."""
