@@ -16,12 +16,11 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import synthetic
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import LlamaForCausalLM
@@ -31,6 +30,7 @@ from distill_pl.cli import main as distill_pl
 from distill_pl.losses import hidden_distance
 from distill_pl.mixers import MIXERS
 from distill_pl.params import count, smollm_360m
+from distill_pl.report import scalars
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.modeling import Student
 
@@ -159,7 +159,7 @@ def stop(*args) -> None:
     raise Trained
 
 
-def fitted(stage: str, mixer: str, folder: Path, args: argparse.Namespace) -> tuple[list[float], float, float]:
+def fitted(stage: str, mixer: str, folder: Path, args: argparse.Namespace) -> tuple[Sequence[float], float, float]:
     """Of `distill-pl fit`: tokens a second between its log lines, GiB at the peak, the last training loss."""
     name = "matrix_mixing" if stage == "exact" else stage
     tokens = args.steps * args.batch * args.length
@@ -173,10 +173,8 @@ def fitted(stage: str, mixer: str, folder: Path, args: argparse.Namespace) -> tu
             f"--data.sequence_length={args.length}",
             "--trainer.log_every_n_steps=5", *(["--matrix_mixing.estimator=exact"] if stage == "exact" else []), *args.options,
         ])  # fmt: skip
-    events = EventAccumulator(str(next(out.glob("run/*_*"))))
-    events.Reload()
-    keys = ("tokens_per_second", "peak_gib", "loss")
-    speeds, peaks, losses = ([event.value for event in events.Scalars(f"train/{key}")] for key in keys)
+    logged = scalars(next(out.glob("run/*_*")))
+    speeds, peaks, losses = (logged[f"train/{key}"][1] for key in ("tokens_per_second", "peak_gib", "loss"))
     return speeds[1:], max(peaks), losses[-1]
 
 

@@ -168,7 +168,7 @@ def run_stage(config: Namespace, leg: Leg, stage: Stage, data: ChunkDataModule, 
         with contextlib.suppress(SystemExit):  # how Lightning leaves on Ctrl-C and SIGTERM: silently, the latter with code 0
             trainer.fit(stage, datamodule=data, ckpt_path=leg.checkpoint if resume else None, weights_only=True)
     except torch.OutOfMemoryError as error:
-        micro = config.data.batch_size // trainer.world_size // accumulation
+        micro = data.chunks_at_once(trainer.world_size)
         remedy = f"a data.micro_batch_size below {micro}" if micro > 1 else "trainer.strategy fsdp on more GPUs"
         raise InputError(
             f"{leg.name}: the GPU's memory is full: run the same command again with {remedy}, which leaves the steps as they "
@@ -269,7 +269,6 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    for module in ("lightning", r"torch\._inductor"):
-        warnings.filterwarnings("ignore", module=module)
+    warnings.filterwarnings("ignore", module=r"lightning|torch\._inductor")
     # said of every DDP run: Lightning makes DDP on a stream of its own, and DDP keeps the nodes that it made there
     warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")

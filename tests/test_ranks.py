@@ -10,10 +10,10 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 from distill_pl.cli import main
+from distill_pl.report import scalars
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["distill_pl.cli"])
@@ -83,10 +83,9 @@ def losses(out) -> dict[tuple[str, str], list[tuple[int, float]]]:
     """Every scalar of a run but its speed: by stage and tag, steps and values."""
     found = {}
     for stage in STAGE_FOLDERS:
-        events = EventAccumulator(str(out / stage)).Reload()
-        for tag in events.Tags()["scalars"]:
+        for tag, curve in scalars(out / stage).items():
             if tag != "train/tokens_per_second":
-                found[stage, tag] = [(event.step, event.value) for event in events.Scalars(tag)]
+                found[stage, tag] = list(zip(*curve, strict=True))
     return found
 
 

@@ -111,6 +111,10 @@ class ChunkDataModule(L.LightningDataModule):
             )
         return share // micro
 
+    def chunks_at_once(self, ranks: int) -> int:
+        """Of a rank's micro-batch."""
+        return self.batch_size // ranks // self.accumulation(ranks)
+
     def assign(self, first: int, steps: int) -> None:
         """The next stage takes `steps` batches from chunk `first` on."""
         self.first, self.steps = first, steps
@@ -127,7 +131,7 @@ class ChunkDataModule(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         """The held-out chunks, cut by rank: as many batches for each, since sharded ranks compute together."""
         ranks = self.trainer.world_size
-        per_rank = self.batch_size // ranks // self.accumulation(ranks)
+        per_rank = self.chunks_at_once(ranks)
         mine = np.arange(self.trainer.global_rank, self.validation_chunks, ranks)
         count = -(-(self.validation_chunks // ranks) // per_rank)
         batches = np.split(mine, range(per_rank, count * per_rank, per_rank))  # all of a size but the last

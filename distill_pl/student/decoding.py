@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 
 from distill_pl.compiling import launches_early, pool_bytes
 from distill_pl.errors import InputError
-from distill_pl.mixers import GLA, Softmax
+from distill_pl.mixers import Softmax
 from distill_pl.mixers.mixer import Position, RMSNorm
 from distill_pl.student.cache import MixerState
 from distill_pl.student.factory import StudentFactory, check_teacher
@@ -112,10 +112,8 @@ class RowLayer(nn.Module):
         super().__init__()
         self.mixer, self.norm = layer.self_attn, layer.input_layernorm
         mlp, self.enter, start = layer.mlp, None, 0
-        linears = {
-            name: x for name, x in self.mixer.named_modules()
-            if isinstance(x, nn.Linear) and name not in ("o_proj", "decay_proj.1")
-        }  # fmt: skip
+        linears = {name: x for name, x in self.mixer.named_modules() if isinstance(x, nn.Linear)}
+        o_proj, second = linears.pop("o_proj"), linears.pop("decay_proj.1", None)  # which read what others make
         for name, linear in linears.items():
             parent, _, own = name.rpartition(".")
             setattr(self.mixer.get_submodule(parent), own, Part(start, linear.out_features))
@@ -127,15 +125,14 @@ class RowLayer(nn.Module):
         for name in ("q_conv", "k_conv", "v_conv"):
             if hasattr(self.mixer, name):
                 setattr(self.mixer, name, Convolved(getattr(self.mixer, name)))
-        if isinstance(self.mixer, GLA):  # what one token's gates read of the weights lies side by side
-            second = self.mixer.decay_proj[1]
+        if second is not None:  # what one token's gates read of the weights lies side by side
             second.weight = nn.Parameter(second.weight.mT.contiguous().mT, requires_grad=False)
         norm = getattr(self.mixer, "norm", None)
-        if isinstance(norm, RMSNorm) and len(norm.weight) == self.mixer.o_proj.in_features and "gate_proj" not in linears:
+        if isinstance(norm, RMSNorm) and len(norm.weight) == o_proj.in_features and "gate_proj" not in linears:
             self.mixer.norm = nn.Identity()  # it is of all heads, and o reads nothing else
         else:
             norm = None
-        self.mixer.o_proj = Products([self.mixer.o_proj], norm, heads=self.mixer.heads)
+        self.mixer.o_proj = Products([o_proj], norm, heads=self.mixer.heads)
         self.up = Products([mlp.gate_proj, mlp.up_proj], layer.post_attention_layernorm, gated=True)
         self.down = Products([mlp.down_proj])
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distill_pl import compiling
+from distill_pl.report import scalars
 from distill_pl.stages import STAGES
 from distill_pl.stages.matrix_mixing import mixing_parameters
 from distill_pl.student.factory import StudentFactory
@@ -104,9 +104,5 @@ def test_steps_of_graphs_are_those_of_kernels(small, fitted, monkeypatch, capsys
 
 def steps(run) -> list[float]:
     """Every step's loss and gradient norm in all stages."""
-    values = []
-    for folder in sorted(run.glob("[123]_*")):
-        events = EventAccumulator(str(folder))
-        events.Reload()
-        values += [event.value for key in ("loss", "grad_norm") for event in events.Scalars(f"train/{key}")]
-    return values
+    found = [scalars(folder) for folder in sorted(run.glob("[123]_*"))]
+    return [value for stage in found for key in ("loss", "grad_norm") for value in stage[f"train/{key}"][1]]
