@@ -10,11 +10,11 @@ above it would rule out a lower retention, and learned ones would tie layers tog
 import math
 
 from torch import nn
-from torch.nn.functional import silu
+from torch.nn.functional import sigmoid, silu
 from transformers import initialization
 
 from distill_pl.mixers.mixer import Paper, RMSNorm, SequenceMixer
-from distill_pl.ops import channel_decay
+from distill_pl.ops import channel_decay, promoted
 
 TEMPERATURE = 1  # of the gate's logsigmoid: none
 
@@ -36,10 +36,10 @@ class HGRN2(SequenceMixer):
         initialization.constant_(self.decay_proj.bias, math.log(config.retention / (1 - config.retention)))
 
     def inputs(self, hidden, position, mask, state):
-        """q, v, the logits of g and k = 1 - e^g, for a decay goes with its key; a padded key is zero."""
+        """q, v, the logits of g and k = 1 - f, for a decay goes with its key; a padded key is zero."""
         q, v = self.qv(hidden)
         g = self.decay_proj(hidden).unflatten(-1, (self.kv_count, -1))
-        k = -channel_decay.log_decay(g, TEMPERATURE).expm1()
+        k = sigmoid(-promoted(g)[0])
         k, v, g = (self.repeat_kv(x) for x in (k, v, g))
         q, k = self.rotated(position, silu(q), k)
         if mask is not None:

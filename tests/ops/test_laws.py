@@ -10,7 +10,7 @@ from op_inputs import FAMILIES, KEEP_FP32, Inputs, cast, make, matrix, matrix_ti
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from distill_pl.ops import channel_decay, softmax
+from distill_pl.ops import channel_decay, delta_rule, softmax
 
 KEY, VALUE = 8, 6  # of `make`
 LENGTHS = [1, 5, 64, 130]
@@ -280,3 +280,10 @@ def test_left_padding_leaves_no_trace_in_softmax():
     alone = mixed(softmax, cut(inputs, slice(padding, None)))
     for run in (mixed, stepped):
         assert relative_error(run(softmax, inputs | {"key_mask": key_mask})[:, padding:], alone) < 1e-12
+
+
+@pytest.mark.parametrize("length", [1, 64, 150])
+def test_delta_rule_solved_in_columns_is_solved_at_once(length):
+    steps, causal = (torch.randn(2, length, length, dtype=torch.float64).tril(at) / 8 for at in (-1, 0))
+    found = delta_rule._solved(causal, steps)
+    torch.testing.assert_close(found @ (torch.eye(length) + steps), causal)
