@@ -150,15 +150,15 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def fitted(teacher_folder, corpus, tmp_path_factory) -> Callable[..., Path]:
-    """`fitted(**options)` -> the folder of a finished `distill-pl fit` of the tiny teacher, on the tiny corpus."""
+    """`fitted(**options)`: folder of a finished `distill-pl fit` of the tiny teacher on the tiny corpus, called by `run`."""
 
-    def fit(**options) -> Path:
+    def fit(run: Callable[[list[str]], object] = main, **options) -> Path:
         folder = tmp_path_factory.mktemp("runs")
         keys = {
             "out": folder / "run", "teacher": teacher_folder, "data.dataset": corpus, "data.cache": folder / "cache",
             "data.sequence_length": 32, "data.batch_size": 4, "data.validation_tokens": 320, "trainer.accelerator": "cpu",
         }  # fmt: skip
-        main(["fit", *(f"--{key}={value}" for key, value in (keys | options).items())])
+        run(["fit", *(f"--{key}={value}" for key, value in (keys | options).items())])
         return folder / "run"
 
     return fit

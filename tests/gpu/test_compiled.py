@@ -1,5 +1,8 @@
 """What is compiled on a GPU computes what is not: every stage's loss and gradients, of all mixers."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -82,12 +85,17 @@ def test_what_waits_for_the_gpu_cannot_be_captured_and_runs_as_ever(small):
     torch.testing.assert_close(found, expected)
 
 
-def test_steps_of_graphs_are_those_of_kernels(small, fitted, monkeypatch, capsys):
-    """Of two micro-batches each, whose gradients the graph writes to one place."""
-    options = {
-        "teacher": small.path, "student.mixer": "gla", "student.init": "fresh", "data.micro_batch_size": 2, "tokens": 1536,
+@pytest.fixture
+def options(small) -> dict:
+    """A run of three stages of GLA, four steps each, of several micro-batches, whose gradients a graph writes to one place."""
+    return {
+        "teacher": small.path, "student.mixer": "gla", "student.init": "fresh", "data.micro_batch_size": 1, "tokens": 1536,
         "matrix_mixing.tokens": 512, "hidden_align.tokens": 512, "trainer.accelerator": "gpu", "trainer.log_every_n_steps": 1,
+        "trainer.devices": 1,
     }  # fmt: skip
+
+
+def test_steps_of_graphs_are_those_of_kernels(options, fitted, monkeypatch, capsys):
     found = steps(fitted(**options))
     assert "no CUDA graph" not in capsys.readouterr().out
 
@@ -100,6 +108,18 @@ def test_steps_of_graphs_are_those_of_kernels(small, fitted, monkeypatch, capsys
     assert refused in capsys.readouterr().out
     assert len(expected) == 3 * 2 * 4
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_steps_of_graphs_on_two_gpus_are_those_of_one(options, fitted, capfd):
+    def command(arguments: list[str]) -> None:
+        subprocess.run([sys.executable, "-m", "distill_pl.cli", *arguments], check=True)
+
+    found = steps(fitted(command, **options | {"trainer.devices": 2}))
+    said = capfd.readouterr()
+    assert "no CUDA graph" not in said.out
+    assert "warn" not in said.err.lower()
+    torch.testing.assert_close(found, steps(fitted(**options)), rtol=1e-3, atol=0)
 
 
 def steps(run) -> list[float]:
