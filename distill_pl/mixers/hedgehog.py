@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import initialization
 
 from distill_pl.mixers.mixer import Paper, SequenceMixer
-from distill_pl.ops import normalized
+from distill_pl.ops import normalized, promoted
 
 EPS = 1e-10  # of the row sum: fla's; a row of spiky features can sum to 1e-8
 
@@ -28,8 +28,11 @@ class FeatureMap(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, H, K] -> [B, T, H, 2 K], in the dtype of x; a softmax over them is the features' own."""
-        y = 2 * (torch.einsum("bthk,hjk->bthj", x, self.weight) + self.bias)
-        return torch.cat([y, -y], -1).softmax(-1, dtype=torch.float32).to(x.dtype)
+        (y,) = promoted(2 * (torch.einsum("bthk,hjk->bthj", x, self.weight) + self.bias))
+        most = y.detach().abs().amax(-1, keepdim=True)
+        positive, negative = (y - most).exp(), (-y - most).exp()  # not one softmax: gradients of halves are one pass on a GPU
+        total = (positive + negative).sum(-1, keepdim=True)
+        return torch.cat([positive / total, negative / total], -1).to(x.dtype)
 
 
 class Hedgehog(SequenceMixer):

@@ -5,8 +5,8 @@
 
 Where a temperature is given, g is the logits of gates: the log decay is logsigmoid(g) / temperature.
 
-The textbook factorisation (q e^G)(k e^-G)^T overflows fp32 within a few hundred tokens. Splitting the triangle in two,
-again and again, cannot: between a left and a right half, G is measured from the border, and no exponent is positive.
+The textbook factorisation (q e^G)(k e^-G)^T overflows fp32 within a few hundred tokens. Walking queries back cannot: past
+block after block of keys they decay, G is measured from a block's end, and no exponent is positive; blocks are made alike.
 """
 
 import torch
@@ -27,48 +27,24 @@ def log_decay(g: Tensor, temperature: float | None) -> Tensor:
 
 
 def _triangle(q: Tensor, k: Tensor, g: Tensor) -> Tensor:
-    """A without its scale, by binary splitting. q, k, g [..., T, K], T a power of two -> [..., T, T]."""
-    blocks = (q * k).sum(-1)[..., None, None]  # [..., T, 1, 1]: the diagonal, where nothing has decayed
-    while (size := blocks.shape[-1]) < q.shape[-2]:
-        halves = (x.unflatten(-2, (-1, 2, size)).unbind(-3) for x in (q, k, g))  # each [..., T / 2 size, size, K]
-        (_, q_right), (k_left, _), (g_left, g_right) = halves
-        lower = _products(q_right * g_right.cumsum(-2).exp(), k_left * _sum_after(g_left).exp())
-        joined = lower.new_zeros(*lower.shape[:-2], 2, size, 2, size)
-        joined[..., 0, :, 0, :], joined[..., 1, :, 1, :] = blocks.unflatten(-3, (-1, 2)).unbind(-3)
-        joined[..., 1, :, 0, :] = lower
-        blocks = joined.flatten(-2).flatten(-3, -2)
-    return blocks.squeeze(-3)
-
-
-def _triangle_in_eighths(q: Tensor, k: Tensor, g: Tensor) -> Tensor:
-    """The same in half of the kernels, each over more: for a GPU, which has to compile them; a CPU is slower so."""
+    """A without its scale. q, k, g [..., T, K], T a power of two -> [..., T, T]."""
     if q.shape[-2] == 1:
-        return (q * k).sum(-1, keepdim=True)
-    blocks = min(8, q.shape[-2])
-    q, k, g = (x.unflatten(-2, (blocks, -1)) for x in (q, k, g))  # [..., blocks, size, K]
-    own = _triangle_in_eighths(q, k, g)  # [..., blocks, size, size]
-    between = torch.where(_later(blocks, 1, g), _sum_between(g.sum(-2)).exp(), 0)  # what is left of block j before block i
-    left = (k * _sum_after(g).exp()).unsqueeze(-4) * between.unsqueeze(-2)  # [..., i, j, size, K]
-    q = q * g.cumsum(-2).exp()
-    earlier = _products(q, left.flatten(-3, -2), small=1).unflatten(-1, (blocks, -1))  # [..., i, size, j, size]
-    same = torch.eye(blocks, dtype=torch.bool, device=g.device)[:, None, :, None]
-    return torch.where(same, own.unsqueeze(-2), earlier).flatten(-2).flatten(-3, -2)
+        return (q * k).sum(-1, keepdim=True)  # the diagonal, where nothing has decayed
+    q, k, g = (x.unflatten(-2, (min(8, q.shape[-2]), -1)) for x in (q, k, g))  # [..., blocks, size, K]
+    own = _triangle(q, k, g)  # [..., blocks, size, size]
+    blocks, size = own.shape[-3:-1]
+    q, k, kept = q * g.cumsum(-2).exp(), k * _sum_after(g).exp(), g.sum(-2, keepdim=True).exp()
+    columns, queries = list[Tensor](), q[..., 0, :0, :]
+    for j in reversed(range(blocks)):
+        column = torch.cat([own[..., j, :, :], _products(queries, k[..., j, :, :])], -2)
+        columns.insert(0, pad(column, (0, 0, j * size, 0)))
+        queries = torch.cat([q[..., j, :, :], queries * kept[..., j, :, :]], -2)  # of this block and all later ones
+    return torch.cat(columns, -1)
 
 
-def _later(blocks: int, by: int, like: Tensor) -> Tensor:
-    """[blocks, blocks, 1]: whether i is later than j by that many at least."""
-    return torch.ones(blocks, blocks, dtype=torch.bool, device=like.device).tril(-by)[..., None]
-
-
-def _sum_between(total: Tensor) -> Tensor:
-    """[..., blocks, K] -> [..., i, j, K]: of the blocks between i and an earlier j, each sum by itself."""
-    last = pad(total, (0, 0, 1, -1)).unsqueeze(-2)  # of block i - 1
-    return torch.where(_later(total.shape[-2], 2, total), last, 0).cumsum(-3)
-
-
-def _products(q: Tensor, k: Tensor, small: int = SMALL) -> Tensor:
-    """[..., size, K], [..., S, K] -> [..., size, S]: of very many very small matrices, no matrix product is quick."""
-    return (q[..., :, None, :] * k[..., None, :, :]).sum(-1) if q.shape[-2] <= small else q @ k.mT
+def _products(q: Tensor, k: Tensor) -> Tensor:
+    """[..., S, K], [..., size, K] -> [..., S, size]: of very many very small matrices, no matrix product is quick."""
+    return (q[..., :, None, :] * k[..., None, :, :]).sum(-1) if q.shape[-2] <= SMALL else q @ k.mT
 
 
 def _sum_after(g: Tensor) -> Tensor:
@@ -87,8 +63,7 @@ def matrix(q: Tensor, k: Tensor, g: Tensor, scale: float, backend: Backend = "au
     length = q.shape[1]
     with torch.autocast(q.device.type, enabled=False):
         q, k, g = _heads_first(1 << (length - 1).bit_length(), q, k, log_decay(g, temperature))
-        triangle = _triangle_in_eighths if q.is_cuda else _triangle
-        return triangle(q, k, g)[..., :length, :length] * scale
+        return _triangle(q, k, g)[..., :length, :length] * scale
 
 
 def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, backend: Backend = "auto",

@@ -22,30 +22,25 @@ def _steps(k: Tensor, beta: Tensor) -> Tensor:
     return (beta * k @ k.mT).tril(-1)
 
 
-def _solved(causal: Tensor, steps: Tensor) -> Tensor:
-    """X of X (I + steps) = causal, lower triangular [..., T, T]: CHUNK columns at a time, from the last, by products.
-
-    For a GPU, on which one solution for all columns takes several times as long; on a CPU half as long.
-    """
-    length, x = causal.shape[-1], causal[..., :0, :0]
-    for start in range((length - 1) // CHUNK * CHUNK, -1, -CHUNK):
-        end = min(start + CHUNK, length)
-        own, later = causal[..., start:, start:end].split([end - start, length - end], -2)
-        column = torch.cat([own, later - x @ steps[..., end:, start:end]], -2)
-        eye = torch.eye(end - start, dtype=x.dtype, device=x.device)
-        inverse = solve_triangular(steps[..., start:end, start:end], eye, upper=False, unitriangular=True)
-        x = torch.cat([column @ inverse, pad(x, (0, 0, end - start, 0))], -1)
-    return x
-
-
 def matrix(q: Tensor, k: Tensor, beta: Tensor, scale: float, backend: Backend = "auto") -> Tensor:
-    """q, k [B, T, H, K], beta [B, T, H] -> A [B, H, T, T], fp32."""
+    """q, k [B, T, H, K], beta [B, T, H] -> A [B, H, T, T], fp32.
+
+    Queries walk back through the chunks: each takes from them what it answers itself, A_ij k_j of all its j.
+    """
+    length = q.shape[1]
+    size = max(CHUNK, -(-length // 8))  # no more than 8 chunks, each of which has to be compiled
     with torch.autocast(q.device.type, enabled=False):
         q, k, beta = (x.transpose(1, 2) for x in promoted(q, k, beta[..., None]))
-        causal = (q * scale @ k.mT).tril()
-        if q.is_cuda:
-            return _solved(causal, _steps(k, beta)) * beta.mT
-        return solve_triangular(_steps(k, beta), causal, upper=False, left=False, unitriangular=True) * beta.mT
+        columns, queries = list[Tensor](), q[..., :0, :]
+        for start in reversed(range(0, length, size)):
+            q_c, k_c, beta_c = (x[..., start : start + size, :] for x in (q * scale, k, beta))
+            queries = torch.cat([q_c, queries], -2)  # of this chunk and all later ones
+            eye = torch.eye(k_c.shape[-2], dtype=k.dtype, device=k.device)
+            inverse = solve_triangular(_steps(k_c, beta_c), eye, upper=False, unitriangular=True)
+            column = (queries @ k_c.mT).tril() @ inverse * beta_c.mT
+            queries = queries - column @ k_c
+            columns.insert(0, pad(column, (0, 0, start, 0)))
+        return torch.cat(columns, -1)
 
 
 def mix(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float, backend: Backend = "auto",

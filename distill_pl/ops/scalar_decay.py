@@ -4,7 +4,7 @@
     A_ij = scale * (q_i . k_j) e^{G_i - G_j}        with G the cumulative sum of the log decay g <= 0
 
 That is channel decay with one g for all channels of a head, and off the GPU it is computed so: a difference of sums from the
-start, G_i - G_j, loses its digits where gates are strong, which binary splitting does not. On the GPU it has a faster kernel.
+start, G_i - G_j, loses its digits where gates are strong, which channel decay does not. On the GPU it has a faster kernel.
 """
 
 from torch import Tensor

@@ -14,7 +14,7 @@ from distill_pl.optim import warmup_stable_decay
 from distill_pl.stages.stage import Stage
 from distill_pl.teacher import Layer
 
-ENTRIES_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}  # of the matrices of all heads together; at least a sequence's
+ENTRIES_AT_ONCE = {"cpu": 2**22, "cuda": 2**28}  # of the matrices of all heads together; at least a sequence's
 
 
 class MatrixMixingStage(Stage):

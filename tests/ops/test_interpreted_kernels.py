@@ -76,7 +76,7 @@ def patch() -> None:
     importlib.import_module("fla.ops")
     importlib.import_module("distill_pl.ops.channel_decay_kernel")
     for name, module in list(sys.modules.items()):
-        if name.startswith(("fla.ops.", "distill_pl.ops.")):
+        if name.startswith("fla.ops.") or (name.startswith("distill_pl.ops.") and name.endswith("_kernel")):
             module.range = indices
 
 

@@ -195,24 +195,28 @@ def test_softmax_state_holds_the_masked_keys_as_well():
 # ---- against other people's formulas, written out
 
 
-def test_channel_decay_matrix_is_the_direct_sum():
-    inputs = make("channel_decay", 64)
+@pytest.mark.parametrize("strong", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 16, 64, 100])
+def test_channel_decay_matrix_is_the_direct_sum(length, strong):
+    inputs = make("channel_decay", length, strong=strong)
     q, k, g = (inputs[name].transpose(1, 2) for name in ("q", "k", "g"))
     decay = g.cumsum(-2)
     weight = (decay[:, :, :, None] - decay[:, :, None]).exp()  # [B, H, i, j, K]
     direct = inputs["scale"] * torch.einsum("bhik,bhjk,bhijk->bhij", q, k, weight).tril()
     assert relative_error(matrix(channel_decay, inputs), direct) < 1e-12
     assert relative_error(matrix(channel_decay, cast(inputs, torch.float32)), direct) < 1e-6
+    changed = inputs | {"g": inputs["g"].index_fill(1, torch.tensor(length - 1), -30.0)}
+    assert torch.equal(matrix(channel_decay, changed)[:, :, :-1], matrix(channel_decay, inputs)[:, :, :-1])
 
 
-@pytest.mark.parametrize("strong", [False, True])
-@pytest.mark.parametrize("length", [1, 2, 16, 64, 128])
-def test_a_triangle_in_eighths_is_the_one_in_halves(length, strong):
-    q, k, g = (make("channel_decay", length, strong=strong)[name].transpose(1, 2) for name in ("q", "k", "g"))
-    halves, eighths = channel_decay._triangle(q, k, g), channel_decay._triangle_in_eighths(q, k, g)
-    assert relative_error(eighths, halves) < 1e-12
-    changed = channel_decay._triangle_in_eighths(q, k, g.clone().index_fill_(2, torch.tensor(length - 1), -30.0))
-    assert torch.equal(changed[:, :, :-1], eighths[:, :, :-1])
+@pytest.mark.parametrize("length", [64, 65, 600])
+def test_delta_rule_matrix_is_its_formula(length):
+    inputs = make("delta_rule", length)
+    q, k = (inputs[name].transpose(1, 2) for name in "qk")
+    beta = inputs["beta"].transpose(1, 2)[..., None]
+    steps = torch.eye(length) + (beta * k @ k.mT).tril(-1)
+    direct = inputs["scale"] * (q @ k.mT).tril() @ torch.linalg.inv(steps) * beta.mT
+    assert relative_error(matrix(delta_rule, inputs), direct) < 1e-12
 
 
 def test_channel_decay_is_the_recurrence():
@@ -280,10 +284,3 @@ def test_left_padding_leaves_no_trace_in_softmax():
     alone = mixed(softmax, cut(inputs, slice(padding, None)))
     for run in (mixed, stepped):
         assert relative_error(run(softmax, inputs | {"key_mask": key_mask})[:, padding:], alone) < 1e-12
-
-
-@pytest.mark.parametrize("length", [1, 64, 150])
-def test_delta_rule_solved_in_columns_is_solved_at_once(length):
-    steps, causal = (torch.randn(2, length, length, dtype=torch.float64).tril(at) / 8 for at in (-1, 0))
-    found = delta_rule._solved(causal, steps)
-    torch.testing.assert_close(found @ (torch.eye(length) + steps), causal)
