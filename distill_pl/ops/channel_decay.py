@@ -34,7 +34,8 @@ def _triangle(q: Tensor, k: Tensor, g: Tensor) -> Tensor:
     own = _triangle(q, k, g)  # [..., blocks, size, size]
     blocks, size = own.shape[-3:-1]
     q, k, kept = q * g.cumsum(-2).exp(), k * _sum_after(g).exp(), g.sum(-2, keepdim=True).exp()
-    columns, queries = list[Tensor](), q[..., 0, :0, :]
+    columns: list[Tensor] = []
+    queries = q[..., 0, :0, :]
     for j in reversed(range(blocks)):
         column = torch.cat([own[..., j, :, :], _products(queries, k[..., j, :, :])], -2)
         columns.insert(0, pad(column, (0, 0, j * size, 0)))

@@ -28,10 +28,11 @@ def matrix(q: Tensor, k: Tensor, beta: Tensor, scale: float, backend: Backend = 
     Queries walk back through the chunks: each takes from them what it answers itself, A_ij k_j of all its j.
     """
     length = q.shape[1]
+    columns: list[Tensor] = []
     size = max(CHUNK, -(-length // 8))  # no more than 8 chunks, each of which has to be compiled
     with torch.autocast(q.device.type, enabled=False):
         q, k, beta = (x.transpose(1, 2) for x in promoted(q, k, beta[..., None]))
-        columns, queries = list[Tensor](), q[..., :0, :]
+        queries = q[..., :0, :]
         for start in reversed(range(0, length, size)):
             q_c, k_c, beta_c = (x[..., start : start + size, :] for x in (q * scale, k, beta))
             queries = torch.cat([q_c, queries], -2)  # of this chunk and all later ones

@@ -3,18 +3,22 @@
     S_t = e^{g_t} S_{t-1} + k_t v_t^T               y_t = scale * S_t^T q_t
     A_ij = scale * (q_i . k_j) e^{G_i - G_j}        with G the cumulative sum of the log decay g <= 0
 
-That is channel decay with one g for all channels of a head, and off the GPU it is computed so: a difference of sums from the
-start, G_i - G_j, loses its digits where gates are strong, which channel decay does not. On the GPU it has a faster kernel.
+That is channel decay with one g for all channels of a head, and `mix` and `step` are computed so off the GPU, on which there is
+a faster kernel. G_i - G_j is summed from j on: a difference of sums from the start loses its digits where gates are strong.
 """
 
-from torch import Tensor
+from torch import Tensor, autocast
 
-from distill_pl.ops import Backend, channel_decay, use_fla
+from distill_pl.ops import Backend, channel_decay, promoted, use_fla
 
 
 def matrix(q: Tensor, k: Tensor, g: Tensor, scale: float, backend: Backend = "auto") -> Tensor:
     """q, k [B, T, H, K], log decay g [B, T, H] -> A [B, H, T, T], fp32."""
-    return channel_decay.matrix(q, k, g[..., None], scale)
+    length = q.shape[1]
+    with autocast(q.device.type, enabled=False):
+        q, k, g = (x.transpose(1, 2) for x in promoted(q, k, g[..., None]))
+        decay = g.expand(-1, -1, -1, length).tril(-1).cumsum(-2)  # of the tokens after j up to i
+        return (q * scale @ k.mT) * decay.exp().tril()
 
 
 def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, backend: Backend = "auto",
