@@ -73,7 +73,7 @@ class DistillCLI(LightningCLI):
         parser.add_argument("--teacher", type=str, required=True, help="hub id or folder of a Llama-like model")
         parser.add_argument("--tokens", type=Tokens, default=Tokens("1B"), help="budget of all stages, e.g. 80M, 1B")
         parser.add_argument("--seed", type=int, default=0, help="of the student's new weights")
-        text = "on a GPU, compile the layers (not under fsdp) and make a step of one process a CUDA graph"
+        text = "on a GPU, compile the layers and make a step a CUDA graph (not under fsdp)"
         parser.add_argument("--compile", type=bool, default=True, help=text)
         parser.add_argument("--checkpoint_every", type=Tokens, default=Tokens("20M"), help="tokens between checkpoints")
         parser.add_argument("--validate_every", type=Tokens, default=Tokens("20M"), help="tokens between validations")
