@@ -150,7 +150,10 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def fitted(teacher_folder, corpus, tmp_path_factory) -> Callable[..., Path]:
-    """`fitted(**options)`: folder of a finished `distill-pl fit` of the tiny teacher on the tiny corpus, called by `run`."""
+    """`fitted(**options)` -> the folder of a finished `distill-pl fit` of the tiny teacher, on the tiny corpus.
+
+    `run` is given the command's arguments.
+    """
 
     def fit(run: Callable[[list[str]], object] = main, **options) -> Path:
         folder = tmp_path_factory.mktemp("runs")

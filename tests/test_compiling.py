@@ -8,7 +8,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import distill_pl.teacher
 from distill_pl.stages.hidden_align import block_distance
-from distill_pl.stages.matrix_mixing import probed_distance
+from distill_pl.stages.matrix_mixing import probed_distance, squared_distance
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.modeling import Student
 from distill_pl.teacher import Teacher
@@ -43,7 +43,7 @@ def test_a_teacher_is_one_graph(any_teacher, tokens, graphs, keep, monkeypatch):
     assert len(graphs) == 1 < len(plain)
 
 
-@pytest.mark.parametrize("what", ["layer", "probe", "block"])
+@pytest.mark.parametrize("what", ["layer", "probe", "exact", "block"])
 def test_a_student_is_one_graph(teacher, tokens, name, graphs, keep, what):
     student = StudentFactory(name, init="fresh").build(teacher, seed=0)
     layers = list(zip(student.model.layers, teacher.layers(tokens), strict=True))
@@ -51,6 +51,9 @@ def test_a_student_is_one_graph(teacher, tokens, name, graphs, keep, what):
     functions = {
         "layer": lambda own, theirs: own(theirs.input, position_embeddings=theirs.position),
         "probe": lambda own, theirs: probed_distance.__wrapped__(own, theirs, signs),
+        "exact": lambda own, theirs: squared_distance.__wrapped__(
+            own, theirs.input, theirs.query, theirs.key, theirs.scale, theirs.position
+        ),
         "block": lambda own, theirs: block_distance.__wrapped__(own, theirs),
     }
     plain = functions[what]

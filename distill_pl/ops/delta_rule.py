@@ -33,14 +33,14 @@ def matrix(q: Tensor, k: Tensor, beta: Tensor, scale: float, backend: Backend = 
     with torch.autocast(q.device.type, enabled=False):
         q, k, beta = (x.transpose(1, 2) for x in promoted(q, k, beta[..., None]))
         queries = q[..., :0, :]
-        for start in reversed(range(0, length, size)):
-            q_c, k_c, beta_c = (x[..., start : start + size, :] for x in (q * scale, k, beta))
+        chunks = list(zip(*(x.split(size, 2) for x in (q * scale, k, beta)), strict=True))
+        for q_c, k_c, beta_c in reversed(chunks):
             queries = torch.cat([q_c, queries], -2)  # of this chunk and all later ones
             eye = torch.eye(k_c.shape[-2], dtype=k.dtype, device=k.device)
             inverse = solve_triangular(_steps(k_c, beta_c), eye, upper=False, unitriangular=True)
             column = (queries @ k_c.mT).tril() @ inverse * beta_c.mT
             queries = queries - column @ k_c
-            columns.insert(0, pad(column, (0, 0, start, 0)))
+            columns.insert(0, pad(column, (0, 0, length - column.shape[-2], 0)))
         return torch.cat(columns, -1)
 
 

@@ -7,7 +7,8 @@ That is channel decay with one g for all channels of a head, and `mix` and `step
 a faster kernel. G_i - G_j is summed from j on: a difference of sums from the start loses its digits where gates are strong.
 """
 
-from torch import Tensor, autocast
+import torch
+from torch import Tensor
 
 from distill_pl.ops import Backend, channel_decay, promoted, use_fla
 
@@ -15,7 +16,7 @@ from distill_pl.ops import Backend, channel_decay, promoted, use_fla
 def matrix(q: Tensor, k: Tensor, g: Tensor, scale: float, backend: Backend = "auto") -> Tensor:
     """q, k [B, T, H, K], log decay g [B, T, H] -> A [B, H, T, T], fp32."""
     length = q.shape[1]
-    with autocast(q.device.type, enabled=False):
+    with torch.autocast(q.device.type, enabled=False):
         q, k, g = (x.transpose(1, 2) for x in promoted(q, k, g[..., None]))
         decay = g.expand(-1, -1, -1, length).tril(-1).cumsum(-2)  # of the tokens after j up to i
         return (q * scale @ k.mT) * decay.exp().tril()
