@@ -32,7 +32,7 @@ test-gpu: $(BIN)/.installed  ## the kernels against their matrices, on a GPU (fi
 	$(BIN)/python -m pytest -q tests/gpu
 
 test-slurm: $(BIN)/.installed  ## the batch scripts on a Slurm set up for it (apt install slurmctld slurmd slurm-client munge)
-	$(BIN)/python -m pytest -q -m slurm tests/slurm
+	$(BIN)/python -m pytest -q -m slurm tests/run/test_slurm.py
 
 bench-gpu: $(BIN)/.installed  ## on a GPU: every mixer's op, every stage's step beside one by hand, the start, generation
 	$(BIN)/python benchmarks/startup.py

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from distill_pl.measure.params import smollm_360m
 from distill_pl.mixers import MIXERS
-from distill_pl.params import smollm_360m
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.modeling import Student
 

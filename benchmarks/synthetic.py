@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from distill_pl.params import smollm_360m
+from distill_pl.measure.params import smollm_360m
 
 DOCUMENT = 600  # words, about as long as FineWeb's
 

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import LlamaForCausalLM
 
-from distill_pl import chain
 from distill_pl.cli import main as distill_pl
 from distill_pl.losses import hidden_distance
+from distill_pl.measure.params import count, smollm_360m
+from distill_pl.measure.report import scalars
 from distill_pl.mixers import MIXERS
-from distill_pl.params import count, smollm_360m
-from distill_pl.report import scalars
+from distill_pl.run import fit as chain
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.modeling import Student
 
@@ -41,7 +41,7 @@ def attention_by_hand(mixer: str, layer_idx: int) -> nn.Module | None:
     """fla's layer with heads like SmolLM-360M's; None where there is none that runs on fla alone."""
     import fla.layers as layers
 
-    import distill_pl.ops.kernels  # noqa: F401 (fla's kernels tuned ahead, as far as they are: else it takes minutes)
+    import distill_pl.ops.gpu.fla_kernels  # noqa: F401 (fla's kernels tuned ahead, as far as they are: else it takes minutes)
 
     shape = {"hidden_size": 960, "num_heads": 15, "layer_idx": layer_idx}
     made: dict[str, Callable[[], nn.Module]] = {

@@ -14,13 +14,13 @@ from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from distill_pl.bench import bench
-from distill_pl.chain import fit
 from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.errors import Diverged, InputError
-from distill_pl.evaluate import evaluate, generate
-from distill_pl.params import params
-from distill_pl.report import report
+from distill_pl.measure.bench import bench
+from distill_pl.measure.evaluate import evaluate, generate
+from distill_pl.measure.params import params
+from distill_pl.measure.report import report
+from distill_pl.run.fit import fit
 from distill_pl.stages import STAGES
 from distill_pl.student.factory import StudentFactory
 from distill_pl.tokens import Tokens

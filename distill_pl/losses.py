@@ -107,7 +107,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 def _terms_by(device: torch.device) -> Callable:
     """`_terms`, or what does the same where there is Triton."""
     if device.type == "cuda" and find_spec("triton"):
-        from distill_pl.losses_kernel import terms
+        from distill_pl.ops.gpu.losses import terms
 
         return terms
     return _terms

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from distill_pl.compiling import compiled_on_gpu
+from distill_pl.compiling.layers import compiled_on_gpu
 from distill_pl.errors import InputError
 
 TAP = "distill_pl_tap"

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from distill_pl.chain import plan
 from distill_pl.cli import DistillCLI, main
+from distill_pl.measure.params import smollm_360m
+from distill_pl.measure.report import Run
 from distill_pl.mixers import MIXERS
-from distill_pl.params import smollm_360m
-from distill_pl.report import Run
+from distill_pl.run.fit import plan
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.modeling import Student
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from distill_pl import evaluate as evaluation
 from distill_pl.cli import main
 from distill_pl.errors import InputError
-from distill_pl.harness import run_tasks
+from distill_pl.measure import evaluate as evaluation
+from distill_pl.measure.harness import run_tasks
 from distill_pl.teacher import Teacher
 
 

@@ -67,7 +67,7 @@ def convolve(convs: dict[str, ShortConv], inputs: Sequence[Tensor], mask: Tensor
     if mask is not None:
         inputs = [x * mask[:, :, None, None] for x in inputs]
     if state is None and use_fla(backend, inputs[0].device):
-        from distill_pl.ops.short_conv_kernel import short_convs
+        from distill_pl.ops.gpu.short_conv import short_convs
 
         return short_convs(inputs, [conv.weight for conv in convs.values()], unit, EPS)
     named = zip(convs.items(), inputs, strict=True)

@@ -74,14 +74,14 @@ def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, backend: Backe
         q, k = q.to(v.dtype), k.to(v.dtype)
         small = q.shape[-1] * v.shape[-1] <= 64 * 64
         if q.shape[-1] in FUSED and v.shape[-1] in FUSED and (small or v.dtype == torch.bfloat16):  # or it needs a large GPU
-            from distill_pl.ops.channel_decay_kernel import fused
+            from distill_pl.ops.gpu.channel_decay import fused
 
             dtype = v.dtype
             if dtype == torch.float16:  # which has not the exponents
                 q, k, v = q.float(), k.float(), v.float()
             y, state = fused(q, k, v, g, scale, state, temperature)
             return y.to(dtype), state
-        from distill_pl.ops import kernels
+        from distill_pl.ops.gpu import fla_kernels as kernels
 
         g = log_decay(g, temperature)
         return kernels.chunk_gla(q, k, v, g, scale=scale, initial_state=state, output_final_state=True)

@@ -48,7 +48,7 @@ def mix(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float, backend: Ba
         state: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q, k [B, T, H, K], v [B, T, H, V], beta [B, T, H], state [B, H, K, V] fp32 -> y [B, T, H, V], state."""
     if use_fla(backend, q.device) and v.dtype != torch.float32:  # the kernel refuses fp32
-        from distill_pl.ops import kernels
+        from distill_pl.ops.gpu import fla_kernels as kernels
 
         return kernels.delta_rule(q.to(v.dtype), k.to(v.dtype), v, beta.float(), scale, state)
 

@@ -51,13 +51,13 @@ def mix(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float, power: int = 
     """q, k [B, T, H, K], v [B, T, H, V], state [B, H, F, V + 1] fp32 -> y [B, T, H, V], state (None: not `remember`)."""
     dtype = v.dtype
     if use_fla(backend, q.device) and power == 1:
-        from distill_pl.ops import kernels
+        from distill_pl.ops.gpu import fla_kernels as kernels
 
         q, k, v = q.to(dtype), k.to(dtype), pad(v, (0, 1), value=1)
         sums, state = kernels.scalar_decay(q, k, v, None, scale, state)
         return _divided(sums.float(), eps).to(dtype), state if remember else None
     if use_fla(backend, q.device) and state is None and not remember and max(q.shape[-1], v.shape[-1]) <= 128:
-        from distill_pl.ops import kernels
+        from distill_pl.ops.gpu import fla_kernels as kernels
 
         # quadratic in time, no states; unscaled: rounding scale * q to bf16 costs more than all else where q . k is almost 0
         y, total = kernels.squared(*(x.to(dtype).transpose(1, 2).contiguous() for x in (q, k, v)))  # [B, H, T, V], [B, H, T]

@@ -27,7 +27,7 @@ def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, backend: Backe
     """q, k [B, T, H, K], v [B, T, H, V], g [B, T, H], state [B, H, K, V] fp32 -> y [B, T, H, V], state."""
     if use_fla(backend, q.device):
         # not chunk_simple_gla, which fla refuses on Hopper: Triton 3.4 to 3.7 miscompiles its backward pass
-        from distill_pl.ops import kernels
+        from distill_pl.ops.gpu import fla_kernels as kernels
 
         return kernels.scalar_decay(q.to(v.dtype), k.to(v.dtype), v, g.float(), scale, state)
     return channel_decay.mix(q, k, v, g[..., None], scale, "torch", state)

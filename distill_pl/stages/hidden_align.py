@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from distill_pl.compiling import compiled_on_gpu
+from distill_pl.compiling.layers import compiled_on_gpu
 from distill_pl.losses import hidden_distance
-from distill_pl.optim import warmup_stable_decay
+from distill_pl.stages.optim import warmup_stable_decay
 from distill_pl.stages.stage import Stage
 from distill_pl.teacher import Layer
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from distill_pl.errors import InputError
 from distill_pl.losses import next_token_loss
-from distill_pl.optim import linear
+from distill_pl.stages.optim import linear
 from distill_pl.stages.stage import Stage
 from distill_pl.tokens import Tokens
 

@@ -5,12 +5,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from distill_pl.compiling import compiled_on_gpu
+from distill_pl.compiling.layers import compiled_on_gpu
 from distill_pl.errors import InputError
 from distill_pl.losses import matrix_distance
 from distill_pl.mixers import SequenceMixer
 from distill_pl.ops import softmax
-from distill_pl.optim import warmup_stable_decay
+from distill_pl.stages.optim import warmup_stable_decay
 from distill_pl.stages.stage import Stage
 from distill_pl.teacher import Layer
 

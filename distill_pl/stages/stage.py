@@ -14,11 +14,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
-from distill_pl.compiling import Captured, plainly
+from distill_pl.compiling.layers import Captured, plainly
 from distill_pl.errors import Diverged, InputError
 from distill_pl.losses import next_token_loss
-from distill_pl.optim import adamw
-from distill_pl.sharding import shard
+from distill_pl.stages.optim import adamw
+from distill_pl.stages.sharding import shard
 from distill_pl.student.modeling import Student
 from distill_pl.teacher import Teacher
 from distill_pl.tokens import Tokens

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from distill_pl import compiling
-from distill_pl.report import scalars
+from distill_pl.compiling import layers as compiling
+from distill_pl.measure.report import scalars
 from distill_pl.stages import STAGES
 from distill_pl.stages.matrix_mixing import mixing_parameters
 from distill_pl.student.factory import StudentFactory

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from distill_pl.bench import decode, prefill
-from distill_pl.evaluate import generate
-from distill_pl.student.decoding import Decoder
+from distill_pl.decoding.decoder import Decoder
+from distill_pl.measure.bench import decode, prefill
+from distill_pl.measure.evaluate import generate
 from distill_pl.student.factory import StudentFactory
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -31,7 +31,7 @@ def test_generate_takes_the_graph(teacher_folder, monkeypatch, capsys):
     printed = []
     for captured in (True, False):
         if not captured:
-            monkeypatch.setattr("distill_pl.evaluate.continued", lambda *args: None)
+            monkeypatch.setattr("distill_pl.measure.evaluate.continued", lambda *args: None)
         generate(str(teacher_folder), prompt="Story", max_new_tokens=12)
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1]

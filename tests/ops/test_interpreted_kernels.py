@@ -74,7 +74,7 @@ def patch() -> None:
     init = Autotuner.__init__
     Autotuner.__init__ = lambda self, fn, names, configs, *args, **kwargs: init(self, fn, names, configs[:1], *args, **kwargs)
     importlib.import_module("fla.ops")
-    importlib.import_module("distill_pl.ops.channel_decay_kernel")
+    importlib.import_module("distill_pl.ops.gpu.channel_decay")
     for name, module in list(sys.modules.items()):
         if name.startswith("fla.ops.") or (name.startswith("distill_pl.ops.") and name.endswith("_kernel")):
             module.range = indices
@@ -107,7 +107,7 @@ def errors(family: str, length=40, border=0, columns=False, **options) -> dict[s
 
 def row_errors(sizes: tuple[int, ...], width: int, biased: bool, normed: bool, added: bool, gated: bool) -> dict[str, float]:
     """Of `row_products`, largest error over largest value."""
-    from distill_pl.student.row_products import launch, plain
+    from distill_pl.ops.gpu.row_products import launch, plain
 
     numbers = torch.Generator().manual_seed(0)
     x, residual, gain = (torch.randn(1, 1, width, generator=numbers) for _ in range(3))
@@ -121,8 +121,8 @@ def row_errors(sizes: tuple[int, ...], width: int, biased: bool, normed: bool, a
 
 def loss_errors(temperature: float, taught: bool) -> dict[str, float]:
     """Of the losses' terms and their gradient, in rows of four blocks, the last not full."""
-    from distill_pl import losses_kernel
     from distill_pl.losses import _terms
+    from distill_pl.ops.gpu import losses as losses_kernel
 
     losses_kernel.BLOCK = 16
     numbers = torch.Generator().manual_seed(0)
@@ -135,7 +135,7 @@ def loss_errors(temperature: float, taught: bool) -> dict[str, float]:
 
 def errors_beside() -> dict[str, float]:
     """Of gradients that channel decay writes as columns of a tensor with room for others, against those by themselves."""
-    from distill_pl.ops.channel_decay_kernel import _backward
+    from distill_pl.ops.gpu.channel_decay import _backward
 
     numbers = torch.Generator().manual_seed(0)
     q, k, v, g, dy = (torch.randn(2, 100, 2, 16, generator=numbers) for _ in range(5))
@@ -148,7 +148,7 @@ def errors_beside() -> dict[str, float]:
 def conv_errors(length: int, heads: int, size: int) -> dict[str, float]:
     """Of two short convolutions of columns of a wider tensor, the first to unit length; gradients apart and beside others."""
     from distill_pl.mixers.short_conv import EPS, ShortConv, l2_norm
-    from distill_pl.ops.short_conv_kernel import _backward, short_convs
+    from distill_pl.ops.gpu.short_conv import _backward, short_convs
 
     numbers, width = torch.Generator().manual_seed(0), heads * size
     convs = [ShortConv(width), ShortConv(width)]

@@ -6,7 +6,7 @@ from importlib.metadata import version
 import pytest
 import torch
 
-kernels = pytest.importorskip("distill_pl.ops.kernels", reason="fla-core is not installed")
+kernels = pytest.importorskip("distill_pl.ops.gpu.fla_kernels", reason="fla-core is not installed")
 FORWARD = "fla.ops.common.fused_chunk.fused_chunk_fwd_kernel"
 
 

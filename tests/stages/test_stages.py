@@ -13,9 +13,9 @@ from distill_pl.errors import Diverged, InputError
 from distill_pl.losses import matrix_distance
 from distill_pl.mixers import MIXERS
 from distill_pl.mixers.mixer import Paper
-from distill_pl.optim import adamw
 from distill_pl.stages import STAGES, HiddenAlignStage, KDStage, MatrixMixingStage, Stage
 from distill_pl.stages.matrix_mixing import ENTRIES_AT_ONCE, mixing_parameters, probed_distance, squared_distance
+from distill_pl.stages.optim import adamw
 from distill_pl.student.factory import StudentFactory
 from distill_pl.teacher import Teacher
 

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from distill_pl.joined_products import even_rows, results, token_steps, where_to
+from distill_pl.compiling.joined_products import even_rows, results, token_steps, where_to
 
 CHUNK = 16
 LOG2_E = tl.constexpr(math.log2(math.e))  # e^x is worked out as 2^(x log2 e), which is one instruction

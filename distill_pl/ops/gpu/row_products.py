@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from distill_pl.compiling import launches_early
+from distill_pl.compiling.layers import launches_early
 
 TILE = 4096  # weights of a program: enough to keep the memory busy, few enough for its registers
 

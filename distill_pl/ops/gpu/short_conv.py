@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from distill_pl.joined_products import even_rows, results, token_steps, where_to
+from distill_pl.compiling.joined_products import even_rows, results, token_steps, where_to
 
 CHANNELS = 64  # of a program, where it need not be a head
 SEGMENTS, LENGTH, WARPS = 4, 32, 4  # of a program; tokens of a segment

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from distill_pl.errors import InputError
-from distill_pl.harness import check_tasks, run_tasks
+from distill_pl.measure.harness import check_tasks, run_tasks
 
 LETTERS = ["A", "B", "C"]
 QUESTIONS = ["What melts?", "Which one flies high?", "Who lives in water?", "What bends least?"]

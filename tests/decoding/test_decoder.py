@@ -7,8 +7,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 from torch.utils._pytree import tree_leaves
 
-from distill_pl.bench import decode, prefill
-from distill_pl.student.decoding import Decoder, RowLayer, continued, products, why_not
+from distill_pl.decoding.decoder import Decoder, RowLayer, continued, products, why_not
+from distill_pl.measure.bench import decode, prefill
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.transfer import as_transformer
 from distill_pl.teacher import Teacher

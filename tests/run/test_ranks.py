@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from distill_pl.cli import main
-from distill_pl.report import scalars
+from distill_pl.measure.report import scalars
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["distill_pl.cli"])

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from distill_pl import study
-from distill_pl.callbacks import say
+from distill_pl.console import aligned
+from distill_pl.measure import study
+from distill_pl.run.monitor import say
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.modeling import Student
-from distill_pl.tables import aligned
 
 
 def smollm_360m() -> Any:

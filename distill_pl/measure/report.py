@@ -6,14 +6,14 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from distill_pl import study
-from distill_pl.callbacks import perplexity, say
+from distill_pl.console import markdown
 from distill_pl.errors import InputError
+from distill_pl.measure import study
+from distill_pl.measure.params import appendix_a
 from distill_pl.mixers import MIXERS
-from distill_pl.params import appendix_a
-from distill_pl.run_folder import differing, read_config, read_metrics, write_aside
+from distill_pl.run.folder import differing, read_config, read_metrics, write_aside
+from distill_pl.run.monitor import perplexity, say
 from distill_pl.stages import STAGES
-from distill_pl.tables import markdown
 from distill_pl.tokens import Tokens
 
 if TYPE_CHECKING:

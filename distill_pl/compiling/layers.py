@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from distill_pl.joined_products import JoinProducts
+from distill_pl.compiling.joined_products import JoinProducts
 
 
 def compiled_on_gpu(function: Callable) -> Callable:

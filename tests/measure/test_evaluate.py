@@ -7,10 +7,10 @@ import pytest
 import torch
 import yaml
 
-import distill_pl.evaluate
-from distill_pl import study
+import distill_pl.measure.evaluate
 from distill_pl.errors import InputError
-from distill_pl.evaluate import evaluate, generate, recovery, table
+from distill_pl.measure import study
+from distill_pl.measure.evaluate import evaluate, generate, recovery, table
 from distill_pl.teacher import Teacher
 
 
@@ -74,15 +74,15 @@ def test_what_was_measured_is_not_measured_again(run, tmp_path, monkeypatch, cap
     file = run / "eval" / "student.limit3.json"
     first, printed = json.loads(file.read_text()), capsys.readouterr().out
     assert "before" not in printed
-    monkeypatch.setattr("distill_pl.evaluate.held_out_perplexity", lambda *args: pytest.fail("again"))
-    run_tasks = distill_pl.evaluate.run_tasks
-    monkeypatch.setattr("distill_pl.evaluate.run_tasks", lambda *args, **kwargs: pytest.fail("again"))
+    monkeypatch.setattr("distill_pl.measure.evaluate.held_out_perplexity", lambda *args: pytest.fail("again"))
+    run_tasks = distill_pl.measure.evaluate.run_tasks
+    monkeypatch.setattr("distill_pl.measure.evaluate.run_tasks", lambda *args, **kwargs: pytest.fail("again"))
     evaluate([str(run), str(run)], **asked)
     again = capsys.readouterr().out
     assert again.count("measured before") == 4 and again.splitlines()[-3:] == printed.splitlines()[-3:]
     assert json.loads(file.read_text()) == first
     (tmp_path / "piqa.jsonl").write_text("\n".join(map(json.dumps, rows[:2])))  # other questions
-    monkeypatch.setattr("distill_pl.evaluate.run_tasks", run_tasks)
+    monkeypatch.setattr("distill_pl.measure.evaluate.run_tasks", run_tasks)
     evaluate([str(run)], **asked)
     assert json.loads(file.read_text())["results"]["piqa"]["n"] == 2
 

@@ -18,13 +18,12 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 from torch.distributed.fsdp import FSDPModule
 
-from distill_pl import compiling
-from distill_pl.callbacks import Monitor, perplexities, say
-from distill_pl.card import model_card
+from distill_pl.compiling import layers as compiling
 from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.errors import InputError
 from distill_pl.ops import use_fla
-from distill_pl.run_folder import (
+from distill_pl.run.card import model_card
+from distill_pl.run.folder import (
     AsideCheckpointIO,
     Leg,
     check_leg,
@@ -35,8 +34,9 @@ from distill_pl.run_folder import (
     sole_user,
     write_config,
 )
-from distill_pl.sharding import FullyShardedStrategy, whole
+from distill_pl.run.monitor import Monitor, perplexities, say
 from distill_pl.stages import STAGES, Stage
+from distill_pl.stages.sharding import FullyShardedStrategy, whole
 from distill_pl.student.factory import StudentFactory, check_teacher
 from distill_pl.student.modeling import Student
 from distill_pl.student.transfer import as_transformer

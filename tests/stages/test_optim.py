@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill_pl.optim import adamw, linear, warmup_stable_decay
+from distill_pl.stages.optim import adamw, linear, warmup_stable_decay
 
 STEPS = [1, 2, 7, 10, 100, 999]
 

@@ -9,8 +9,8 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from distill_pl import study
-from distill_pl.card import add_results, licence_of
+from distill_pl.measure import study
+from distill_pl.run.card import add_results, licence_of
 from distill_pl.student.factory import StudentFactory
 
 PROMPTS = ["Story 1. A fox sees", "Her aunt", "At dawn the old clock forgets the river. The miller"]

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-import distill_pl.run_folder
+import distill_pl.run.folder
 from distill_pl import Student
 from distill_pl.cli import DistillCLI, main
-from distill_pl.run_folder import sole_user
+from distill_pl.run.folder import sole_user
 from distill_pl.stages import STAGES
 
 processes = multiprocessing.get_context("forkserver")  # a process that has imported everything forks in milliseconds
@@ -351,11 +351,11 @@ def test_not_finite_names_stage_step_and_layer(arguments, tmp_path, monkeypatch,
 
 def test_lost_weights_are_noticed(arguments, monkeypatch):
     """The next stage would start from something other than the last one left."""
-    load = distill_pl.run_folder.load_student
+    load = distill_pl.run.folder.load_student
 
     def forgetful(student, leg):
         load(student, leg)
         torch.nn.init.normal_(student.model.embed_tokens.weight)
 
-    monkeypatch.setattr("distill_pl.chain.load_student", forgetful)
+    monkeypatch.setattr("distill_pl.run.fit.load_student", forgetful)
     assert re.search("hidden_align: the student starts at .* expected", refused(arguments()))

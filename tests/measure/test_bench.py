@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import distill_pl.bench
-from distill_pl.bench import bench, decode, limit, measure, prefill, theory
+import distill_pl.measure.bench
 from distill_pl.cli import main
 from distill_pl.errors import InputError
+from distill_pl.measure.bench import bench, decode, limit, measure, prefill, theory
 from distill_pl.mixers import MIXERS
 from distill_pl.student.cache import state_bytes
 from distill_pl.student.factory import StudentFactory
@@ -22,7 +22,7 @@ QUICK = {"lengths": "8,24", "new_tokens": 2, "repeats": 2}
 @pytest.fixture
 def here(tmp_path, teacher, monkeypatch) -> Path:
     """An empty working folder, in which a mixer's name stands for a student of the tiny teacher's shape; on the CPU."""
-    monkeypatch.setattr(distill_pl.bench, "smollm_360m", lambda: teacher)
+    monkeypatch.setattr(distill_pl.measure.bench, "smollm_360m", lambda: teacher)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -100,7 +100,7 @@ def test_bench_of_a_mixer_and_a_folder(here, teacher_folder, capsys):
 
 def test_what_was_measured_is_kept(here, monkeypatch, capsys):
     measured = []
-    measure = distill_pl.bench.measure
+    measure = distill_pl.measure.bench.measure
 
     def counted(network, length, *args, **kwargs):
         if length == 24 and len(measured) == 1:
@@ -108,7 +108,7 @@ def test_what_was_measured_is_kept(here, monkeypatch, capsys):
         measured.append(length)
         return measure(network, length, *args, **kwargs)
 
-    monkeypatch.setattr(distill_pl.bench, "measure", counted)
+    monkeypatch.setattr(distill_pl.measure.bench, "measure", counted)
     with pytest.raises(KeyboardInterrupt):
         bench(["gla"], **QUICK)
     first = read(here / "bench")
@@ -148,14 +148,14 @@ def test_limit_reads_weights_and_state_once(teacher):
 
 
 def test_out_of_memory_ends_a_model_not_the_bench(here, monkeypatch, capsys):
-    measure = distill_pl.bench.measure
+    measure = distill_pl.measure.bench.measure
 
     def small(network, length, *args, **kwargs):
-        if length > 8 and isinstance(network, distill_pl.bench.Student):
+        if length > 8 and isinstance(network, distill_pl.measure.bench.Student):
             raise torch.OutOfMemoryError
         return measure(network, length, *args, **kwargs)
 
-    monkeypatch.setattr(distill_pl.bench, "measure", small)
+    monkeypatch.setattr(distill_pl.measure.bench, "measure", small)
     for _ in range(2):  # the second time nothing is tried again
         bench(["gla", "softmax"], **QUICK | {"lengths": "8,24,32"})
         printed = capsys.readouterr().out

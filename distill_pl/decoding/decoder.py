@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 
-from distill_pl.compiling import launches_early, pool_bytes
+from distill_pl.compiling.layers import launches_early, pool_bytes
 from distill_pl.errors import InputError
 from distill_pl.mixers import Softmax
 from distill_pl.mixers.mixer import Position, RMSNorm
@@ -62,7 +62,7 @@ class Products(nn.Module):
 
     def __init__(self, linears: list[nn.Linear], norm: nn.Module | None = None, gated: bool = False, heads: int = 1):
         super().__init__()
-        import distill_pl.student.row_products  # noqa: F401 (which loads Triton)
+        import distill_pl.ops.gpu.row_products  # noqa: F401 (which loads Triton)
 
         self.weights, self.biases = [x.weight for x in linears], []
         if any(x.bias is not None for x in linears):

@@ -11,7 +11,7 @@ from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import run_and_get_code
 
-from distill_pl.joined_products import JoinProducts, add_product, join_products, results, where_to
+from distill_pl.compiling.joined_products import JoinProducts, add_product, join_products, results, where_to
 from distill_pl.student.factory import StudentFactory
 from distill_pl.teacher import _run
 
