@@ -17,14 +17,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers.cache_utils import Cache
 
+from distill_pl.console import quiet, say
 from distill_pl.decoding.decoder import Decoder, why_not
 from distill_pl.errors import InputError
 from distill_pl.measure.evaluate import load, student_folder
 from distill_pl.measure.params import smollm_360m
 from distill_pl.mixers import MIXERS
-from distill_pl.run.fit import quiet
 from distill_pl.run.folder import write_aside
-from distill_pl.run.monitor import say
 from distill_pl.student.cache import state_bytes
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.modeling import Student, StudentConfig

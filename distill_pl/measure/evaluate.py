@@ -11,16 +11,14 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, PreTrainedModel, set_seed
 
-from distill_pl.console import aligned, percent
+from distill_pl.console import aligned, percent, perplexity, quiet, say
 from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.decoding.decoder import continued
 from distill_pl.errors import InputError
 from distill_pl.measure import study
 from distill_pl.measure.harness import check_tasks, run_tasks
 from distill_pl.run.card import add_results
-from distill_pl.run.fit import quiet
 from distill_pl.run.folder import fingerprint, read_config, write_aside
-from distill_pl.run.monitor import perplexity, say
 from distill_pl.teacher import load_model
 
 

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from distill_pl.console import aligned
+from distill_pl.console import aligned, say
 from distill_pl.measure import study
-from distill_pl.run.monitor import say
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.modeling import Student
 

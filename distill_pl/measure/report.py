@@ -6,13 +6,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from distill_pl.console import markdown
+from distill_pl.console import markdown, perplexity, say
 from distill_pl.errors import InputError
 from distill_pl.measure import study
 from distill_pl.measure.params import appendix_a
 from distill_pl.mixers import MIXERS
 from distill_pl.run.folder import differing, read_config, read_metrics, write_aside
-from distill_pl.run.monitor import perplexity, say
 from distill_pl.stages import STAGES
 from distill_pl.tokens import Tokens
 

@@ -10,10 +10,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load,
 from jsonargparse import Namespace
 from transformers import PreTrainedModel
 
-from distill_pl.console import markdown, percent
+from distill_pl.console import markdown, percent, perplexity
 from distill_pl.measure import study
 from distill_pl.run.folder import Leg, plain, read_metrics, write_aside
-from distill_pl.run.monitor import perplexity
 from distill_pl.student.modeling import Student
 from distill_pl.tokens import short
 

@@ -1,15 +1,12 @@
 """`distill-pl fit`: the stages in order, each in a fresh Trainer, then the Hugging Face folder."""
 
 import contextlib
-import logging
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-import transformers
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -19,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.distributed.fsdp import FSDPModule
 
 from distill_pl.compiling import layers as compiling
+from distill_pl.console import perplexities, quiet, say
 from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.errors import InputError
 from distill_pl.ops import use_fla
@@ -34,7 +32,7 @@ from distill_pl.run.folder import (
     sole_user,
     write_config,
 )
-from distill_pl.run.monitor import Monitor, perplexities, say
+from distill_pl.run.monitor import Monitor
 from distill_pl.stages import STAGES, Stage
 from distill_pl.stages.sharding import FullyShardedStrategy, whole
 from distill_pl.student.factory import StudentFactory, check_teacher
@@ -261,14 +259,3 @@ def export(config: Namespace, legs: list[Leg], student: Student, teacher: Teache
     teacher.tokenizer.save_pretrained(aside)
     (aside / "README.md").write_text(str(model_card(config, legs, model)))
     aside.rename(folder)
-
-
-def quiet() -> None:
-    """No chatter from the libraries: what a person should know, this package says."""
-    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module=r"lightning|torch\._inductor")
-    # said of every DDP run: Lightning makes DDP on a stream of its own, and DDP keeps the nodes that it made there
-    warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")

@@ -9,38 +9,14 @@ from typing import NamedTuple
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_only
 
+from distill_pl.console import duration, perplexities, perplexity, say
 from distill_pl.errors import InputError
 from distill_pl.stages import Stage
 from distill_pl.stages.stage import Later
 from distill_pl.tokens import short
 
 SECONDS_BETWEEN_LINES = 10
-
-
-@rank_zero_only
-def say(text: str) -> None:
-    """Print a line, once over all ranks, at once."""
-    print(text, flush=True)
-
-
-def duration(seconds: float) -> str:
-    """1:02:03, or 2:03."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-def perplexity(cross_entropy: float) -> float:
-    """Of a cross-entropy in nats a token; infinite beyond what a float holds."""
-    return math.exp(cross_entropy) if cross_entropy < 700 else math.inf
-
-
-def perplexities(losses: dict[str, float]) -> str:
-    """Of a stage's held-out losses, as in `perplexity 172 (teacher 176)`."""
-    teacher = f" (teacher {perplexity(losses['teacher_ce']):.4g})" if "teacher_ce" in losses else ""
-    return f"perplexity {perplexity(losses['student_ce']):.4g}{teacher}"
 
 
 def leave_on_sigterm(trainer: L.Trainer) -> None:

@@ -8,10 +8,10 @@ import pytest
 import yaml
 from scipy.stats import t
 
+from distill_pl.console import perplexity
 from distill_pl.errors import InputError
 from distill_pl.measure import study
 from distill_pl.measure.report import held_out, report
-from distill_pl.run.monitor import perplexity
 
 
 @pytest.fixture(scope="module")
