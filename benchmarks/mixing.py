@@ -30,8 +30,7 @@ def inputs_of(mixer: str, batch: int) -> dict:
     layer = Student(config).cuda()
     hidden = torch.randn(batch, LENGTH, config.hidden_size, device="cuda")
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-        inputs = layer.mixers[0].inputs(hidden, layer.position(hidden), None, None)
-    inputs.pop("bypass", None)
+        inputs = layer.mixers[0].inputs(hidden, layer.position(hidden), None, None)[0]._asdict()
     return inputs | {name: inputs[name].bfloat16() for name in "qkv"}
 
 

@@ -29,7 +29,7 @@ class DeltaNet(ConvolvedMixer):
         if mask is not None:
             beta = beta * mask[:, :, None]
         k, v = self.repeat_kv(k), self.repeat_kv(v)
-        return {"q": q, "k": k, "v": v, "beta": beta, "scale": self.scale, "backend": self.backend}
+        return delta_rule.Inputs(q, k, v, beta, self.scale, self.backend), hidden
 
     def output(self, mixed, hidden):
         """Head norm, o_proj."""

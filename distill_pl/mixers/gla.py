@@ -41,7 +41,7 @@ class GLA(SequenceMixer):
             k = k * mask[:, :, None, None]
         k, v = self.repeat_kv(k), self.repeat_kv(v)
         g = self.decay_proj(hidden).unflatten(-1, (self.heads, -1))
-        return {"q": q, "k": k, "v": v, "g": g, "temperature": TEMPERATURE, "scale": self.scale, "backend": self.backend}
+        return channel_decay.Inputs(q, k, v, g, self.scale, self.backend, TEMPERATURE), hidden
 
     def output(self, mixed, hidden):
         """Head norm, swish gate, o_proj."""

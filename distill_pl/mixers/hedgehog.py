@@ -60,4 +60,4 @@ class Hedgehog(SequenceMixer):
         q, k = self.q_map(q), self.k_map(self.repeat_kv(k))
         if mask is not None:
             k = k * mask[:, :, None, None]
-        return {"q": q, "k": k, "v": self.repeat_kv(v), "scale": 1.0, "eps": EPS, "backend": self.backend}
+        return normalized.Inputs(q, k, self.repeat_kv(v), scale=1.0, eps=EPS, backend=self.backend), hidden

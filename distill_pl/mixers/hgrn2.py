@@ -44,7 +44,7 @@ class HGRN2(SequenceMixer):
         q, k = self.rotated(position, silu(q), k)
         if mask is not None:
             k = k * mask[:, :, None, None]
-        return {"q": q, "k": k, "v": v, "g": g, "temperature": TEMPERATURE, "scale": self.scale, "backend": self.backend}
+        return channel_decay.Inputs(q, k, v, g, self.scale, self.backend, TEMPERATURE), hidden
 
     def output(self, mixed, hidden):
         """Norm over all heads, o_proj."""

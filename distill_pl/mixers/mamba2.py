@@ -58,10 +58,10 @@ class Mamba2(ConvolvedMixer):
         if mask is not None:
             k = k * mask[:, :, None, None]
         g = self.log_decay(dt)
-        return {"q": q, "k": k, "v": v, "g": g, "scale": 1.0, "backend": self.backend, "bypass": (v, hidden)}
+        return scalar_decay.Inputs(q, k, v, g, scale=1.0, backend=self.backend), (v, hidden)
 
-    def output(self, mixed, bypass):
+    def output(self, mixed, read_by_output):
         """D x, gate, norm, o_proj."""
-        x, hidden = bypass
+        x, hidden = read_by_output
         gate = silu(self.gate_proj(hidden)).unflatten(-1, (self.heads, -1))
         return self.o_proj(self.norm((mixed + self.D.to(x.dtype)[:, None] * x) * gate).flatten(2))

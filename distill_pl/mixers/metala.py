@@ -57,14 +57,13 @@ class MetaLA(SequenceMixer):
         k, v, g = (self.repeat_kv(x) for x in (k, v, g))
         if mask is not None:
             k = k * mask[:, :, None, None]
-        bypass = (hidden, q, k, v)
+        read_by_output = (hidden, q, k, v)
         q, k = self.rotated(position, q, k)
-        named = {"q": q, "k": k, "v": v, "g": g, "temperature": TEMPERATURE, "scale": self.scale}
-        return named | {"backend": self.backend, "bypass": bypass}
+        return channel_decay.Inputs(q, k, v, g, self.scale, self.backend, TEMPERATURE), read_by_output
 
-    def output(self, mixed, bypass):
+    def output(self, mixed, read_by_output):
         """Self-augmentation, head norm, swish gate, o_proj."""
-        hidden, q, k, v = bypass
+        hidden, q, k, v = read_by_output
         augmented = mixed + torch.sigmoid((q * (self.augmentation * k)).sum(-1, keepdim=True) * v)
         # not RMSNorm: only the mean's removal cancels the 1/2 that the sigmoid starts from
         normed = layer_norm(augmented.float(), (self.value_dim,), eps=self.eps).to(hidden.dtype)

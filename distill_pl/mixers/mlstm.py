@@ -48,7 +48,7 @@ class MLSTM(SequenceMixer):
         if mask is not None:
             i, g = i.masked_fill(~mask[:, :, None], -math.inf), g * mask[:, :, None]
         k, v = self.repeat_kv(k), self.repeat_kv(v)
-        return {"q": q, "k": k, "v": v, "i": i, "g": g, "scale": self.scale, "backend": self.backend}
+        return mlstm.Inputs(q, k, v, i, g, self.scale, self.backend), hidden
 
     def output(self, mixed, hidden):
         """Head norm, sigmoid gate, o_proj."""

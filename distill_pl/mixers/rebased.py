@@ -32,6 +32,5 @@ class ReBased(SequenceMixer):
         if mask is not None:
             k = k * mask[:, :, None, None]
         k, v = self.repeat_kv(k), self.repeat_kv(v)
-        # outside generation nobody reads the op's state, a costly one
-        options = {"scale": self.scale, "eps": EPS, "power": 2, "remember": state is not None, "backend": self.backend}
-        return {"q": q, "k": k, "v": v, **options}
+        remember = state is not None  # outside generation nobody reads the op's state, which is costly
+        return normalized.Inputs(q, k, v, self.scale, EPS, 2, remember, self.backend), hidden

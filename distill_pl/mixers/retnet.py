@@ -31,7 +31,7 @@ class RetNet(SequenceMixer):
         k, v = self.repeat_kv(k), self.repeat_kv(v)
         head = torch.arange(self.heads, dtype=torch.float32, device=hidden.device)
         g = torch.log1p(-torch.exp2(-5 - head)).expand(*hidden.shape[:2], -1)  # in bf16 most gammas would be 1
-        return {"q": q, "k": k, "v": v, "g": g, "scale": self.scale, "backend": self.backend}
+        return scalar_decay.Inputs(q, k, v, g, self.scale, self.backend), hidden
 
     def output(self, mixed, hidden):
         """Head norm, swish gate, o_proj."""

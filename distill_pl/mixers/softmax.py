@@ -19,4 +19,4 @@ class Softmax(SequenceMixer):
     def inputs(self, hidden, position, mask, state):
         """q, k, v and the padding as the op's key mask."""
         q, k, v = self.qkv(hidden, position)
-        return {"q": q, "k": k, "v": v, "scale": self.scale, "key_mask": mask}
+        return softmax.Inputs(q, k, v, self.scale, mask), hidden

@@ -9,6 +9,8 @@ The textbook factorisation (q e^G)(k e^-G)^T overflows fp32 within a few hundred
 block after block of keys they decay, G is measured from a block's end, and no exponent is positive; blocks are made alike.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
@@ -19,6 +21,17 @@ SMALL = 8  # the largest blocks that are multiplied channel by channel
 CHUNK = 64  # tokens mixed through their matrix; chunks exchange only the K x V state
 FUSED = (16, 32, 64, 128)  # the K and V that our own kernel is for; fla's tunes itself for minutes, for every shape anew
 
+
+class Inputs(NamedTuple):
+    """Hold the arguments of `mix`, for a sequence or (without T) for a token; see the module for the symbols."""
+
+    q: Tensor  # [B, T, H, K]
+    k: Tensor  # [B, T, H, K]
+    v: Tensor  # [B, T, H, V]
+    g: Tensor  # [B, T, H, K]: log decay <= 0, or the gate's logits where there is a temperature
+    scale: float
+    backend: Backend = "auto"
+    temperature: float | None = None
 
 def log_decay(g: Tensor, temperature: float | None) -> Tensor:
     """g <= 0 in fp32 (float64 stays), of logits if there is a temperature."""

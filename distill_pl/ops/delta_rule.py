@@ -7,6 +7,8 @@ Keys must have at most unit length, beta must lie between 0 and 1 (2 at most): t
 keys it explodes. Within a chunk the product of the steps is one triangular solve (the WY form of Yang et al., 2024).
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
@@ -16,6 +18,16 @@ from distill_pl.ops import Backend, promoted, use_fla
 
 CHUNK = 64  # tokens whose steps are solved for at once; chunks exchange only the K x V state
 
+
+class Inputs(NamedTuple):
+    """Hold the arguments of `mix`, for a sequence or (without T) for a token; see the module for the symbols."""
+
+    q: Tensor  # [B, T, H, K]
+    k: Tensor  # [B, T, H, K], at most of unit length
+    v: Tensor  # [B, T, H, V]
+    beta: Tensor  # [B, T, H], between 0 and 1
+    scale: float
+    backend: Backend = "auto"
 
 def _steps(k: Tensor, beta: Tensor) -> Tensor:
     """I + tril(diag(beta) K K^T, -1), its diagonal left to the solver. k [..., T, K], beta [..., T, 1] -> [..., T, T]."""

@@ -7,6 +7,8 @@ So it is scalar decay with the gates k' = e^{i_t - m_t} k_t and g'_t = g_t + m_{
 ever positive and no kernel of its own is needed. m cancels from y but for eps, hence it takes no gradient.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -18,6 +20,17 @@ LIMIT = 80.0  # of -m, so that e^{-m} is finite in fp32; m is as low only where 
 
 State = tuple[Tensor, Tensor]  # [B, H, K, V + 2] fp32: C and, in each of the last two columns, n;  m [B, H] fp32
 
+
+class Inputs(NamedTuple):
+    """Hold the arguments of `mix`, for a sequence or (without T) for a token; see the module for the symbols."""
+
+    q: Tensor  # [B, T, H, K]
+    k: Tensor  # [B, T, H, K]
+    v: Tensor  # [B, T, H, V]
+    i: Tensor  # [B, T, H]: log of the input gate
+    g: Tensor  # [B, T, H]: log of the forget gate, <= 0
+    scale: float
+    backend: Backend = "auto"
 
 @torch.no_grad()
 def _maxima(i: Tensor, g: Tensor, before: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ that of the F = K (K + 1) / 2 products of two channels, so that either has a sta
 Squared, making the state costs several times the mixing of a short sequence: `mix` leaves it out unless `remember`.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -16,6 +18,18 @@ from distill_pl.ops import Backend, promoted, use_fla
 
 CHUNK = 64  # tokens mixed through their matrix, or F where that is more: a larger state is worth passing on less often
 
+
+class Inputs(NamedTuple):
+    """Hold the arguments of `mix`, for a sequence or (without T) for a token; see the module for the symbols."""
+
+    q: Tensor  # [B, T, H, K]: features
+    k: Tensor  # [B, T, H, K]: features
+    v: Tensor  # [B, T, H, V]
+    scale: float
+    eps: float
+    power: int = 1
+    remember: bool = True  # whether `mix` also computes the state
+    backend: Backend = "auto"
 
 def _features(x: Tensor, power: int) -> Tensor:
     """[..., K] -> [..., F]: the squares of the channels, then the product of each with the one 1, 2, .. K / 2 places on."""

@@ -7,11 +7,23 @@ That is channel decay with one g for all channels of a head, and `mix` and `step
 a faster kernel. G_i - G_j is summed from j on: a difference of sums from the start loses its digits where gates are strong.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from distill_pl.ops import Backend, channel_decay, promoted, use_fla
 
+
+class Inputs(NamedTuple):
+    """Hold the arguments of `mix`, for a sequence or (without T) for a token; see the module for the symbols."""
+
+    q: Tensor  # [B, T, H, K]
+    k: Tensor  # [B, T, H, K]
+    v: Tensor  # [B, T, H, V]
+    g: Tensor  # [B, T, H]: log decay <= 0
+    scale: float
+    backend: Backend = "auto"
 
 def matrix(q: Tensor, k: Tensor, g: Tensor, scale: float, backend: Backend = "auto") -> Tensor:
     """q, k [B, T, H, K], log decay g [B, T, H] -> A [B, H, T, T], fp32."""

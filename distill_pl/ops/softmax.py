@@ -6,6 +6,8 @@ Grouped-query attention: k and v may have fewer heads than q, each serving H / k
 `key_mask` [B, T] marks with True the keys that may be seen (padding is False); the state keeps it.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -14,6 +16,15 @@ from distill_pl.ops import promoted
 
 State = tuple[Tensor, Tensor, Tensor]  # keys and values seen so far [B, kv_heads, S, K or V], their mask [B, S]
 
+
+class Inputs(NamedTuple):
+    """Hold the arguments of `mix`, for a sequence or (without T) for a token; see the module for the symbols."""
+
+    q: Tensor  # [B, T, H, K]
+    k: Tensor  # [B, T, kv_heads, K]
+    v: Tensor  # [B, T, kv_heads, V]
+    scale: float
+    key_mask: Tensor | None = None  # bool [B, T]
 
 def _visible(queries: int, key_mask: Tensor) -> Tensor:
     """-> bool [B, 1, queries, S]: causal, for the last `queries` of the S positions, and not padding.

@@ -65,9 +65,9 @@ def test_a_token_changes_no_output_before_it(teacher, name, layout):
 
 def test_forward_is_the_output_of_matrix_times_v(teacher, name, layout):
     mixer, hidden, position = first(fresh(teacher, name, **layout))
-    inputs = mixer.inputs(hidden, position, None, None)
-    product = torch.einsum("bhij,bjhv->bihv", mixer.matrix(hidden, position), mixer.repeat_kv(inputs["v"]))
-    assert relative_error(mixer(hidden, position)[0], mixer.output(product, inputs.get("bypass", hidden))) < 1e-5
+    inputs, read_by_output = mixer.inputs(hidden, position, None, None)
+    product = torch.einsum("bhij,bjhv->bihv", mixer.matrix(hidden, position), mixer.repeat_kv(inputs.v))
+    assert relative_error(mixer(hidden, position)[0], mixer.output(product, read_by_output)) < 1e-5
 
 
 @pytest.mark.parametrize("pieces", [[1] * LENGTH, [8] + [1] * 13, [1, 1, 19], [5, 1, 8, 7]], ids=str)
@@ -107,9 +107,8 @@ def test_fresh_decay_gates_retain_what_was_asked(teacher, name, retention):
     hidden = 0.01 * some_hidden(student.config.hidden_size)
 
     def log_decay_of(mixer: SequenceMixer, hidden: Tensor) -> Tensor:
-        inputs = mixer.inputs(hidden, student.position(hidden), None, None)
-        logits = "temperature" in inputs
-        return channel_decay.log_decay(inputs["g"], inputs["temperature"]) if logits else inputs["g"]
+        inputs, _ = mixer.inputs(hidden, student.position(hidden), None, None)
+        return channel_decay.log_decay(inputs.g, inputs.temperature) if mixer.op is channel_decay else inputs.g
 
     for mixer in student.mixers:
         log_decay = log_decay_of(mixer, hidden)

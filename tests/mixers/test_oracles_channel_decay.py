@@ -160,10 +160,10 @@ def test_key_is_what_the_gate_lets_in(teacher, name):
     mixer.decay_proj.weight.zero_()
     mixer.decay_proj.bias.copy_(torch.linspace(-100, 80, len(mixer.decay_proj.bias)))
     logits, temperature = mixer.decay_proj.bias.double(), 16 if name == "metala" else 1
-    inputs = mixer.inputs(hidden, position, None, None)
+    inputs, _ = mixer.inputs(hidden, position, None, None)
     expected = -torch.expm1(torch.nn.functional.logsigmoid(logits) / temperature).view(mixer.heads, 8)
-    assert ((inputs["k"] - expected).abs() <= 1e-6 * expected).all() and (expected > 0).all()
-    log_decay = channel_decay.log_decay(inputs["g"], inputs["temperature"])
+    assert ((inputs.k - expected).abs() <= 1e-6 * expected).all() and (expected > 0).all()
+    log_decay = channel_decay.log_decay(inputs.g, inputs.temperature)
     assert log_decay.isfinite().all() and (log_decay <= 0).all()
 
 
@@ -179,7 +179,7 @@ def test_hgrn2_query_is_the_teachers_through_silu(teacher):
     student = StudentFactory("hgrn2").build(teacher, seed=0).requires_grad_(False)
     hidden = torch.randn(2, LENGTH, teacher.config.hidden_size, generator=torch.Generator().manual_seed(1))
     query = teacher.model.model.layers[0].self_attn.q_proj(hidden).detach()
-    q = student.mixers[0].inputs(hidden, student.position(hidden), None, None)["q"]
+    q = student.mixers[0].inputs(hidden, student.position(hidden), None, None)[0].q
     assert torch.equal(q.flatten(2), silu(query))
 
 

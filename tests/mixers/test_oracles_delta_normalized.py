@@ -268,7 +268,7 @@ def test_padding_in_the_middle_and_at_the_end_leaves_no_trace_in_the_matrix(teac
     mixer, hidden = mixer_and_hidden(teacher, name)
     mask = torch.ones(hidden.shape[:2], dtype=torch.bool)
     mask[:, 30:40] = mask[:, -5:] = False
-    inputs = mixer.inputs(hidden, None, mask, None)
-    a = mixer.op.matrix(**{key: x for key, x in inputs.items() if key != "v"})
+    inputs, _ = mixer.inputs(hidden, None, mask, None)
+    a = mixer.op.matrix(**{key: x for key, x in inputs._asdict().items() if key != "v"})
     assert (a[..., ~mask[0]] == 0).all()
     assert (a[..., 40:65, 29] != 0).all()

@@ -201,7 +201,7 @@ def test_retnet_is_flas_naive_retention(teacher, kv_heads):
 
 def test_retnets_decays_are_exact_in_a_bf16_model(teacher):
     mixer, hidden, position = moved(teacher, "retnet", "expanded")
-    g = mixer.bfloat16().inputs(hidden.bfloat16(), position, None, None)["g"]
+    g = mixer.bfloat16().inputs(hidden.bfloat16(), position, None, None)[0].g
     assert g.shape == (2, LENGTH, 4) and g.dtype == torch.float32
     assert g[1, 7].tolist() == pytest.approx([math.log1p(-(2.0 ** -(5 + head))) for head in range(4)], rel=1e-6)
 
