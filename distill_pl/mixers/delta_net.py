@@ -1,7 +1,9 @@
-"""DeltaNet (Yang et al., 2024): linear attention that overwrites a key's value instead of adding to it.
+"""DeltaNet (Yang et al., 2025): linear attention that overwrites a key's value instead of adding to it.
 
-beta = sigmoid(W x);  q, k, v each through a short convolution and silu, then q and k to unit length;
-after A v: RMSNorm per head, o_proj. There is no decay: what is forgotten is what is overwritten.
+    q, k, v = silu(conv(W x)) each, q and k then scaled to unit length;  beta = sigmoid(W_beta x)
+    A: ops/delta_rule.py;  after A v: RMSNorm per head, o_proj
+
+There is no decay: the state forgets only what it overwrites.
 """
 
 from torch import nn
@@ -12,7 +14,7 @@ from distill_pl.ops import delta_rule
 
 
 class DeltaNet(ConvolvedMixer):
-    """DeltaNet in the shape of the teacher's heads: q, k, v and o can be copied; of q and k the l2 norm keeps the direction."""
+    """DeltaNet in the shape of the teacher's heads: q, k, v and o can be copied, but the l2 norm drops the lengths of q, k."""
 
     op = delta_rule
 
@@ -22,7 +24,7 @@ class DeltaNet(ConvolvedMixer):
         self.norm = RMSNorm(self.value_dim, config.rms_norm_eps)
 
     def inputs(self, hidden, position, mask, state):
-        """q and k of unit length, v, beta; a padded token writes nothing: its beta is zero."""
+        """Project hidden [B, T, D] to q and k of unit length, v and beta; a padded token has beta 0 and writes nothing."""
         q, k, v = self.convolved(hidden, mask, state, unit=True)
         q, k = self.rotated(position, q, k)
         beta = self.beta_proj(hidden).float().sigmoid()
@@ -32,5 +34,5 @@ class DeltaNet(ConvolvedMixer):
         return delta_rule.Inputs(q, k, v, beta, self.scale, self.backend), hidden
 
     def output(self, mixed, hidden):
-        """Head norm, o_proj."""
+        """Normalise each head and project back to the hidden size. mixed [B, T, H, V] -> [B, T, D]."""
         return self.o_proj(self.norm(mixed).flatten(2))

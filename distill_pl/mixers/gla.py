@@ -1,6 +1,7 @@
-"""Gated linear attention (Yang et al., 2024): a decay per key channel, from the token itself.
+"""Gated linear attention, GLA (Yang et al., 2024): a decay per key channel that depends on the token.
 
-g = logsigmoid(W2 W1 x + b) / 16;  after A v: RMSNorm per head, times silu(W_g x), o_proj.
+    g = logsigmoid(W_2 W_1 x + b) / 16
+    A: ops/channel_decay.py;  after A v: RMSNorm per head, times silu(W_g x), o_proj
 """
 
 import math
@@ -12,12 +13,12 @@ from transformers import initialization
 from distill_pl.mixers.mixer import Paper, RMSNorm, SequenceMixer
 from distill_pl.ops import channel_decay
 
-TEMPERATURE = 16  # of the gate's logsigmoid: the original's, so that a moderate bias already forgets slowly
-RANK = 16  # of the gate's projection
+TEMPERATURE = 16  # divides the log gate, as in the original: a moderate bias already forgets slowly
+RANK = 16  # of the decay's projection W_2 W_1, as in the original
 
 
 class GLA(SequenceMixer):
-    """GLA with as many key channels as the teacher's heads have, so that q, k, v and o can be copied whole."""
+    """GLA with as many key channels as the teacher's heads have: q, k, v and o can be copied whole."""
 
     op = channel_decay
     paper = Paper(key=1 / 2, kv_heads="grouped")
@@ -30,12 +31,12 @@ class GLA(SequenceMixer):
         self.norm = RMSNorm(self.value_dim, config.rms_norm_eps)
 
     def start(self, config) -> None:
-        """The bias at which a fresh gate retains `config.retention` of the state a token (section 3.1)."""
+        """Set the bias with which a fresh gate retains the share `config.retention` of the state per token (section 3.1)."""
         keep = config.retention**TEMPERATURE
         initialization.constant_(self.decay_proj.get_parameter("1.bias"), math.log(keep / (1 - keep)))
 
     def inputs(self, hidden, position, mask, state):
-        """q, k, v, the logits of g [B, T, H, K]; a padded key is zero."""
+        """Project hidden [B, T, D] to q, k, v and the decay's logits g [B, T, H, K]; the key of a padded token is zero."""
         q, k, v = self.qkv(hidden, position)
         if mask is not None:
             k = k * mask[:, :, None, None]
@@ -44,6 +45,6 @@ class GLA(SequenceMixer):
         return channel_decay.Inputs(q, k, v, g, self.scale, self.backend, TEMPERATURE), hidden
 
     def output(self, mixed, hidden):
-        """Head norm, swish gate, o_proj."""
+        """Normalise each head, gate it and project back to the hidden size. mixed [B, T, H, V] -> [B, T, D]."""
         gate = silu(self.gate_proj(hidden)).unflatten(-1, (self.heads, -1))
         return self.o_proj((self.norm(mixed) * gate).flatten(2))

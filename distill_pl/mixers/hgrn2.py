@@ -1,10 +1,11 @@
-"""HGRN2 (Qin et al., 2024): a gated linear RNN whose key is what the forget gate lets in.
+"""HGRN2 (Qin et al., 2024): a gated linear RNN whose key is one minus its forget gate.
 
-q = silu(W_q x), f = sigmoid(W_f x + b), g = log f, k = 1 - f;  after A v: RMSNorm over all heads, o_proj.
+    q = silu(W_q x);  f = sigmoid(W_f x + b), g = log f, k = 1 - f
+    A: ops/channel_decay.py;  after A v: RMSNorm over all heads, o_proj
 
-The bias b is ours. The original has none: there learned lower bounds, a softmax over all layers, keep upper layers from
-forgetting. Here the bias makes every layer retain `retention` at the start (section 3.1), and the lower bound is 0: one
-above it would rule out a lower retention, and learned ones would tie layers together that stages 1 and 2 align one by one.
+The original has no bias b: its learned lower bounds of f, a softmax over all layers, keep the upper layers from forgetting.
+Here b makes every layer start at `retention` (section 3.1) and the lower bound of f is 0. A positive bound would exclude
+lower retentions, and learned bounds would couple layers that stages 1 and 2 align one by one.
 """
 
 import math
@@ -16,11 +17,11 @@ from transformers import initialization
 from distill_pl.mixers.mixer import Paper, RMSNorm, SequenceMixer
 from distill_pl.ops import channel_decay, promoted
 
-TEMPERATURE = 1  # of the gate's logsigmoid: none
+TEMPERATURE = 1  # the log gate is not divided
 
 
 class HGRN2(SequenceMixer):
-    """HGRN2 with as many key channels as the teacher's heads have: q (through silu), v and o can be copied whole."""
+    """HGRN2 with as many key channels as the teacher's heads have: q (before its silu), v and o can be copied whole."""
 
     op = channel_decay
     copies = ("q", "v", "o")
@@ -32,11 +33,11 @@ class HGRN2(SequenceMixer):
         self.norm = RMSNorm(self.heads * self.value_dim, config.rms_norm_eps)
 
     def start(self, config) -> None:
-        """The bias at which a fresh gate retains `config.retention` of the state a token (section 3.1)."""
+        """Set the bias with which a fresh gate retains the share `config.retention` of the state per token (section 3.1)."""
         initialization.constant_(self.decay_proj.bias, math.log(config.retention / (1 - config.retention)))
 
     def inputs(self, hidden, position, mask, state):
-        """q, v, the logits of g and k = 1 - f, for a decay goes with its key; a padded key is zero."""
+        """Project hidden [B, T, D] to q, k = 1 - f, v and the decay's logits g; the key of a padded token is zero."""
         q, v = self.qv(hidden)
         g = self.decay_proj(hidden).unflatten(-1, (self.kv_count, -1))
         k = sigmoid(-promoted(g)[0])
@@ -47,5 +48,5 @@ class HGRN2(SequenceMixer):
         return channel_decay.Inputs(q, k, v, g, self.scale, self.backend, TEMPERATURE), hidden
 
     def output(self, mixed, hidden):
-        """Norm over all heads, o_proj."""
+        """Normalise over all heads and project back to the hidden size. mixed [B, T, H, V] -> [B, T, D]."""
         return self.o_proj(self.norm(mixed.flatten(2)))

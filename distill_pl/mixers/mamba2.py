@@ -1,7 +1,7 @@
 """Mamba2 (Dao and Gu, 2024): a state space model with one decay per head, dual to masked linear attention.
 
-C, B, x = silu(conv(W_q u)), silu(conv(W_k u)), silu(conv(W_v u));  dt = softplus(W_dt u + b), g = -e^{A_log} dt
-A_ij = (C_i . B_j) dt_j e^{G_i - G_j};  after A x: + D x, times silu(W_z u), RMSNorm per head, o_proj.
+    C, B, x = silu(conv(W_q u)), silu(conv(W_k u)), silu(conv(W_v u));  dt = softplus(W_dt u + b), g = -e^{A_log} dt
+    A_ij = (C_i . B_j) dt_j e^{G_i - G_j}  (ops/scalar_decay.py);  after A x: + D x, times silu(W_z u), RMSNorm per head, o_proj
 """
 
 import math
@@ -17,9 +17,10 @@ from distill_pl.ops import scalar_decay
 
 
 class Mamba2(ConvolvedMixer):
-    """Mamba2 in the shape of the teacher's heads (state 64, one group per head, no expansion): C is q, B is k, x is v.
+    """Mamba2 in the shape of the teacher's heads: one group per head, no expansion; C takes q, B takes k, x takes v.
 
-    In the paper's shape it expands by 2 and has a state of 16; as heads twice as wide, where the original has twice as many.
+    In the paper's shape it expands by 2 and has a state of 16 (a quarter of SmolLM's head_dim). Here the expansion makes heads
+    twice as wide; in the original there are twice as many.
     """
 
     op = scalar_decay
@@ -32,25 +33,28 @@ class Mamba2(ConvolvedMixer):
         self.A_log = nn.Parameter(torch.zeros(self.heads))
         self.D = nn.Parameter(torch.ones(self.heads))
         self.gate_proj = nn.Linear(hidden, self.heads * self.value_dim, bias=False)
-        self.norm = RMSNorm(self.value_dim, config.rms_norm_eps)  # the original's, per group
+        self.norm = RMSNorm(self.value_dim, config.rms_norm_eps)  # the original's is per group; here a group is a head
 
     def start(self, config) -> None:
-        """e^{-dt} = `config.retention` at A = -1: a token is written with dt, about the share that is forgotten for it."""
+        """Set A_log = 0, D = 1 and the bias of dt for which e^{-dt} is `config.retention` (section 3.1).
+
+        A token is written with weight dt, which is then about the share that is forgotten for it.
+        """
         super().start(config)
         initialization.zeros_(self.A_log)
         initialization.ones_(self.D)
-        initialization.constant_(self.dt_proj.bias, math.log(1 / config.retention - 1))  # softplus^-1 of -log retention
+        initialization.constant_(self.dt_proj.bias, math.log(1 / config.retention - 1))  # softplus of it is -log(retention)
 
     def dt(self, hidden: Tensor) -> Tensor:
-        """The step size, [B, T, H] in fp32."""
+        """Compute the step size dt [B, T, H] in fp32 from hidden [B, T, D]."""
         return softplus(self.dt_proj(hidden).float())
 
     def log_decay(self, dt: Tensor) -> Tensor:
-        """g <= 0, [B, T, H] in fp32, of step sizes."""
+        """Compute the log decay g <= 0 [B, T, H] in fp32 from step sizes dt [B, T, H]."""
         return -self.A_log.float().exp() * dt
 
     def inputs(self, hidden, position, mask, state):
-        """C, B dt, x as q, k, v; g; a padded key is zero."""
+        """Project hidden [B, T, D] to C, B dt and x as q, k and v, and g; the key of a padded token is zero."""
         q, k, v = map(self.repeat_kv, self.convolved(hidden, mask, state))
         q, k = self.rotated(position, q, k)
         dt = self.dt(hidden)
@@ -61,7 +65,7 @@ class Mamba2(ConvolvedMixer):
         return scalar_decay.Inputs(q, k, v, g, scale=1.0, backend=self.backend), (v, hidden)
 
     def output(self, mixed, read_by_output):
-        """D x, gate, norm, o_proj."""
+        """Add D x, gate, normalise each head and project back to the hidden size. mixed [B, T, H, V] -> [B, T, D]."""
         x, hidden = read_by_output
         gate = silu(self.gate_proj(hidden)).unflatten(-1, (self.heads, -1))
         return self.o_proj(self.norm((mixed + self.D.to(x.dtype)[:, None] * x) * gate).flatten(2))

@@ -1,9 +1,10 @@
-"""MetaLA (Chou et al., 2024): no key of its own, for what a channel forgets makes room for what it takes in.
+"""MetaLA (Chou et al., 2024): linear attention whose key is one minus its decay: a channel takes in as much as it forgets.
 
-x' = silu(conv(x)), read by all projections;  g = logsigmoid(W_k x' + b) / 16, k = 1 - e^g
-after A v: + self-augmentation sigmoid((q . (w_aug * k)) v), LayerNorm per head, times silu(W_g x'), o_proj.
+    x' = silu(conv(x)), read by all projections;  g = logsigmoid(W_k x' + b) / 16, k = 1 - e^g
+    A: ops/channel_decay.py
+    after A v: + self-augmentation sigmoid((q . (w_aug * k)) v), LayerNorm per head, times silu(W_g x'), o_proj
 
-The original's heads have half as many key channels as value channels, and no bias b (section 3.1's start needs it).
+The original's heads have half as many key channels as value channels, and no bias b, which the start of section 3.1 needs.
 """
 
 import math
@@ -17,7 +18,7 @@ from distill_pl.mixers.mixer import Paper, SequenceMixer
 from distill_pl.mixers.short_conv import ShortConv, convolve
 from distill_pl.ops import channel_decay
 
-TEMPERATURE = 16  # of the gate's logsigmoid, as in GLA
+TEMPERATURE = 16  # divides the log gate, as in GLA
 
 
 class MetaLA(SequenceMixer):
@@ -37,18 +38,21 @@ class MetaLA(SequenceMixer):
         self.eps = config.rms_norm_eps
 
     def start(self, config) -> None:
-        """The conv's identity, no augmentation, and the bias at which a fresh gate retains `config.retention` a token."""
+        """Set the convolution to the identity, the augmentation to 0 and the decay to `config.retention` (section 3.1)."""
         self.conv.start()
         initialization.zeros_(self.augmentation)
         keep = config.retention**TEMPERATURE
         initialization.constant_(self.decay_proj.bias, math.log(keep / (1 - keep)))
 
     def state_bytes(self, batch, length, itemsize):
-        """The matrices, and the convolution's last tokens."""
+        """Return the bytes of the K x V states and of the convolution's last tokens."""
         return super().state_bytes(batch, length, itemsize) + self.conv.state_bytes(batch, itemsize)
 
     def inputs(self, hidden, position, mask, state):
-        """q, v, the logits of g and k = 1 - e^g of the convolved hidden, which `output` reads as well; a padded key is zero."""
+        """Project the convolved hidden to q, k = 1 - e^g, v and the decay's logits g; the key of a padded token is zero.
+
+        The second result, for `output`, is the convolved hidden and q, k, v as they are before RoPE.
+        """
         (hidden,) = convolve({"hidden": self.conv}, [hidden[:, :, None]], mask, state, self.backend, [False])
         hidden = hidden.flatten(2)
         q, v = self.qv(hidden)
@@ -62,9 +66,9 @@ class MetaLA(SequenceMixer):
         return channel_decay.Inputs(q, k, v, g, self.scale, self.backend, TEMPERATURE), read_by_output
 
     def output(self, mixed, read_by_output):
-        """Self-augmentation, head norm, swish gate, o_proj."""
+        """Add the self-augmentation, normalise each head, gate, project back. mixed [B, T, H, V] -> [B, T, D]."""
         hidden, q, k, v = read_by_output
         augmented = mixed + torch.sigmoid((q * (self.augmentation * k)).sum(-1, keepdim=True) * v)
-        # not RMSNorm: only the mean's removal cancels the 1/2 that the sigmoid starts from
+        # not RMSNorm: only subtracting the mean cancels the 1/2 that the sigmoid starts at
         normed = layer_norm(augmented.float(), (self.value_dim,), eps=self.eps).to(hidden.dtype)
         return self.o_proj(normed.flatten(2) * silu(self.gate_proj(hidden)))

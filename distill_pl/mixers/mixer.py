@@ -115,7 +115,7 @@ class SequenceMixer(nn.Module):
         return 4 * batch * self.heads * self.key_dim * self.value_dim
 
     def qkv(self, hidden: Tensor, position: Position | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Project to q [B, T, H, K], k and v [B, T, kv_heads, K or V] as the teacher does, q and k rotated if given `position`."""
+        """Project to q [B, T, H, K], k and v [B, T, kv_heads, K or V] as the teacher does, with RoPE if given `position`."""
         q, v = self.qv(hidden)
         k = self.k_norm(self.k_proj(hidden).unflatten(-1, (-1, self.key_dim)))
         return (q, k, v) if position is None else (*self.rotated(position, q, k), v)
@@ -126,7 +126,7 @@ class SequenceMixer(nn.Module):
         return q, self.v_proj(hidden).unflatten(-1, (-1, self.value_dim))
 
     def rotated(self, position: Position, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotate q and k [B, T, heads, K] by RoPE if this mixer uses RoPE (`student.rope`), else return them unchanged."""
+        """Rotate q and k [B, T, heads, K] by RoPE if this mixer uses it (`student.rope`), else return them unchanged."""
         return (rotate(q, position), rotate(k, position)) if self.rope else (q, k)
 
     def repeat_kv(self, x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """mLSTM, the matrix memory of xLSTM (Beck et al., 2024): scalar input and forget gates per head, a normalised state.
 
-log f = logsigmoid(W_f x + b_f), log i = W_i x + b_i;  after A v: LayerNorm per head, times sigmoid(W_o x), o_proj.
+    log f = logsigmoid(W_f x + b_f), log i = W_i x + b_i
+    A: ops/mlstm.py;  after A v: LayerNorm per head, times sigmoid(W_o x), o_proj
 """
 
 import math
@@ -14,7 +15,7 @@ from distill_pl.ops import mlstm
 
 
 class MLSTM(SequenceMixer):
-    """mLSTM with as many key channels as the teacher's heads have."""
+    """mLSTM with as many key channels as the teacher's heads have: q, k, v and o can be copied whole."""
 
     op = mlstm
     paper = Paper(heads=4, key=1 / 2)
@@ -28,21 +29,21 @@ class MLSTM(SequenceMixer):
         self.norm = nn.LayerNorm(self.value_dim, config.rms_norm_eps, bias=False)
 
     def start(self, config) -> None:
-        """Forget gates at `config.retention`, input gates coupled to them: b_i = -b_f (section 3.1)."""
+        """Set the forget gate's bias to retain `config.retention` and couple the input gate: b_i = -b_f (section 3.1)."""
         bias = math.log(config.retention / (1 - config.retention))
         initialization.constant_(self.forget_proj.bias, bias)
         initialization.constant_(self.input_proj.bias, -bias)
 
     def state_bytes(self, batch, length, itemsize):
-        """C with n beside it, twice, and m, per head."""
+        """Return the bytes of C, with two columns for n, and m per head in fp32."""
         return 4 * batch * self.heads * (self.key_dim * (self.value_dim + 2) + 1)
 
     def log_decay(self, hidden: Tensor) -> Tensor:
-        """log f <= 0, [B, T, H] in fp32."""
+        """Compute log f <= 0 [B, T, H] in fp32 from hidden [B, T, D]."""
         return logsigmoid(self.forget_proj(hidden).float())
 
     def inputs(self, hidden, position, mask, state):
-        """q, k, v, gates i and g; a padded token writes nothing and forgets nothing."""
+        """Project hidden [B, T, D] to q, k, v, log gates i and g; a padded token writes nothing and forgets nothing."""
         q, k, v = self.qkv(hidden, position)
         i, g = self.input_proj(hidden).float(), self.log_decay(hidden)
         if mask is not None:
@@ -51,6 +52,6 @@ class MLSTM(SequenceMixer):
         return mlstm.Inputs(q, k, v, i, g, self.scale, self.backend), hidden
 
     def output(self, mixed, hidden):
-        """Head norm, sigmoid gate, o_proj."""
+        """Normalise each head, gate it and project back to the hidden size. mixed [B, T, H, V] -> [B, T, D]."""
         gate = sigmoid(self.gate_proj(hidden)).unflatten(-1, (self.heads, -1))
         return self.o_proj((self.norm(mixed) * gate).flatten(2))

@@ -1,6 +1,7 @@
-"""RetNet (Sun et al., 2023): a fixed decay per head, and RoPE.
+"""RetNet (Sun et al., 2023): linear attention with a fixed decay per head, and RoPE.
 
-gamma_h = 1 - 2^{-5-h};  after A v: RMSNorm per head, times silu(W_g x), o_proj.
+    g = log gamma_h, gamma_h = 1 - 2^{-5-h} for head h
+    A: ops/scalar_decay.py;  after A v: RMSNorm per head, times silu(W_g x), o_proj
 """
 
 import torch
@@ -12,7 +13,10 @@ from distill_pl.ops import scalar_decay
 
 
 class RetNet(SequenceMixer):
-    """Retention with values as narrow as the teacher's; the decay is no parameter, `retention` does not apply."""
+    """Retention in the shape of the teacher's heads: q, k, v and o can be copied.
+
+    The decay is no parameter, so `student.retention` does not apply.
+    """
 
     op = scalar_decay
     rotates = True
@@ -24,7 +28,7 @@ class RetNet(SequenceMixer):
         self.norm = RMSNorm(self.value_dim, config.rms_norm_eps)
 
     def inputs(self, hidden, position, mask, state):
-        """q, k, v, g; a padded key is zero."""
+        """Project hidden [B, T, D] to q, k and v, with the log decay g of each head; the key of a padded token is zero."""
         q, k, v = self.qkv(hidden, position)
         if mask is not None:
             k = k * mask[:, :, None, None]
@@ -34,6 +38,6 @@ class RetNet(SequenceMixer):
         return scalar_decay.Inputs(q, k, v, g, self.scale, self.backend), hidden
 
     def output(self, mixed, hidden):
-        """Head norm, swish gate, o_proj."""
+        """Normalise each head, gate it and project back to the hidden size. mixed [B, T, H, V] -> [B, T, D]."""
         gate = silu(self.gate_proj(hidden)).unflatten(-1, (self.heads, -1))
         return self.o_proj((self.norm(mixed) * gate).flatten(2))

@@ -1,4 +1,4 @@
-"""The short causal convolution that Mamba2, MetaLA and DeltaNet put before their op."""
+"""The short causal convolution with which Mamba2, MetaLA and DeltaNet prepare the inputs of their op."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -14,15 +14,14 @@ from distill_pl.ops import Backend, use_fla
 if TYPE_CHECKING:
     from distill_pl.student.cache import MixerState
 
-
-WIDTH = 4  # tokens that a convolution reads, its own the last
-EPS = 1e-6  # of the l2 norm, under the root: a padded key, zero, stays zero
+WIDTH = 4  # taps: the token itself is the last
+EPS = 1e-6  # under the root of the l2 norm, so that the zero key of a padded token stays zero
 
 
 class ShortConv(nn.Module):
     """Depthwise causal convolution over the last WIDTH tokens, then silu.
 
-    Starts as the identity (its last tap 1, all others 0), so that a copied projection comes through unchanged.
+    It starts as the identity (last tap 1, all others 0), so that a copied projection passes through it unchanged.
     """
 
     def __init__(self, channels: int):
@@ -30,39 +29,44 @@ class ShortConv(nn.Module):
         self.weight = nn.Parameter(torch.zeros(channels, WIDTH))
 
     def start(self) -> None:
-        """The identity tap."""
+        """Set the last tap to 1 and all others to 0."""
         identity = torch.zeros_like(self.weight)
         identity[:, -1] = 1
         initialization.copy_(self.weight, identity)
 
     def state_bytes(self, batch: int, itemsize: int) -> int:
-        """Of its tail, for an input of `itemsize` bytes a number."""
+        """Return the bytes of the tail that generation keeps: WIDTH - 1 tokens of `batch` rows, `itemsize` bytes a number."""
         return batch * len(self.weight) * (WIDTH - 1) * itemsize
 
     def forward(self, x: Tensor, state: "MixerState | None", name: str) -> Tensor:
-        """x [B, T, C] -> [B, T, C]. While generating, `state.tails[name]` [B, WIDTH - 1, C] holds the tokens before x."""
+        """Convolve x [B, T, C] -> [B, T, C] in its dtype.
+
+        In generation, `state.tails[name]` [B, WIDTH - 1, C] holds the tokens before x; it is read and replaced.
+        """
         length = x.shape[1]
         tail = None if state is None else state.tails.get(name)
         x = pad(x, (0, 0, WIDTH - 1, 0)) if tail is None else torch.cat([tail, x], 1)
         if state is not None:
-            rest = x[:, length:]
-            state.tails[name] = rest if length == 1 else rest.clone()  # a view would keep the whole prompt alive
-        taps = enumerate(self.weight.to(x.dtype).unbind(1))  # one by one: a compiler fuses that, unlike a library's convolution
-        first, *others = (x[:, at : at + length] * tap for at, tap in taps)
+            tail = x[:, length:]
+            state.tails[name] = tail if length == 1 else tail.clone()  # a view would keep the whole prompt in memory
+        # tap by tap: torch.compile fuses these products, but not a library's convolution
+        taps = enumerate(self.weight.to(x.dtype).unbind(1))
+        first, *others = (x[:, shift : shift + length] * tap for shift, tap in taps)
         return silu(sum(others, first))
 
 
 def l2_norm(x: Tensor) -> Tensor:
-    """[..., K] -> [..., K] of unit length, computed in fp32, in the dtype of x."""
-    wide = x.float()
-    return (wide * (wide.square().sum(-1, keepdim=True) + EPS).rsqrt()).to(x.dtype)
+    """Scale the vectors x [..., K] to unit length, in fp32 -> [..., K] in the dtype of x."""
+    full = x.float()
+    return (full * (full.square().sum(-1, keepdim=True) + EPS).rsqrt()).to(x.dtype)
 
 
 def convolve(convs: dict[str, ShortConv], inputs: Sequence[Tensor], mask: Tensor | None, state: "MixerState | None",
              backend: Backend, unit: Sequence[bool]) -> list[Tensor]:  # fmt: skip
-    """inputs [B, T, heads, X], each through a convolution and, where `unit`, to unit length per head.
+    """Convolve each of `inputs` [B, T, heads, X] with its convolution, then scale each head to unit length where `unit`.
 
-    Padded tokens (mask False) count as before the start. On a GPU all of it is one operator.
+    The results have the shapes and dtypes of the inputs. Padded tokens (mask False) count as zeros, like those before the
+    start. On a GPU, outside generation, all of this is one operator.
     """
     if mask is not None:
         inputs = [x * mask[:, :, None, None] for x in inputs]
@@ -72,11 +76,11 @@ def convolve(convs: dict[str, ShortConv], inputs: Sequence[Tensor], mask: Tensor
         return short_convs(inputs, [conv.weight for conv in convs.values()], unit, EPS)
     named = zip(convs.items(), inputs, strict=True)
     outputs = (conv(x.flatten(2), state, name).unflatten(-1, (x.shape[2], -1)) for (name, conv), x in named)
-    return [l2_norm(y) if so else y for y, so in zip(outputs, unit, strict=True)]
+    return [l2_norm(y) if normalise else y for y, normalise in zip(outputs, unit, strict=True)]
 
 
 class ConvolvedMixer(SequenceMixer):
-    """Base of Mamba2 and DeltaNet: q, k and v each go through a short convolution and silu."""
+    """Base of Mamba2 and DeltaNet, whose q, k and v each pass through a short convolution and silu."""
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -85,16 +89,20 @@ class ConvolvedMixer(SequenceMixer):
         self.v_conv = ShortConv(self.v_proj.out_features)
 
     def start(self, config) -> None:
-        """The convolutions pass their projections through."""
+        """Set the three convolutions to the identity."""
         for conv in (self.q_conv, self.k_conv, self.v_conv):
             conv.start()
 
     def state_bytes(self, batch, length, itemsize):
-        """The matrices, and the convolutions' last tokens."""
+        """Return the bytes of the K x V states and of the convolutions' last tokens."""
         tails = sum(conv.state_bytes(batch, itemsize) for conv in (self.q_conv, self.k_conv, self.v_conv))
         return super().state_bytes(batch, length, itemsize) + tails
 
     def convolved(self, hidden: Tensor, mask: Tensor | None, state: "MixerState | None", unit: bool = False) -> list[Tensor]:
-        """`qkv`, without RoPE: what depends on distances alone has to be rotated last. q and k of unit length if asked."""
+        """Project and convolve hidden [B, T, D] -> q [B, T, H, K], k and v [B, T, kv_heads, K or V].
+
+        With `unit`, q and k are scaled to unit length. RoPE is left to the caller: it must follow the convolution, or
+        A would not depend on distances alone.
+        """
         convs = {"q": self.q_conv, "k": self.k_conv, "v": self.v_conv}
         return convolve(convs, self.qkv(hidden), mask, state, self.backend, (unit, unit, False))

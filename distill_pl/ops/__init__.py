@@ -1,14 +1,15 @@
-"""The mathematics of sequence mixing, one file a family; no modules, no Lightning, no Hugging Face.
+"""The mathematics of sequence mixing, one file for each family; no modules, no Lightning, no Hugging Face.
 
-Every family is three pure, differentiable functions over the same inputs. Shape letters, here and everywhere:
-B batch, T time, H heads, K key dim per head, V value dim per head, D hidden.
+Shape letters, here and everywhere: B batch, T time, H heads, K key dim per head, V value dim per head, D hidden.
+Every family is a NamedTuple `Inputs`, the arguments of its `mix`, and three pure, differentiable functions:
 
-    matrix(q, k, ...)           -> A [B, H, T, T], lower-triangular: the mixing matrix itself
-    mix(q, k, v, ..., state)    -> y [B, T, H, V], state: a whole sequence, the fast way
-    step(q, k, v, ..., state)   -> y [B, H, V], state: one token at constant cost
+    matrix(q, k, ...)          -> A [B, H, T, T], lower-triangular: the mixing matrix, in fp32 or float64
+    mix(q, k, v, ..., state)   -> y [B, T, H, V] in the dtype of v, and the state after it: a whole sequence, the fast way
+    step(q, k, v, ..., state)  -> y [B, H, V] in the dtype of v, and the state after it: one token at constant cost
 
-and the law the tests lean on: matrix(...) @ v == mix(...) == step(...) token by token. In `matrix` and `mix` every tensor
-starts [B, T, heads]; in `step` the T is gone. `state` is None at the start of a sequence, or what the last call returned.
+`matrix` and `mix` take tensors [B, T, heads, ...], `step` the same without T. `matrix` takes all of `Inputs` but v. `state` is
+None at the start of a sequence and otherwise what the previous call returned. Tests hold every family to one law:
+matrix(...) @ v == mix(...) == step(...) token by token.
 """
 
 import importlib.util
@@ -17,13 +18,13 @@ from typing import Literal
 import torch
 
 Backend = Literal["auto", "torch", "fla"]
-HAS_FLA = importlib.util.find_spec("fla") is not None  # asked once: torch.compile could not look into it
+HAS_FLA = importlib.util.find_spec("fla") is not None  # a constant because torch.compile cannot trace find_spec
 
 
 def use_fla(backend: Backend, device: torch.device) -> bool:
-    """Whether `mix` calls fla's Triton kernel: `auto` does on a GPU where fla-core is installed.
+    """Return whether `mix` calls a Triton kernel on `device`: `auto` does on a GPU where fla-core is installed.
 
-    Kernels have been wrong on some GPUs: tests/gpu holds each against its matrix, benchmarks/README.md has what was measured.
+    Kernels have been wrong on some GPUs: tests/gpu compares each with its matrix, benchmarks/README.md has what was measured.
     """
     if backend == "auto":
         return device.type == "cuda" and HAS_FLA
@@ -31,5 +32,5 @@ def use_fla(backend: Backend, device: torch.device) -> bool:
 
 
 def promoted(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors in fp32 (float64 stays): gates, their sums and states lose 5% to 50% of A when kept in bf16."""
+    """Cast tensors to fp32, float64 excepted: gates, their sums and states kept in bf16 lose 5% to 50% of A at T = 512."""
     return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]

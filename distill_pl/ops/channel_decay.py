@@ -1,12 +1,13 @@
-"""Linear attention that forgets per key channel: GLA, and by other gates HGRN2 and MetaLA.
+"""Linear attention with a decay per key channel: GLA (Yang et al., 2024) and, by other gates, HGRN2 and MetaLA.
 
     S_t = diag(e^{g_t}) S_{t-1} + k_t v_t^T         y_t = scale * S_t^T q_t
     A_ij = scale * sum_c q_ic k_jc e^{G_ic - G_jc}  with G the cumulative sum of the log decay g <= 0
 
-Where a temperature is given, g is the logits of gates: the log decay is logsigmoid(g) / temperature.
+If a temperature is given, g holds the logits of gates: the log decay is then logsigmoid(g) / temperature.
 
-The textbook factorisation (q e^G)(k e^-G)^T overflows fp32 within a few hundred tokens. Walking queries back cannot: past
-block after block of keys they decay, G is measured from a block's end, and no exponent is positive; blocks are made alike.
+The textbook factorisation (q e^G)(k e^-G)^T overflows fp32 within a few hundred tokens. `_triangle` avoids that: it splits
+the sequence into blocks of keys, and a query that looks back past a block is decayed by that block's total decay. G is then
+measured from the end of each block, so no exponent is ever positive. The blocks themselves are computed by the same rule.
 """
 
 from typing import NamedTuple
@@ -17,63 +18,65 @@ from torch.nn.functional import logsigmoid, pad
 
 from distill_pl.ops import Backend, promoted, use_fla
 
-SMALL = 8  # the largest blocks that are multiplied channel by channel
+SMALL = 8  # the most queries that are multiplied with keys channel by channel instead of by a matrix product
 CHUNK = 64  # tokens mixed through their matrix; chunks exchange only the K x V state
-FUSED = (16, 32, 64, 128)  # the K and V that our own kernel is for; fla's tunes itself for minutes, for every shape anew
+# widths K and V of the package's own kernel; all others take fla's, which autotunes for minutes at every new shape
+FUSED = (16, 32, 64, 128)
 
 
 class Inputs(NamedTuple):
-    """Hold the arguments of `mix`, for a sequence or (without T) for a token; see the module for the symbols."""
+    """Hold the arguments of `mix` for a sequence, or without T those of `step` for a token."""
 
     q: Tensor  # [B, T, H, K]
     k: Tensor  # [B, T, H, K]
     v: Tensor  # [B, T, H, V]
-    g: Tensor  # [B, T, H, K]: log decay <= 0, or the gate's logits where there is a temperature
+    g: Tensor  # [B, T, H, K]: log decay <= 0, or the gate's logits if there is a temperature
     scale: float
     backend: Backend = "auto"
     temperature: float | None = None
 
+
 def log_decay(g: Tensor, temperature: float | None) -> Tensor:
-    """g <= 0 in fp32 (float64 stays), of logits if there is a temperature."""
+    """Return the log decay <= 0 in fp32 (float64 stays), in the shape of g; g holds logits if there is a temperature."""
     (g,) = promoted(g)
     return g if temperature is None else logsigmoid(g) / temperature
 
 
 def _triangle(q: Tensor, k: Tensor, g: Tensor) -> Tensor:
-    """A without its scale. q, k, g [..., T, K], T a power of two -> [..., T, T]."""
+    """Build A without its scale. q, k, log decay g [..., T, K], T a power of two -> [..., T, T]."""
     if q.shape[-2] == 1:
-        return (q * k).sum(-1, keepdim=True)  # the diagonal, where nothing has decayed
+        return (q * k).sum(-1, keepdim=True)  # A_ii: nothing has decayed
     q, k, g = (x.unflatten(-2, (min(8, q.shape[-2]), -1)) for x in (q, k, g))  # [..., blocks, size, K]
-    own = _triangle(q, k, g)  # [..., blocks, size, size]
-    blocks, size = own.shape[-3:-1]
-    q, k, kept = q * g.cumsum(-2).exp(), k * _sum_after(g).exp(), g.sum(-2, keepdim=True).exp()
+    diagonal = _triangle(q, k, g)  # [..., blocks, size, size]
+    blocks, size = diagonal.shape[-3:-1]
+    q, k, block_decay = q * g.cumsum(-2).exp(), k * _sum_after(g).exp(), g.sum(-2, keepdim=True).exp()
     columns: list[Tensor] = []
-    queries = q[..., 0, :0, :]
+    queries = q[..., 0, :0, :]  # those after block j, decayed back to its end
     for j in reversed(range(blocks)):
-        column = torch.cat([own[..., j, :, :], _products(queries, k[..., j, :, :])], -2)
+        column = torch.cat([diagonal[..., j, :, :], _products(queries, k[..., j, :, :])], -2)
         columns.insert(0, pad(column, (0, 0, j * size, 0)))
-        queries = torch.cat([q[..., j, :, :], queries * kept[..., j, :, :]], -2)  # of this block and all later ones
+        queries = torch.cat([q[..., j, :, :], queries * block_decay[..., j, :, :]], -2)
     return torch.cat(columns, -1)
 
 
 def _products(q: Tensor, k: Tensor) -> Tensor:
-    """[..., S, K], [..., size, K] -> [..., S, size]: of very many very small matrices, no matrix product is quick."""
+    """Compute q k^T: [..., S, K], [..., size, K] -> [..., S, size]; matrix products are slow for very many small matrices."""
     return (q[..., :, None, :] * k[..., None, :, :]).sum(-1) if q.shape[-2] <= SMALL else q @ k.mT
 
 
 def _sum_after(g: Tensor) -> Tensor:
-    """[..., T, K]: of all later tokens. Summed from the end: a difference of sums from the start loses digits."""
+    """Sum g [..., T, K] over all later tokens, from the end: a difference of sums from the start would lose digits."""
     return g.flip(-2).cumsum(-2).flip(-2) - g
 
 
 def _heads_first(length: int, *tensors: Tensor) -> list[Tensor]:
-    """[B, T, H, X] -> [B, H, length, X] in fp32, zeros after T: a token with k = 0 and g = 0 changes nothing."""
+    """Transpose [B, T, H, X] -> [B, H, length, X] in fp32, zeros after T: a token with k = 0 and g = 0 changes nothing."""
     return [pad(x.transpose(1, 2), (0, 0, 0, length - x.shape[1])) for x in promoted(*tensors)]
 
 
 def matrix(q: Tensor, k: Tensor, g: Tensor, scale: float, backend: Backend = "auto",
            temperature: float | None = None) -> Tensor:  # fmt: skip
-    """q, k and log decay g [B, T, H, K] -> A [B, H, T, T], fp32; O(T K log T) exponentials."""
+    """Build A from q, k, g [B, T, H, K] -> [B, H, T, T], fp32 (float64 stays), by O(T K log T) exponentials."""
     length = q.shape[1]
     with torch.autocast(q.device.type, enabled=False):
         q, k, g = _heads_first(1 << (length - 1).bit_length(), q, k, log_decay(g, temperature))
@@ -82,15 +85,16 @@ def matrix(q: Tensor, k: Tensor, g: Tensor, scale: float, backend: Backend = "au
 
 def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, backend: Backend = "auto",
         state: Tensor | None = None, temperature: float | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """q, k, g [B, T, H, K], v [B, T, H, V], state [B, H, K, V] fp32 -> y [B, T, H, V], state."""
+    """Mix a sequence: q, k, g [B, T, H, K], v [B, T, H, V] -> y [B, T, H, V] in the dtype of v, state [B, H, K, V] fp32."""
     if use_fla(backend, q.device):
         q, k = q.to(v.dtype), k.to(v.dtype)
         small = q.shape[-1] * v.shape[-1] <= 64 * 64
-        if q.shape[-1] in FUSED and v.shape[-1] in FUSED and (small or v.dtype == torch.bfloat16):  # or it needs a large GPU
+        # with wider heads in fp32 the kernel needs a large GPU
+        if q.shape[-1] in FUSED and v.shape[-1] in FUSED and (small or v.dtype == torch.bfloat16):
             from distill_pl.ops.gpu.channel_decay import fused
 
             dtype = v.dtype
-            if dtype == torch.float16:  # which has not the exponents
+            if dtype == torch.float16:  # its exponent range is too small for the kernel
                 q, k, v = q.float(), k.float(), v.float()
             y, state = fused(q, k, v, g, scale, state, temperature)
             return y.to(dtype), state
@@ -106,7 +110,7 @@ def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, backend: Backe
         q, k, v, g = (x.unflatten(2, (-1, size)) for x in padded)  # [B, H, chunks, size, K or V]
         decay = g.cumsum(-2)
         total = decay[..., -1:, :]
-        added = (k * _sum_after(g).exp()).mT @ v  # [B, H, chunks, K, V]: what a chunk leaves behind
+        added = (k * _sum_after(g).exp()).mT @ v  # [B, H, chunks, K, V]: what each chunk adds to the state after it
         if state is None:
             state = added.new_zeros(added[:, :, 0].shape)
         before = []
@@ -119,7 +123,7 @@ def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, backend: Backe
 
 def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, backend: Backend = "auto",
          state: Tensor | None = None, temperature: float | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """q, k, g [B, H, K], v [B, H, V], state [B, H, K, V] fp32 -> y [B, H, V], state: the recurrence itself."""
+    """Apply the recurrence: q, k, g [B, H, K], v [B, H, V] -> y [B, H, V] in the dtype of v, state [B, H, K, V] fp32."""
     dtype = v.dtype
     with torch.autocast(q.device.type, enabled=False):
         q, k, v, g = promoted(q, k, v, log_decay(g, temperature))

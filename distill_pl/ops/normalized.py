@@ -1,11 +1,12 @@
-"""Linear attention whose rows are normalised: Hedgehog and, squared, ReBased. q and k are features already.
+"""Linear attention with normalised rows (the paper's Eqs. 3 and 4): Hedgehog and, squared, ReBased.
 
     S_ij = (scale * q_i . k_j)^power, j <= i        A_ij = S_ij / (sum_j S_ij + eps)
 
-S must not be negative: with power 1 the features may not be, with power 2 it is a square. (q . k)^2 is itself a dot product,
-that of the F = K (K + 1) / 2 products of two channels, so that either has a state of constant size: sum_j f(k_j) [v_j, 1]^T,
-[B, H, F, V + 1] in fp32, the normaliser its last column. A token with k = 0 leaves no trace in it.
-Squared, making the state costs several times the mixing of a short sequence: `mix` leaves it out unless `remember`.
+q and k are features already. S must not be negative: with power 1 the features must not be negative, with power 2 S is a
+square. (q . k)^2 = f(q) . f(k), where f(x) holds the F = K (K + 1) / 2 products of two channels; with power 1, f(x) = x and
+F = K. So both have a state of constant size: sum_j f(k_j) [v_j, 1]^T, [B, H, F, V + 1] in fp32, its last column the
+normaliser. A token with k = 0 leaves no trace in it.
+With power 2, the state costs several times as much as mixing a short sequence: `mix` omits it unless `remember`.
 """
 
 from typing import NamedTuple
@@ -16,11 +17,11 @@ from torch.nn.functional import pad
 
 from distill_pl.ops import Backend, promoted, use_fla
 
-CHUNK = 64  # tokens mixed through their matrix, or F where that is more: a larger state is worth passing on less often
+CHUNK = 64  # tokens mixed through their matrix, or F if that is more: a larger state should be updated less often
 
 
 class Inputs(NamedTuple):
-    """Hold the arguments of `mix`, for a sequence or (without T) for a token; see the module for the symbols."""
+    """Hold the arguments of `mix` for a sequence, or without T those of `step` for a token."""
 
     q: Tensor  # [B, T, H, K]: features
     k: Tensor  # [B, T, H, K]: features
@@ -31,29 +32,36 @@ class Inputs(NamedTuple):
     remember: bool = True  # whether `mix` also computes the state
     backend: Backend = "auto"
 
+
 def _features(x: Tensor, power: int) -> Tensor:
-    """[..., K] -> [..., F]: the squares of the channels, then the product of each with the one 1, 2, .. K / 2 places on."""
+    """Compute f(x): [..., K] -> [..., F], for power 2 all products of two channels.
+
+    Their order: the squares, then the product of each channel with the one 1, 2, ... K / 2 places further on, cyclically.
+    """
     if power == 1:
         return x
     size = x.shape[-1]
-    turned = torch.cat([x, x], -1).unfold(-1, size, 1)[..., : size // 2 + 1, :]  # [..., places, K]
-    return (x[..., None, :] * turned).flatten(-2)[..., : size * (size + 1) // 2]
+    shifted = torch.cat([x, x], -1).unfold(-1, size, 1)[..., : size // 2 + 1, :]  # [..., shifts, K]
+    return (x[..., None, :] * shifted).flatten(-2)[..., : size * (size + 1) // 2]
 
 
-def _memory(k: Tensor, v: Tensor, power: int) -> Tensor:
-    """sum_j f(k_j) v_j^T. k [..., T, K], v [..., T, V] -> [..., F, V]; two different channels' product counts twice."""
-    memory = _features(k, power).mT @ v
-    return memory if power == 1 else torch.cat([memory[..., : k.shape[-1], :], 2 * memory[..., k.shape[-1] :, :]], -2)
+def _state_of(k: Tensor, v: Tensor, power: int) -> Tensor:
+    """Compute sum_j f(k_j) v_j^T from k [..., T, K], v [..., T, V] -> [..., F, V].
+
+    (q . k)^2 holds the product of two different channels twice: those rows are doubled here, and f need not be weighted.
+    """
+    state = _features(k, power).mT @ v
+    return state if power == 1 else torch.cat([state[..., : k.shape[-1], :], 2 * state[..., k.shape[-1] :, :]], -2)
 
 
 def _divided(sums: Tensor, eps: float) -> Tensor:
-    """[..., V + 1] -> [..., V]."""
+    """Divide sums [..., V + 1] by their last column, the row sum of S -> [..., V]."""
     return sums[..., :-1] / (sums[..., -1:] + eps)
 
 
 def matrix(q: Tensor, k: Tensor, scale: float, eps: float, power: int = 1, remember: bool = True,
            backend: Backend = "auto") -> Tensor:  # fmt: skip
-    """q, k [B, T, H, K] -> A [B, H, T, T], fp32."""
+    """Build A from features q, k [B, T, H, K] -> [B, H, T, T], fp32 (float64 stays)."""
     with torch.autocast(q.device.type, enabled=False):
         q, k = (x.transpose(1, 2) for x in promoted(q, k))
         scores = (q * scale @ k.mT).pow(power).tril()
@@ -62,7 +70,10 @@ def matrix(q: Tensor, k: Tensor, scale: float, eps: float, power: int = 1, remem
 
 def mix(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float, power: int = 1, remember: bool = True,
         backend: Backend = "auto", state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """q, k [B, T, H, K], v [B, T, H, V], state [B, H, F, V + 1] fp32 -> y [B, T, H, V], state (None: not `remember`)."""
+    """Mix a sequence: features q, k [B, T, H, K], v [B, T, H, V] -> y [B, T, H, V], state [B, H, F, V + 1] or None.
+
+    y has the dtype of v. The state is fp32 (float64 stays), and None unless `remember`.
+    """
     dtype = v.dtype
     if use_fla(backend, q.device) and power == 1:
         from distill_pl.ops.gpu import fla_kernels as kernels
@@ -73,7 +84,8 @@ def mix(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float, power: int = 
     if use_fla(backend, q.device) and state is None and not remember and max(q.shape[-1], v.shape[-1]) <= 128:
         from distill_pl.ops.gpu import fla_kernels as kernels
 
-        # quadratic in time, no states; unscaled: rounding scale * q to bf16 costs more than all else where q . k is almost 0
+        # Quadratic in time, without states. q is not scaled: where q . k is almost 0, rounding scale * q to bf16 would cost
+        # more than all other roundings.
         y, total = kernels.squared(*(x.to(dtype).transpose(1, 2).contiguous() for x in (q, k, v)))  # [B, H, T, V], [B, H, T]
         return (y.float() / (total.float()[..., None] + eps / scale**2)).transpose(1, 2).to(dtype), None
 
@@ -90,22 +102,25 @@ def mix(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float, power: int = 
                 sums = sums + _features(q_c, power) @ state
             outputs.append(_divided(sums, eps))
             if remember or start + size < length:
-                added = _memory(k_c, v_c, power)
+                added = _state_of(k_c, v_c, power)
                 state = added if state is None else state + added
         return torch.cat(outputs, 2).transpose(1, 2).to(dtype), state if remember else None
 
 
 def step(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float, power: int = 1, remember: bool = True,
          backend: Backend = "auto", state: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """q, k [B, H, K], v [B, H, V], state [B, H, F, V + 1] fp32 -> y [B, H, V], state."""
+    """Apply the recurrence: features q, k [B, H, K], v [B, H, V] -> y [B, H, V], state [B, H, F, V + 1].
+
+    y has the dtype of v, the state is fp32 (float64 stays).
+    """
     dtype = v.dtype
     with torch.autocast(q.device.type, enabled=False):
         q, k, v = (x[..., None, :] for x in promoted(q, k, pad(v, (0, 1), value=1)))  # [B, H, 1, K or V + 1]
         q = q * scale
-        # the token's own score directly: that is exact, and the first row of a sequence has no other
+        # The token's own score is not taken through the state: here it is exact, and it is all that a first row divides by.
         sums = (q @ k.mT).pow(power) * v
         if state is not None:
             sums = sums + _features(q, power) @ state
-        added = _memory(k, v, power)
+        added = _state_of(k, v, power)
         state = added if state is None else state + added
         return _divided(sums, eps).squeeze(-2).to(dtype), state

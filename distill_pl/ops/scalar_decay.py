@@ -1,10 +1,11 @@
-"""Linear attention that forgets with one scalar per head: RetNet, Mamba2 (SSD) and, with a normaliser, mLSTM.
+"""Linear attention with one scalar decay per head: RetNet, Mamba2 (SSD: Dao and Gu, 2024) and, with a normaliser, mLSTM.
 
     S_t = e^{g_t} S_{t-1} + k_t v_t^T               y_t = scale * S_t^T q_t
     A_ij = scale * (q_i . k_j) e^{G_i - G_j}        with G the cumulative sum of the log decay g <= 0
 
-That is channel decay with one g for all channels of a head, and `mix` and `step` are computed so off the GPU, on which there is
-a faster kernel. G_i - G_j is summed from j on: a difference of sums from the start loses its digits where gates are strong.
+This is channel decay with the same g for all channels of a head, and without a kernel `mix` and `step` compute it as that.
+On a GPU `mix` calls a faster kernel. `matrix` sums G_i - G_j over the tokens after j: a difference of sums from the start
+would lose its digits where gates are strong.
 """
 
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from distill_pl.ops import Backend, channel_decay, promoted, use_fla
 
 
 class Inputs(NamedTuple):
-    """Hold the arguments of `mix`, for a sequence or (without T) for a token; see the module for the symbols."""
+    """Hold the arguments of `mix` for a sequence, or without T those of `step` for a token."""
 
     q: Tensor  # [B, T, H, K]
     k: Tensor  # [B, T, H, K]
@@ -25,18 +26,22 @@ class Inputs(NamedTuple):
     scale: float
     backend: Backend = "auto"
 
+
 def matrix(q: Tensor, k: Tensor, g: Tensor, scale: float, backend: Backend = "auto") -> Tensor:
-    """q, k [B, T, H, K], log decay g [B, T, H] -> A [B, H, T, T], fp32."""
+    """Build A from q, k [B, T, H, K], log decay g [B, T, H] -> [B, H, T, T], fp32 (float64 stays)."""
     length = q.shape[1]
     with torch.autocast(q.device.type, enabled=False):
         q, k, g = (x.transpose(1, 2) for x in promoted(q, k, g[..., None]))
-        decay = g.expand(-1, -1, -1, length).tril(-1).cumsum(-2)  # of the tokens after j up to i
+        decay = g.expand(-1, -1, -1, length).tril(-1).cumsum(-2)  # [B, H, i, j]: G_i - G_j
         return (q * scale @ k.mT) * decay.exp().tril()
 
 
 def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, backend: Backend = "auto",
         state: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """q, k [B, T, H, K], v [B, T, H, V], g [B, T, H], state [B, H, K, V] fp32 -> y [B, T, H, V], state."""
+    """Mix a sequence: q, k [B, T, H, K], v [B, T, H, V], g [B, T, H] -> y [B, T, H, V], state [B, H, K, V].
+
+    y has the dtype of v, the state is fp32 (float64 stays).
+    """
     if use_fla(backend, q.device):
         # not chunk_simple_gla, which fla refuses on Hopper: Triton 3.4 to 3.7 miscompiles its backward pass
         from distill_pl.ops.gpu import fla_kernels as kernels
@@ -47,5 +52,8 @@ def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, backend: Backe
 
 def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, backend: Backend = "auto",
          state: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """q, k [B, H, K], v [B, H, V], g [B, H], state [B, H, K, V] fp32 -> y [B, H, V], state: the recurrence itself."""
+    """Apply the recurrence: q, k [B, H, K], v [B, H, V], g [B, H] -> y [B, H, V], state [B, H, K, V].
+
+    y has the dtype of v, the state is fp32 (float64 stays).
+    """
     return channel_decay.step(q, k, v, g[..., None], scale, state=state)

@@ -1,9 +1,9 @@
-"""Softmax attention, the paper's Eqs. 1 and 2: the teacher's own mixing, and the control student's.
+"""Softmax attention (the paper's Eqs. 1 and 2): the mixing of the teacher and of the control student.
 
     A_ij = softmax_{j <= i}(scale * q_i . k_j)
 
 Grouped-query attention: k and v may have fewer heads than q, each serving H / kv_heads consecutive query heads.
-`key_mask` [B, T] marks with True the keys that may be seen (padding is False); the state keeps it.
+`key_mask` [B, T] is True for the keys that may be attended to and False for padding; the state keeps it.
 """
 
 from typing import NamedTuple
@@ -14,11 +14,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from distill_pl.ops import promoted
 
-State = tuple[Tensor, Tensor, Tensor]  # keys and values seen so far [B, kv_heads, S, K or V], their mask [B, S]
+State = tuple[Tensor, Tensor, Tensor]  # all keys and values so far [B, kv_heads, S, K or V], their mask [B, S]
 
 
 class Inputs(NamedTuple):
-    """Hold the arguments of `mix`, for a sequence or (without T) for a token; see the module for the symbols."""
+    """Hold the arguments of `mix` for a sequence, or without T those of `step` for a token."""
 
     q: Tensor  # [B, T, H, K]
     k: Tensor  # [B, T, kv_heads, K]
@@ -26,19 +26,20 @@ class Inputs(NamedTuple):
     scale: float
     key_mask: Tensor | None = None  # bool [B, T]
 
-def _visible(queries: int, key_mask: Tensor) -> Tensor:
-    """-> bool [B, 1, queries, S]: causal, for the last `queries` of the S positions, and not padding.
 
-    A padded query sees itself, so that its row (which nobody reads) is finite.
+def _visible(queries: int, key_mask: Tensor) -> Tensor:
+    """Build the causal mask, bool [B, 1, queries, S], of the last `queries` of S positions; key_mask [B, S] hides padding.
+
+    A padded query attends to itself, so that its row, which nobody reads, is finite.
     """
     keys = key_mask.shape[-1]
-    last = torch.arange(keys - queries, keys, device=key_mask.device)[:, None]
-    position = torch.arange(keys, device=key_mask.device)
-    return ((position <= last) & key_mask[:, None, None, :]) | (position == last)
+    query_position = torch.arange(keys - queries, keys, device=key_mask.device)[:, None]
+    key_position = torch.arange(keys, device=key_mask.device)
+    return ((key_position <= query_position) & key_mask[:, None, None, :]) | (key_position == query_position)
 
 
 def matrix(q: Tensor, k: Tensor, scale: float, key_mask: Tensor | None = None) -> Tensor:
-    """Eq. 1's attention matrix. q [B, T, H, K], k [B, T, kv_heads, K] -> A [B, H, T, T], fp32."""
+    """Build Eq. 1's attention matrix A from q [B, T, H, K], k [B, T, kv_heads, K] -> [B, H, T, T], fp32 (float64 stays)."""
     with torch.autocast(q.device.type, enabled=False):
         q, k = promoted(q, k)
         k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
@@ -50,9 +51,9 @@ def matrix(q: Tensor, k: Tensor, scale: float, key_mask: Tensor | None = None) -
 
 def mix(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None = None,
         state: State | None = None) -> tuple[Tensor, State]:  # fmt: skip
-    """Eq. 1 without building A. q [B, T, H, K], k and v [B, T, kv_heads, K or V] -> y [B, T, H, V], state."""
+    """Compute Eq. 1 without A: q [B, T, H, K], k and v [B, T, kv_heads, K or V] -> y [B, T, H, V] in their dtype, State."""
     batch, length = q.shape[:2]
-    padded = key_mask is not None or state is not None
+    masked = key_mask is not None or state is not None
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if key_mask is None:
         key_mask = torch.ones(batch, length, dtype=torch.bool, device=q.device)
@@ -60,7 +61,7 @@ def mix(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None =
         k, v, key_mask = (
             torch.cat(pair, dim=-2 if pair[0].ndim == 4 else -1) for pair in zip(state, (k, v, key_mask), strict=True)
         )
-    visible = _visible(length, key_mask) if padded else None
+    visible = _visible(length, key_mask) if masked else None
     y = scaled_dot_product_attention(
         q, k, v, attn_mask=visible, is_causal=visible is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
@@ -69,7 +70,7 @@ def mix(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None =
 
 def step(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None = None,
          state: State | None = None) -> tuple[Tensor, State]:  # fmt: skip
-    """Eq. 2: one token over all before it. q [B, H, K], k and v [B, kv_heads, K or V] -> y [B, H, V], state."""
+    """Compute Eq. 2, one query over all keys so far: q [B, H, K], k and v [B, kv_heads, K or V] -> y [B, H, V], State."""
     key_mask = key_mask if key_mask is None else key_mask[:, None]
     y, state = mix(q[:, None], k[:, None], v[:, None], scale, key_mask, state)
     return y[:, 0], state
