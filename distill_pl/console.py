@@ -5,12 +5,16 @@ import math
 import os
 import warnings
 
-# what torchrun, Lightning's launcher and Slurm tell a process about its place; all are 0 or absent on the first rank
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+from torch import distributed
+
+# by which torchrun, Lightning, Slurm and MPI tell a process its rank, before there is a process group
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
 
 
 def is_first_rank() -> bool:
     """Return whether this process is rank 0 of a distributed run, or the only one."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank() == 0
     return not any(int(os.environ.get(name) or 0) for name in RANK_VARIABLES)
 
 

@@ -1,34 +1,77 @@
-"""The paper's equations 5 to 8, each a plain function.
+"""The paper's equations 5 to 8, each a plain function, and Eqs. 5 and 6 again in one pass that never holds all logits.
 
 Shape letters: B batch, T time, H heads, D hidden, N = B T, V here the vocabulary.
 """
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import log_softmax
+from torch.nn.functional import cross_entropy, log_softmax
 
-TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}  # logits exist for this many tokens only; more fill a GPU, fewer a cache
+TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}  # whose logits exist together: more fill a GPU, fewer stay in a CPU's cache
+IGNORED = -1  # label of a position that predicts nothing
 
 
 def matrix_distance(squared: Tensor, length: int, norm: Literal["frobenius", "mse"]) -> Tensor:
-    """Eq. 7 for one layer, averaged over batch and heads.
+    """Compute Eq. 7 for one layer, averaged over batch and heads.
 
     squared [B, H] = |A_teacher - A_student|_F^2 of T x T matrices -> scalar: the Frobenius norm itself, or the mean
     squared error over all T x T entries (Appendix B compares the two).
     """
     if norm == "frobenius":
-        return (squared + 1e-12).sqrt().mean()  # finite gradient where the matrices are equal
+        return (squared + 1e-12).sqrt().mean()  # keeps the gradient finite where the matrices are equal
     return squared.mean() / length**2
 
 
 def hidden_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Eq. 8 for one layer: |h_teacher - h_student|_2 of [B, T, D] hidden states, averaged over tokens, in fp32."""
+    """Compute Eq. 8 for one layer: |h_teacher - h_student|_2 of [B, T, D] hidden states, averaged over tokens, in fp32."""
     squared = (student.float() - teacher.float()).square().sum(-1)
-    return (squared + 1e-12).sqrt().mean()
+    return (squared + 1e-12).sqrt().mean()  # keeps the gradient finite where the states are equal
+
+
+def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Compute Eq. 6: KL(teacher || student), averaged over all positions of logits [..., V], in nats.
+
+    Both distributions are softened by `temperature`, and the mean is multiplied by its square, so that the gradient keeps its
+    size (Hinton et al., 2015).
+    """
+    log_p, log_q = (log_softmax(logits / temperature, -1) for logits in (teacher_logits, student_logits))
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean() * temperature**2
+
+
+def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, alpha: float = 1.0,
+                      temperature: float = 1.0) -> Tensor:  # fmt: skip
+    """Compute Eq. 5: cross-entropy with labels [...] + alpha * KL (Eq. 6), from logits [..., V], means over positions."""
+    ce = cross_entropy(student_logits.flatten(0, -2), labels.flatten())
+    return ce + alpha * kl_divergence(student_logits, teacher_logits, temperature)
+
+
+def kd_terms(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, alpha: float, temperature: float,
+             need_gradient: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Sum Eqs. 5 and 6 over positions -> [CE, KL] in fp32, and the gradient of CE + alpha KL by the student's logits.
+
+    Logits [N, V]; labels [N], IGNORED where a position predicts nothing; KL is 0 without a teacher. The gradient [N, V] has
+    the dtype of the student's logits; None if not needed.
+    """
+    counted = labels >= 0
+    is_label = torch.arange(student_logits.shape[-1], device=student_logits.device) == labels[:, None]
+    log_q = log_softmax(student_logits.float(), -1)
+    ce = -torch.where(is_label, log_q, 0).sum()
+    kl = torch.zeros_like(ce)
+    if teacher_logits is not None:
+        log_p = log_softmax(teacher_logits.float() / temperature, -1)
+        soft_log_q = log_q if temperature == 1 else log_softmax(student_logits.float() / temperature, -1)
+        p = log_p.exp()
+        kl = ((p * (log_p - soft_log_q)).sum(-1) * counted).sum() * temperature**2
+    terms = torch.stack([ce, kl])
+    if not need_gradient:
+        return terms, None
+    gradient = log_q.exp() - is_label.float()
+    if teacher_logits is not None:
+        gradient = gradient + alpha * temperature * (soft_log_q.exp() - p)
+    return terms, torch.where(counted[:, None], gradient, 0).to(student_logits.dtype)
 
 
 def next_token_loss(
@@ -39,46 +82,48 @@ def next_token_loss(
     teacher_head: nn.Linear | None = None,
     alpha: float = 1.0,
     temperature: float = 1.0,
+    terms: Callable = kd_terms,
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 5, CE + alpha KL, with a gradient; and [CE, KL] without: of the next token, per-token means in nats.
+    """Compute Eq. 5 of the next token from hidden states -> CE + alpha KL with a gradient, and [CE, KL] without.
 
-    CE is cross-entropy with the text, KL is Eq. 6's KL(teacher || student) of the distributions softened by `temperature`,
-    times its square, so that its gradient keeps its size (Hinton et al., 2015); 0 without a teacher.
+    Both are per-token means in nats over the same B (T - 1) predictions, as `distillation_loss` gives them; KL is 0 without a
+    teacher. tokens [B, T]; hidden states [B, T, D] after the final norm; heads map D to V. `terms` is `kd_terms`, or the same
+    function compiled.
 
-    tokens [B, T]; hidden states [B, T, D] after the final norm; heads map D to V. Both means run over the same B (T - 1)
-    predictions. [B, T, V] never exists: logits are made for some of the tokens at a time and, since their gradient follows from
-    themselves, so are the gradients of hidden states and head. Nothing is computed a second time in the backward pass.
+    Logits [B, T, V] never exist together: they are made for some positions at a time, and since the gradient by the logits
+    follows from the logits themselves, the gradients of hidden states and head are made in the same pass.
     """
-    labels = torch.cat([tokens[:, 1:], tokens.new_full((len(tokens), 1), -1)], 1).flatten()  # -1: nothing to predict
+    labels = torch.cat([tokens[:, 1:], tokens.new_full((len(tokens), 1), IGNORED)], 1).flatten()
     return _NextTokenLoss.apply(
         student_hidden.flatten(0, 1), student_head.weight, labels, tokens[:, 1:].numel(),
         None if teacher_hidden is None else teacher_hidden.flatten(0, 1),
         None if teacher_head is None else teacher_head.weight,
-        alpha, temperature, torch.is_grad_enabled(),
+        alpha, temperature, torch.is_grad_enabled(), terms,
     )  # fmt: skip
 
 
 class _NextTokenLoss(torch.autograd.Function):
-    """`next_token_loss` over hidden [N, D], head [V, D] and labels [N], with its gradients made in the forward pass."""
+    """Compute `next_token_loss` over hidden [N, D], head [V, D] and labels [N], and its gradients in the forward pass."""
 
     @staticmethod
-    def forward(ctx, hidden, head, labels, count, teacher_hidden, teacher_head, alpha, temperature, differentiate):
+    def forward(ctx, hidden, head, labels, count, teacher_hidden, teacher_head, alpha, temperature, grad_enabled, terms):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         weight = head.to(dtype)
-        need_hidden, need_head = (need and differentiate for need in ctx.needs_input_grad[:2])
+        need_hidden, need_head = (need and grad_enabled for need in ctx.needs_input_grad[:2])
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_head = torch.zeros_like(head) if need_head else None
         total = torch.zeros(2, device=hidden.device)
-        terms_of = _terms_by(hidden.device)
         pieces = -(-len(labels) // TOKENS_AT_ONCE["cuda" if hidden.is_cuda else "cpu"])
-        size = -(-len(labels) // pieces)  # all alike, but for the last
-        for rows in (slice(at, at + size) for at in range(0, len(labels), size)):
-            x, expected = hidden[rows].to(dtype), None
+        size = -(-len(labels) // pieces)  # all pieces but the last have one shape, so that `terms` compiles once
+        for rows in (slice(start, start + size) for start in range(0, len(labels), size)):
+            x, teacher_logits = hidden[rows].to(dtype), None
             if teacher_hidden is not None:
-                expected = teacher_hidden[rows].to(teacher_head.dtype) @ teacher_head.mT
-            terms, d_logits = terms_of(x @ weight.mT, expected, labels[rows], alpha, temperature, need_hidden or need_head)
-            total += terms
+                teacher_logits = teacher_hidden[rows].to(teacher_head.dtype) @ teacher_head.mT
+            sums, d_logits = terms(
+                x @ weight.mT, teacher_logits, labels[rows], alpha, temperature, need_hidden or need_head
+            )
+            total += sums
             if need_hidden:
                 d_hidden[rows] = d_logits @ weight
             if need_head:
@@ -93,46 +138,12 @@ class _NextTokenLoss(torch.autograd.Function):
     def backward(ctx, grad, _):
         d_hidden, d_head = ctx.saved_tensors
         grad = grad / ctx.count
-        return *(d if d is None else d * grad for d in (d_hidden, d_head)), *[None] * 7
+        return *(d if d is None else d * grad for d in (d_hidden, d_head)), *[None] * 8
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b; on a GPU not rounded before it is added."""
+    """Add a @ b to `total` in place; on a GPU without rounding the product to the dtype of a and b first."""
     if total.is_cuda and total.dtype != a.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += a @ b
-
-
-def _terms_by(device: torch.device) -> Callable:
-    """`_terms`, or what does the same where there is Triton."""
-    if device.type == "cuda" and find_spec("triton"):
-        from distill_pl.ops.gpu.losses import terms
-
-        return terms
-    return _terms
-
-
-def _terms(logits: Tensor, expected: Tensor | None, labels: Tensor, alpha: float, temperature: float,
-           differentiate: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Sums over tokens of CE and KL, [2] in fp32, and, if asked for, the gradient of CE + alpha KL with respect to the logits.
-
-    logits and the teacher's, `expected`, [N, V]; labels [N], -1 where the token does not count.
-    """
-    counts = labels >= 0
-    hit = torch.arange(logits.shape[-1], device=logits.device) == labels[:, None]
-    log_q = log_softmax(logits.float(), -1)
-    ce = -torch.where(hit, log_q, 0).sum()
-    kl = torch.zeros_like(ce)
-    if expected is not None:
-        log_p = log_softmax(expected.float() / temperature, -1)
-        soft_log_q = log_q if temperature == 1 else log_softmax(logits.float() / temperature, -1)
-        p = log_p.exp()
-        kl = ((p * (log_p - soft_log_q)).sum(-1) * counts).sum() * temperature**2
-    terms = torch.stack([ce, kl])
-    if not differentiate:
-        return terms, None
-    gradient = log_q.exp() - hit.float()
-    if expected is not None:
-        gradient = gradient + alpha * temperature * (soft_log_q.exp() - p)
-    return terms, torch.where(counts[:, None], gradient, 0).to(logits.dtype)

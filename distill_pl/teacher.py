@@ -1,10 +1,10 @@
-"""The frozen teacher: one forward pass that yields, layer by layer, what the stages align to."""
+"""Run the frozen teacher once and yield, layer by layer, what the stages align to."""
 
 import pickle
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -21,42 +21,39 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from distill_pl.compiling.layers import compiled_on_gpu
 from distill_pl.errors import InputError
 
 TAP = "distill_pl_tap"
 
 
 class Layer(NamedTuple):
-    """What one decoder layer saw and did; B, T, H, K as everywhere, D hidden."""
+    """Hold what one decoder layer of the teacher read and computed. B batch, T time, H heads, K head dim, D hidden."""
 
     input: Tensor  # [B, T, D]
-    output: Tensor  # [B, T, D]: of the block, before any final norm
+    output: Tensor  # [B, T, D]: the block's, before any final norm
     query: Tensor  # [B, T, H, K] after RoPE and q/k norms
-    key: Tensor  # [B, T, kv_heads, K], likewise, not repeated
+    key: Tensor  # [B, T, kv_heads, K] after RoPE and q/k norms, kv heads not repeated
     scale: float
     position: tuple[Tensor, Tensor]  # RoPE's (cos, sin)
 
 
 def _tap(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Attention as transformers' sdpa does it, leaving q and k with the module where someone asked for them."""
+    """Attend as transformers' sdpa does, and leave q, k and the scale in `module.tapped` where that is not None."""
     if getattr(module, "tapped", None) is not None:
         module.tapped = (query.transpose(1, 2), key.transpose(1, 2), scaling)
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
-@compiled_on_gpu
-def _run(layer, hidden: Tensor, position: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, float]:
-    """A decoder layer on hidden [B, T, D] -> its output, q, k and scale."""
+def run_layer(layer, hidden: Tensor, position: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Run a decoder layer on hidden [B, T, D] -> its output, query, key and scale, shaped as in `Layer`."""
     layer.self_attn.tapped = ()
     output = layer(hidden, attention_mask=None, position_embeddings=position)
     (query, key, scale), layer.self_attn.tapped = layer.self_attn.tapped, None
     return output, query, key, scale
 
 
-@compiled_on_gpu
-def _normalized(norm, hidden: Tensor) -> Tensor:
-    """[B, T, D] -> [B, T, D]."""
+def apply_norm(norm, hidden: Tensor) -> Tensor:
+    """Apply the final norm to hidden [B, T, D]."""
     return norm(hidden)
 
 
@@ -65,14 +62,19 @@ AttentionMaskInterface.register(TAP, sdpa_mask)
 
 
 class Teacher:
-    """A frozen causal language model of transformers and its tokenizer.
+    """Hold a frozen causal language model of transformers and its tokenizer.
 
-    Not an nn.Module on purpose: a stage may hold it without DDP wrapping it or a checkpoint saving it.
+    Not an nn.Module on purpose: a stage may hold a Teacher without DDP wrapping it or a checkpoint saving it.
     """
 
+    compiles: ClassVar[tuple[str, ...]] = ("run_layer", "apply_norm")  # functions that distill_pl.compiling may compile
+
     def __init__(self, path: str, dtype: torch.dtype = torch.float32):
-        """`path`: hub id or folder. Raises InputError where there is no model, no tokenizer, or no end-of-text token."""
-        self.path = path
+        """Load model and tokenizer from `path`, a hub id or folder, in `dtype`, without running code that lies there.
+
+        Raises InputError where there is no model, a weight is missing, or the tokenizer is unusable or has no eos token.
+        """
+        self.path, self.run_layer, self.apply_norm = path, run_layer, apply_norm
         if (Path(path).is_dir() or path[:1] in "./~") and not (Path(path) / "config.json").is_file():
             raise InputError(f"teacher {path!r} is no folder with a config.json: give a Hugging Face model folder or a hub id")
         try:
@@ -84,7 +86,7 @@ class Teacher:
             ) from error
         try:
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        except Exception as error:  # transformers raises whatever its tokenizer files made it trip over
+        except Exception as error:  # transformers has no common error for damaged tokenizer files
             raise InputError(
                 f"teacher {path!r} has no usable tokenizer: put tokenizer.json beside its weights ({_first_line(error)})"
             ) from error
@@ -105,45 +107,49 @@ class Teacher:
                 "give a Llama-like causal language model"
             ) from error
         model, loading = loaded
-        if missing := sorted(loading["missing_keys"]):  # transformers would make them up
+        if missing := sorted(loading["missing_keys"]):  # transformers would draw them at random
             raise InputError(f"teacher {path!r} lacks {len(missing)} of its weights ({missing[0]}, ...): get the whole model")
         self.model: PreTrainedModel = model.eval().requires_grad_(False)
 
     def to(self, device: torch.device) -> "Teacher":
-        """Move the weights."""
+        """Move the weights to `device` and return the teacher."""
         self.model.to(device)  # type: ignore[arg-type]
         return self
 
     @property
     def head(self) -> torch.nn.Linear:
-        """Hidden states [.., D] -> logits [.., vocab]."""
+        """Return the head, which maps final hidden states [..., D] to logits [..., vocab]."""
         return self.model.lm_head
 
     @torch.no_grad()
     def layers(self, input_ids: Tensor) -> Iterator[Layer]:
-        """One forward pass over input_ids [B, T], a layer at a time: what was yielded before may be dropped."""
+        """Run input_ids [B, T] through the decoder, yielding each layer's tensors as soon as that layer is done.
+
+        No layer's tensors are kept here: a caller who drops them bounds the memory by one layer.
+        """
         decoder = self.model.model
         if self.model.config._attn_implementation != TAP:
             self.model.set_attn_implementation(TAP)
         hidden = decoder.embed_tokens(input_ids)
         position = decoder.rotary_emb(hidden, torch.arange(input_ids.shape[1], device=input_ids.device)[None])
         for layer in decoder.layers:
-            output, query, key, scale = _run(layer, hidden, position)
+            output, query, key, scale = self.run_layer(layer, hidden, position)
             yield Layer(hidden, output, query, key, scale, position)
             hidden = output
 
     @torch.no_grad()
     def hidden_states(self, input_ids: Tensor) -> Tensor:
-        """[B, T] -> [B, T, D] after the final norm: what the head reads."""
+        """Run input_ids [B, T] -> the final hidden states [B, T, D], after the final norm."""
         for layer in self.layers(input_ids):
             hidden = layer.output
-        return _normalized(self.model.model.norm, hidden)
+        return self.apply_norm(self.model.model.norm, hidden)
 
 
 def load_model(path: str, **options) -> Any:
-    """A causal language model from a folder or the hub, running no code that lies there: neither modules nor pickles.
+    """Load a causal language model from a folder or the hub without running code that lies there, modules or pickles.
 
-    transformers reads .bin files by `weights_only` even untold; its own words on one it refuses recommend to switch that off.
+    `options` go to `from_pretrained`. Raises InputError for damaged weights and for pickles that are not plain tensors;
+    transformers' own message would recommend to load such a pickle unsafely.
     """
     try:
         return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, weights_only=True, **options)
@@ -156,4 +162,5 @@ def load_model(path: str, **options) -> Any:
 
 
 def _first_line(error: Exception) -> str:
+    """Return the first line of an error's text, shortened, or the error's type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 import distill_pl.losses
-from distill_pl.losses import hidden_distance, matrix_distance, next_token_loss
+from distill_pl.losses import distillation_loss, hidden_distance, kd_terms, kl_divergence, matrix_distance, next_token_loss
 
 ROWS, LENGTH, HIDDEN, VOCAB = 3, 9, 8, 23
 
@@ -24,12 +23,22 @@ def make(seed: int = 0) -> tuple[Tensor, Tensor, nn.Linear, Tensor, nn.Linear]:
 
 
 def whole(tokens: Tensor, student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Eqs. 5 and 6 with [B, T, V] in memory."""
-    ce = cross_entropy(student_logits[:, :-1].transpose(1, 2), tokens[:, 1:])
-    p = (teacher_logits[:, :-1] / temperature).softmax(-1)
-    q = (student_logits[:, :-1] / temperature).softmax(-1)
+    """Compute Eqs. 5 (without alpha KL) and 6 from logits [B, T, V] by the plain functions."""
+    student_logits, teacher_logits, labels = student_logits[:, :-1], teacher_logits[:, :-1], tokens[:, 1:]
+    ce = distillation_loss(student_logits, teacher_logits, labels, alpha=0.0)
+    return ce, kl_divergence(student_logits, teacher_logits, temperature)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_plain_functions_are_equations_5_and_6(temperature):
+    tokens, student, head, teacher, teacher_head = make()
+    labels = tokens[:, 1:]
+    q, p = ((x[:, :-1] / temperature).softmax(-1) for x in (head(student), teacher_head(teacher)))
+    ce = -head(student)[:, :-1].log_softmax(-1).gather(-1, labels[..., None]).mean()
     kl = (p * (p / q).log()).sum(-1).mean() * temperature**2
-    return ce, kl
+    logits = head(student)[:, :-1], teacher_head(teacher)[:, :-1]
+    torch.testing.assert_close(kl_divergence(*logits, temperature), kl)
+    torch.testing.assert_close(distillation_loss(*logits, labels, 0.7, temperature), ce + 0.7 * kl)
 
 
 @pytest.mark.parametrize("at_once", [1, 5, 9, 27, 1024])  # there are 27 positions, 24 with a prediction
@@ -58,9 +67,12 @@ def test_logits_of_all_tokens_never_exist(monkeypatch):
     monkeypatch.setitem(distill_pl.losses.TOKENS_AT_ONCE, "cpu", 5)
     tokens, student, head, teacher, teacher_head = make()
     seen = []
-    terms = distill_pl.losses._terms
-    monkeypatch.setattr(distill_pl.losses, "_terms", lambda *args: (seen.extend(args[:2]), terms(*args))[1])
-    next_token_loss(tokens, student, head, teacher, teacher_head)[0].backward()
+
+    def terms(*args):
+        seen.extend(args[:2])
+        return kd_terms(*args)
+
+    next_token_loss(tokens, student, head, teacher, teacher_head, terms=terms)[0].backward()
     assert seen and all(logits.numel() <= 5 * VOCAB for logits in seen)
 
 

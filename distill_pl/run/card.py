@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from distill_pl.console import markdown, percent, perplexity
 from distill_pl.measure import study
-from distill_pl.run.folder import Leg, plain, read_metrics, write_aside
+from distill_pl.run.folder import StageRun, plain, read_metrics, write_aside
 from distill_pl.student.modeling import Student
 from distill_pl.tokens import short
 
@@ -53,15 +53,15 @@ transformers {transformers}. The whole configuration, which `distill-pl fit --co
 RESULTS = "<!-- distill-pl evaluate writes here -->\n{}\n<!-- as far as here -->"
 
 
-def model_card(config: Namespace, legs: list[Leg], model: PreTrainedModel) -> ModelCard:
+def model_card(config: Namespace, stages: list[StageRun], model: PreTrainedModel) -> ModelCard:
     """Of the model that a finished run exports."""
     teacher, dataset = config.teacher, config.data.dataset
     licence, about = licence_of(teacher)
-    metrics = [read_metrics(leg.weights) for leg in legs]
+    metrics = [read_metrics(stage.weights) for stage in stages]
     rows = [["stage", "tokens", "learning rate", "perplexity after it"]]
-    for leg, found in zip(legs, metrics, strict=True):
-        tokens = short(leg.steps * config.data.batch_size * config.data.sequence_length)
-        rows.append([leg.name, tokens, f"{config[leg.name].lr:g}", f"{perplexity(found['student_ce']):.2f}"])
+    for stage, found in zip(stages, metrics, strict=True):
+        tokens = short(stage.steps * config.data.batch_size * config.data.sequence_length)
+        rows.append([stage.name, tokens, f"{config[stage.name].lr:g}", f"{perplexity(found['student_ce']):.2f}"])
     data = ModelCardData(
         base_model=None if Path(teacher).exists() else teacher,
         datasets=None if Path(dataset).exists() else [dataset],

@@ -1,31 +1,24 @@
-"""`distill-pl fit`: the stages in order, each in a fresh Trainer, then the Hugging Face folder."""
+"""`distill-pl fit`: run the stages in order, each in a fresh Trainer, then export the Hugging Face folder."""
 
 import contextlib
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import lightning as L
 import torch
 from jsonargparse import Namespace
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.utilities import rank_zero_only
-from torch.distributed.fsdp import FSDPModule
 
-from distill_pl.compiling import layers as compiling
-from distill_pl.console import perplexities, quiet, say
+from distill_pl.console import is_first_rank, perplexities, quiet, say
 from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.errors import InputError
 from distill_pl.ops import use_fla
 from distill_pl.run.card import model_card
 from distill_pl.run.folder import (
-    AsideCheckpointIO,
-    Leg,
-    check_leg,
+    StageRun,
     check_run_folder,
+    check_stage_files,
     load_student,
     read_metrics,
     save_student,
@@ -33,8 +26,9 @@ from distill_pl.run.folder import (
     write_config,
 )
 from distill_pl.run.monitor import Monitor
+from distill_pl.run.trainer import build_trainer, device, precision
 from distill_pl.stages import STAGES, Stage
-from distill_pl.stages.sharding import FullyShardedStrategy, whole
+from distill_pl.stages.sharding import unsharded
 from distill_pl.student.factory import StudentFactory, check_teacher
 from distill_pl.student.modeling import Student
 from distill_pl.student.transfer import as_transformer
@@ -43,65 +37,80 @@ from distill_pl.tokens import Tokens, short
 
 
 def fit(config: Namespace) -> None:
-    """Run what is left of the stages and export the student; a finished run is a no-op.
+    """Run the stages that are left to run and export the student; do nothing for a finished run.
 
     `config` is the parsed command line of `distill-pl fit`. Raises InputError before anything is written.
     """
     quiet()
-    legs = plan(config)
+    plans = plan(config)
     check_run_folder(config)
     exported = Path(config.out) / "student"
     if exported.is_dir():
         say(f"{config.out} is finished, nothing to do: the student is in {exported}")
         return
-    for leg in legs:
-        check_leg(leg)
+    for stage_run in plans:
+        check_stage_files(stage_run)
     data = ChunkDataModule(**config.data)
-    probe = trainer_for(config)
+    probe = build_trainer(config)  # Lightning's own checks, and how many ranks there are
     accumulation = data.accumulation(probe.world_size)
-
-    exact = legs[0].name == "matrix_mixing" and config.matrix_mixing.estimator == "exact"
-    if exact and config.trainer.strategy == "fsdp":  # ranks gather a mixer's slices once a sequence, and may hold out one more
-        raise InputError("matrix_mixing.estimator exact does not go with trainer.strategy fsdp: choose probe, or ddp")
+    check_sharding(config, plans)
 
     factory = StudentFactory(**config.student)
     bf16 = precision(config).startswith("bf16")
     teacher = Teacher(config.teacher, torch.bfloat16 if bf16 else torch.float32)
     check_teacher(teacher)
-    gpu = device(config).type == "cuda"
-    compiled = gpu and config.compile and config.trainer.strategy != "fsdp"  # under which nobody has measured it
-    if gpu:
-        compiling.switch(compiled, teacher.config.hidden_size)
-    length, positions = config.data.sequence_length, teacher.config.max_position_embeddings
-    if length > positions:
-        raise InputError(f"data.sequence_length {length} is beyond the teacher's {positions} positions: lower it")
-    window = getattr(teacher.config, "sliding_window", None)
-    if window is not None and length > window:  # within it, attention is plain causal attention
-        raise InputError(f"data.sequence_length {length} is beyond the teacher's sliding window of {window}: lower it")
+    check_length(config, teacher)
     data.open(teacher.tokenizer)
     student = factory.build(teacher, config.seed)
-    stages = [STAGES[leg.name](student, teacher, **config[leg.name]) for leg in legs]
-    describe(config, teacher, student, legs)
-    data.prepare(legs[-1].first + legs[-1].steps * config.data.batch_size)
+    stages = [STAGES[stage_run.name](student, teacher, **config[stage_run.name]) for stage_run in plans]
+    describe(config, teacher, student, plans)
+    data.prepare(plans[-1].first + plans[-1].steps * config.data.batch_size)
+    # under fsdp compiled layers have not been measured
+    compiled = device(config).type == "cuda" and config.compile and config.trainer.strategy != "fsdp"
+    if compiled:
+        from distill_pl.compiling import compile_stage, compile_teacher, configure_compiler
+
+        configure_compiler(teacher.config.hidden_size)
+        compile_teacher(teacher)
     with sole_user(Path(config.out), probe.global_rank):
         write_config(config)
 
         expected: float | str | None = "teacher" if factory.is_teacher else None
-        for leg, stage in zip(legs, stages, strict=True):
-            if leg.weights.is_file():
-                say(f"{leg.name} is done: {leg.weights}")
+        for stage_run, stage in zip(plans, stages, strict=True):
+            if stage_run.weights.is_file():
+                say(f"{stage_run.name} is done: {stage_run.weights}")
             else:
                 stage.student = student
-                stage.captures = compiled
-                student = run_stage(config, leg, stage, data, accumulation, expected)
-            load_student(student, leg)
-            expected = read_metrics(leg.weights)["student_ce"]
-        export(config, legs, student, teacher)
-        say(f"done: the student is in {exported}; held-out {perplexities(read_metrics(legs[-1].weights))}")
+                callbacks = [compile_stage(stage)] if compiled else []
+                student = run_stage(config, stage_run, stage, data, accumulation, expected, callbacks)
+            load_student(student, stage_run)
+            expected = read_metrics(stage_run.weights)["student_ce"]
+        export(config, plans, student, teacher)
+        say(f"done: the student is in {exported}; held-out {perplexities(read_metrics(plans[-1].weights))}")
 
 
-def plan(config: Namespace) -> list[Leg]:
-    """The stages that have a budget, each with its span of the chunk file. Raises InputError for budgets that don't fit."""
+def check_sharding(config: Namespace, plans: list[StageRun]) -> None:
+    """Raise InputError for exact matrices under fsdp.
+
+    Ranks gather a mixer's weights once a sequence, and in validation one rank may have a sequence more than the others.
+    """
+    exact = plans[0].name == "matrix_mixing" and config.matrix_mixing.estimator == "exact"
+    if exact and config.trainer.strategy == "fsdp":
+        raise InputError("matrix_mixing.estimator exact does not go with trainer.strategy fsdp: choose probe, or ddp")
+
+
+def check_length(config: Namespace, teacher: Teacher) -> None:
+    """Raise InputError for sequences that the teacher has no positions for, or whose tokens it does not all see."""
+    length, positions = config.data.sequence_length, teacher.config.max_position_embeddings
+    if length > positions:
+        raise InputError(f"data.sequence_length {length} is beyond the teacher's {positions} positions: lower it")
+    window = getattr(teacher.config, "sliding_window", None)
+    if window is not None and length > window:  # within the window, attention is plain causal attention
+        raise InputError(f"data.sequence_length {length} is beyond the teacher's sliding window of {window}: lower it")
+
+
+def plan(config: Namespace) -> list[StageRun]:
+    """Plan the stages that have a budget, each with a span of the chunk file. Raises InputError for budgets that don't fit."""
     batch = config.data.batch_size * config.data.sequence_length
     budgets = {name: config[name].tokens for name in STAGES}
     given = sum(tokens or 0 for tokens in budgets.values())
@@ -110,7 +119,7 @@ def plan(config: Namespace) -> list[Leg]:
         raise InputError(f"tokens {config.tokens} is less than {parts}: raise tokens or lower the stages' budgets")
     if budgets["kd"] is None:
         budgets["kd"] = Tokens(config.tokens - given)
-    legs: list[Leg] = []
+    plans: list[StageRun] = []
     first = 0
     for number, (name, tokens) in enumerate(budgets.items(), start=1):
         if not tokens and config[name].tokens is not None:
@@ -121,108 +130,77 @@ def plan(config: Namespace) -> list[Leg]:
                 f"{name}.tokens {tokens} is less than one batch of {config.data.batch_size} x {config.data.sequence_length}: "
                 f"raise it (or tokens, of which kd gets the rest) to {batch}, or lower data.batch_size"
             )
-        legs.append(Leg(name, Path(config.out) / f"{number}_{name}", first, steps))
+        plans.append(StageRun(name, Path(config.out) / f"{number}_{name}", first, steps))
         first += steps * config.data.batch_size
-    if not legs:
+    if not plans:
         raise InputError(
             f"no stage has a budget: set kd.tokens above 0, or leave it out to get what is left of {config.tokens}"
         )
-    return legs
+    return plans
 
 
-def run_stage(config: Namespace, leg: Leg, stage: Stage, data: ChunkDataModule, accumulation: int,
-              expected: float | str | None) -> Student:  # fmt: skip
-    """Train one stage to its end, from its checkpoint if it has one, and leave the student's weights in its folder.
+def run_stage(config: Namespace, stage_run: StageRun, stage: Stage, data: ChunkDataModule, accumulation: int,
+              expected: float | str | None, callbacks: Sequence[Callback]) -> Student:  # fmt: skip
+    """Train one stage to its end, from its checkpoint if it has one, and save the student's weights in the stage's folder.
 
-    Returns the student, unsharded; where the ranks had a slice each, of its weights only rank 0's are right.
+    accumulation: micro-batches of an optimizer step on each rank. expected: see Monitor. Returns the student, unsharded;
+    after sharded training its weights are right on rank 0 only.
     """
     batch_tokens = config.data.batch_size * config.data.sequence_length
-    resume = leg.checkpoint.is_file()
-    done = torch.load(leg.checkpoint, mmap=True, weights_only=True)["global_step"] if resume else 0
-    data.assign(leg.first, leg.steps)
-    before = leg.first * config.data.sequence_length
-    trainer = trainer_for(
+    resume = stage_run.checkpoint.is_file()
+    done = torch.load(stage_run.checkpoint, mmap=True, weights_only=True)["global_step"] if resume else 0
+    data.assign(stage_run.first, stage_run.steps)
+    before = stage_run.first * config.data.sequence_length
+    trainer = build_trainer(
         config,
-        max_steps=leg.steps,
+        max_steps=stage_run.steps,
         accumulate_grad_batches=accumulation,
-        max_epochs=1,  # else an exhausted loader begins again, for ever
+        max_epochs=1,  # otherwise an exhausted loader starts again, for ever
         val_check_interval=accumulation * max(1, config.validate_every // batch_tokens),
         check_val_every_n_epoch=None,
         num_sanity_val_steps=-1,  # the whole held-out text, before the first step
-        logger=TensorBoardLogger(leg.folder, name="", version="", purge_step=before + done * batch_tokens + 1),
+        logger=TensorBoardLogger(stage_run.folder, name="", version="", purge_step=before + done * batch_tokens + 1),
         callbacks=[
+            *callbacks,
             Monitor(before, batch_tokens, expected),
             ModelCheckpoint(
-                leg.folder,
-                leg.checkpoint.stem,
+                stage_run.folder,
+                stage_run.checkpoint.stem,
                 every_n_train_steps=max(1, config.checkpoint_every // batch_tokens),
                 enable_version_counter=False,
             ),
         ],
         enable_checkpointing=True,
     )
-    say(f"\n{leg.name}  {leg.steps:,} steps of {batch_tokens:,} tokens" + (f", resumed at step {done:,}" if resume else ""))
+    resumed = f", resumed at step {done:,}" if resume else ""
+    say(f"\n{stage_run.name}  {stage_run.steps:,} steps of {batch_tokens:,} tokens{resumed}")
     try:
-        with contextlib.suppress(SystemExit):  # how Lightning leaves on Ctrl-C and SIGTERM: silently, the latter with code 0
-            trainer.fit(stage, datamodule=data, ckpt_path=leg.checkpoint if resume else None, weights_only=True)
+        with contextlib.suppress(SystemExit):  # Lightning's way out on Ctrl-C and SIGTERM: silent, with code 0
+            trainer.fit(stage, datamodule=data, ckpt_path=stage_run.checkpoint if resume else None, weights_only=True)
     except torch.OutOfMemoryError as error:
         micro = data.chunks_at_once(trainer.world_size)
         remedy = f"a data.micro_batch_size below {micro}" if micro > 1 else "trainer.strategy fsdp on more GPUs"
         raise InputError(
-            f"{leg.name}: the GPU's memory is full: run the same command again with {remedy}, which leaves the steps as they "
-            "are; what was saved before is intact"
+            f"{stage_run.name}: the GPU's memory is full: run the same command again with {remedy}, which leaves the steps "
+            "as they are; what was saved before is intact"
         ) from error
-    if trainer.global_step < leg.steps:
+    if trainer.global_step < stage_run.steps:
+        start = "its last checkpoint" if stage_run.checkpoint.is_file() else "its beginning"
         stopped = (
-            f"distill-pl: {leg.name} was stopped at step {trainer.global_step:,}: run the same command again to go on from "
-            + ("its last checkpoint" if leg.checkpoint.is_file() else "its beginning")
+            f"distill-pl: {stage_run.name} was stopped at step {trainer.global_step:,}: run the same command again to go on "
+            f"from {start}"
         )
         raise SystemExit(stopped if trainer.is_global_zero else 1)
-    if stage.validated_at != leg.steps:
+    if stage.validated_at != stage_run.steps:
         trainer.validate(stage, datamodule=data, verbose=False)
-    student = whole(stage.student) if isinstance(stage.student, FSDPModule) else stage.student
-    save_student(student, leg, stage.validation)
+    student = unsharded(stage.student)
+    save_student(student, stage_run, stage.validation)
     trainer.strategy.barrier()
     return student
 
 
-def trainer_for(config: Namespace, **ours) -> L.Trainer:
-    """A Trainer of the configuration's `trainer.*` and what this package decides itself."""
-    plugins: list = [AsideCheckpointIO()]
-    if SLURMEnvironment.detect():
-        plugins.append(SLURMEnvironment(auto_requeue=False))  # it loses steps; the batch script requeues
-    defaults: dict[str, Any] = {"logger": False, "enable_checkpointing": False}
-    if config.trainer.strategy == "fsdp":
-        defaults["strategy"] = FullyShardedStrategy()
-    try:
-        return L.Trainer(
-            **(config.trainer.as_dict() | {"precision": precision(config)} | defaults | ours),
-            plugins=plugins,
-            default_root_dir=config.out,
-            use_distributed_sampler=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            inference_mode=False,  # in which the slices of FSDP cannot be moved
-        )
-    except (MisconfigurationException, ValueError, TypeError) as error:
-        raise InputError(f"trainer: {' '.join(str(error).split())[:300]}") from error
-
-
-def precision(config: Namespace) -> str:
-    """`trainer.precision`, by default bf16-mixed on a GPU that has bf16 (weights and Adam stay fp32), else fp32."""
-    if config.trainer.precision is not None:
-        return str(config.trainer.precision)
-    return "bf16-mixed" if device(config).type == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
-
-
-def device(config: Namespace) -> torch.device:
-    """The kind of device that `trainer.accelerator` stands for here."""
-    gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return torch.device("cuda" if gpu else "cpu")
-
-
-def describe(config: Namespace, teacher: Teacher, student: Student, legs: list[Leg]) -> None:
-    """Say what is about to happen."""
+def describe(config: Namespace, teacher: Teacher, student: Student, plans: list[StageRun]) -> None:
+    """Print what is about to run: teacher, student, text, stages and folder."""
     count = sum(p.numel() for p in student.parameters())
     base = teacher.config
     own = sum(p.numel() for p in teacher.model.parameters())
@@ -239,23 +217,25 @@ def describe(config: Namespace, teacher: Teacher, student: Student, legs: list[L
         f"mixing by {'Triton kernels' if use_fla(config.student.backend, device(config)) else 'torch'}, {precision(config)}\n"
         f"text     {config.data.dataset}, chunks of {config.data.sequence_length}, {config.data.batch_size} a step\n"
         f"stages   "
-        + ", then ".join(f"{leg.name} {short(leg.steps * batch)} tokens" for leg in legs)
+        + ", then ".join(f"{stage_run.name} {short(stage_run.steps * batch)} tokens" for stage_run in plans)
         + f"\nout      {config.out}"
     )
 
 
-@rank_zero_only
-def export(config: Namespace, legs: list[Leg], student: Student, teacher: Teacher) -> None:
-    """The Hugging Face folder, written aside and renamed. A student that is all softmax becomes its teacher's own class."""
+def export(config: Namespace, plans: list[StageRun], student: Student, teacher: Teacher) -> None:
+    """Write the Hugging Face folder beside its place and rename it, on rank 0.
+
+    A student of softmax attention throughout is saved as its teacher's own class.
+    """
     folder = Path(config.out) / "student"
-    if folder.is_dir():  # another run did the whole of it while this one packed text
+    if not is_first_rank() or folder.is_dir():  # another run may have finished everything while this one packed text
         return
     aside = folder.with_name("student.new")
     shutil.rmtree(aside, ignore_errors=True)
-    student.config.backend = "auto"  # of this machine; the next one chooses for itself
+    student.config.backend = "auto"  # the choice was for this machine
     model = as_transformer(student)
-    model.generation_config = teacher.model.generation_config  # what ends a text, and how its maker would sample
+    model.generation_config = teacher.model.generation_config  # end-of-text tokens and sampling defaults
     model.save_pretrained(aside)
     teacher.tokenizer.save_pretrained(aside)
-    (aside / "README.md").write_text(str(model_card(config, legs, model)))
+    (aside / "README.md").write_text(str(model_card(config, plans, model)))
     aside.rename(folder)

@@ -1,11 +1,11 @@
-"""Stage 1, matrix mixing (paper, section 3.1, Eq. 7): each mixing matrix is pulled to the teacher's attention matrix."""
+"""Stage 1, matrix mixing (paper, section 3.1, Eq. 7): train each mixing matrix towards the teacher's attention matrix."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from distill_pl.compiling.layers import compiled_on_gpu
 from distill_pl.errors import InputError
 from distill_pl.losses import matrix_distance
 from distill_pl.mixers import SequenceMixer
@@ -14,23 +14,25 @@ from distill_pl.stages.optim import warmup_stable_decay
 from distill_pl.stages.stage import Stage
 from distill_pl.teacher import Layer
 
-ENTRIES_AT_ONCE = {"cpu": 2**22, "cuda": 2**28}  # of the matrices of all heads together; at least a sequence's
+# entries of T x T matrices, over all heads, that exist together; one sequence's matrices always do
+ENTRIES_AT_ONCE = {"cpu": 2**22, "cuda": 2**28}
 
 
 class MatrixMixingStage(Stage):
-    """Stage 1, matrix mixing: each layer's mixing matrix is pulled to the teacher's attention matrix (Eq. 7).
+    """Stage 1, matrix mixing: train each layer's mixing matrix towards the teacher's attention matrix (Eq. 7).
 
-    Student layer l sees the teacher's input of layer l; only what its mixing matrix depends on trains.
+    Student layer l reads the teacher's input of layer l; only parameters that its mixing matrix depends on train.
 
     Args:
         decay: share of the steps, at the end, in which the learning rate falls.
-        estimator: `exact` builds both T x T matrices, a few sequences of the batch at a time; `probe` never does: for random
-            signs z, E |(A_t - A_s) z|^2 = |A_t - A_s|_F^2, and both products are one fast pass.
-        norm: `frobenius`, the norm itself, or `mse`, the mean squared error over the matrix (Appendix B).
-        probes: columns of z; more estimate better.
+        estimator: `exact` builds both T x T matrices, a few sequences of the batch at a time; `probe` estimates their
+            distance without building them: for random signs z, E |(A_t - A_s) z|^2 = |A_t - A_s|_F^2.
+        norm: `frobenius`, the Frobenius norm of the difference, or `mse`, its mean squared entry (Appendix B).
+        probes: number of random vectors z; more give a better estimate.
     """
 
     name = "matrix_mixing"
+    compiles: ClassVar[tuple[str, ...]] = ("squared_distance", "probed_distance")
 
     def __init__(
         self,
@@ -46,6 +48,7 @@ class MatrixMixingStage(Stage):
     ):
         super().__init__(student, teacher, lr=lr, **kwargs)
         self.decay, self.estimator, self.norm, self.probes = decay, estimator, norm, probes
+        self.squared_distance, self.probed_distance = squared_distance, probed_distance
         heads = {mixer.heads for mixer in student.mixers} - {teacher.config.num_attention_heads}
         if heads:
             raise InputError(
@@ -54,65 +57,86 @@ class MatrixMixingStage(Stage):
             )
 
     def trained(self) -> list[torch.nn.Parameter]:
-        """What the mixing matrices depend on."""
+        """Return the parameters that the mixing matrices depend on."""
         return [parameter for mixer in self.student.mixers for parameter in mixing_parameters(mixer)]
 
     @property
     def part_names(self) -> list[str]:
-        """One a layer."""
+        """Name one part a layer."""
         return self.layer_names()
 
     def share_of_lr(self, step: int, steps: int) -> float:
-        """Warm-up, stable, decay (section 4.3)."""
+        """Return the share of the learning rate: warm-up, stable, decay (section 4.3)."""
         return warmup_stable_decay(step, steps, self.warmup, self.decay)
 
     def draw(self, tokens: Tensor, seed: int) -> tuple[Tensor, ...]:
-        """Probes: random signs [1, T, 1, P]."""
+        """Draw the probes: random signs z [1, T, 1, P]; nothing for exact matrices."""
         if self.estimator == "exact":
             return ()
         generator = torch.Generator().manual_seed(seed)
         bits = torch.randint(0, 2, (1, tokens.shape[1], 1, self.probes), generator=generator, dtype=torch.int8)
-        signs = bits.to(tokens.device) * 2 - 1  # bytes: for a copy of more than 64 KiB the CPU would wait until the GPU is idle
+        signs = bits.to(tokens.device) * 2 - 1  # int8, as the CPU waits for an idle GPU to copy more than 64 KiB
         return (signs,)
 
     def losses_given(self, tokens: Tensor, *drawn: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean over layers of Eq. 7's distances."""
+        """Average Eq. 7's distances over the layers of a batch of tokens [B, T]."""
         distances = []
         for student_layer, layer in zip(self.student.model.layers, self.teacher.layers(tokens), strict=True):
             if self.estimator == "exact":
-                distances.append(exact_distance(student_layer, layer, self.norm))
+                distances.append(exact_distance(student_layer, layer, self.norm, self.squared_distance))
             else:
-                squared = probed_distance(student_layer, layer, *drawn)
+                squared = self.probed_distance(student_layer, layer, *drawn)
                 distances.append(matrix_distance(squared, tokens.shape[1], self.norm))
         parts = torch.stack(distances)
         return parts.mean(), parts.detach()
 
 
-def exact_distance(student_layer: nn.Module, layer: Layer, norm: Literal["frobenius", "mse"]) -> Tensor:
-    """Eq. 7 for one layer, scalar: both matrices of a few sequences at a time, and right away the gradient."""
+def squared_distance(student_layer: nn.Module, hidden: Tensor, query: Tensor, key: Tensor, scale: float, position) -> Tensor:
+    """Compute |A_teacher - A_student|_F^2 [B, H] from both matrices.
+
+    hidden [B, T, D] is the teacher's input of the layer; query and key [B, T, heads, K] are the teacher's, after RoPE.
+    """
+    student = student_layer.self_attn.matrix(student_layer.input_layernorm(hidden), position)
+    return (softmax.matrix(query, key, scale) - student).square().sum((-2, -1))
+
+
+def probed_distance(student_layer: nn.Module, layer: Layer, signs: Tensor) -> Tensor:
+    """Estimate |A_teacher - A_student|_F^2 [B, H] without bias from probes `signs` [1, T, 1, P] of +1 and -1."""
+    student = student_layer.self_attn.matrix_times(signs, student_layer.input_layernorm(layer.input), layer.position)
+    values = signs.to(layer.key.dtype).expand(*layer.key.shape[:3], -1)
+    teacher, _ = softmax.mix(layer.query, layer.key, values, layer.scale)
+    return (teacher.float() - student.float()).square().sum(1).mean(-1)
+
+
+def exact_distance(student_layer: nn.Module, layer: Layer, norm: Literal["frobenius", "mse"],
+                   squared_distance: Callable = squared_distance) -> Tensor:  # fmt: skip
+    """Compute Eq. 7 for one layer, a scalar, from the matrices of a few sequences at a time.
+
+    The gradient is made along with the loss, so that no matrix is kept for the backward pass or built again in it.
+    """
     batch, length, heads, _ = layer.query.shape
     at_once = max(1, ENTRIES_AT_ONCE["cuda" if layer.query.is_cuda else "cpu"] // (heads * length**2))
-    rows = list(zip(*(x.tensor_split(-(-batch // at_once)) for x in (layer.input, layer.query, layer.key)), strict=True))
+    pieces = list(zip(*(x.tensor_split(-(-batch // at_once)) for x in (layer.input, layer.query, layer.key)), strict=True))
 
-    def share(row: tuple[Tensor, ...]) -> Tensor:
-        squared = squared_distance(student_layer, *row, layer.scale, layer.position)
+    def distance(piece: tuple[Tensor, ...]) -> Tensor:
+        squared = squared_distance(student_layer, *piece, layer.scale, layer.position)
         return matrix_distance(squared, length, norm) * (len(squared) / batch)
 
     if not torch.is_grad_enabled():
-        return torch.stack([share(row) for row in rows]).sum()
-    return _Differentiated.apply(share, rows, *(p for p in student_layer.self_attn.parameters() if p.requires_grad))
+        return torch.stack([distance(piece) for piece in pieces]).sum()
+    return _SumOverPieces.apply(distance, pieces, *(p for p in student_layer.self_attn.parameters() if p.requires_grad))
 
 
-class _Differentiated(torch.autograd.Function):
-    """A sum over rows and its gradient, a row at a time: no matrix is kept for the backward pass or built in it again."""
+class _SumOverPieces(torch.autograd.Function):
+    """Sum `distance` over pieces of a batch, computing the gradient of each piece right away."""
 
     @staticmethod
-    def forward(ctx, share, rows, *parameters):
+    def forward(ctx, distance, pieces, *parameters):
         total, ctx.gradients = 0, None
-        for row in rows:
-            torch.clear_autocast_cache()  # its casts belong to the graph of the row before
+        for piece in pieces:
+            torch.clear_autocast_cache()  # autocast's cached weights belong to the graph of the piece before
             with torch.enable_grad():
-                value = share(row)
+                value = distance(piece)
                 gradients = torch.autograd.grad(value, parameters)
             total = total + value.detach()
             ctx.gradients = gradients if ctx.gradients is None else torch._foreach_add(ctx.gradients, gradients)
@@ -124,29 +148,13 @@ class _Differentiated(torch.autograd.Function):
         return None, None, *torch._foreach_mul(ctx.gradients, grad)
 
 
-@compiled_on_gpu
-def squared_distance(student_layer: nn.Module, hidden: Tensor, query: Tensor, key: Tensor, scale: float, position) -> Tensor:
-    """|A_teacher - A_student|_F^2, [B, H], from both matrices. hidden [B, T, D], query and key [B, T, heads, K]."""
-    student = student_layer.self_attn.matrix(student_layer.input_layernorm(hidden), position)
-    return (softmax.matrix(query, key, scale) - student).square().sum((-2, -1))
-
-
-@compiled_on_gpu
-def probed_distance(student_layer: nn.Module, layer: Layer, signs: Tensor) -> Tensor:
-    """An unbiased estimate of |A_teacher - A_student|_F^2, [B, H], from probes signs [1, T, 1, P] of +1 and -1."""
-    student = student_layer.self_attn.matrix_times(signs, student_layer.input_layernorm(layer.input), layer.position)
-    values = signs.to(layer.key.dtype).expand(*layer.key.shape[:3], -1)
-    teacher, _ = softmax.mix(layer.query, layer.key, values, layer.scale)
-    return (teacher.float() - student.float()).square().sum(1).mean(-1)
-
-
 def mixing_parameters(mixer: SequenceMixer) -> list[torch.nn.Parameter]:
-    """The parameters that A depends on, found by asking: those that a matrix of four tokens has a gradient for."""
+    """Find the parameters that A depends on: those for which a matrix of four tokens has a gradient."""
     parameters = list(mixer.requires_grad_(True).parameters())
     device = parameters[0].device
     generator = torch.Generator().manual_seed(0)
     sizes = (mixer.q_proj.in_features, mixer.key_dim)
-    # on the CPU, as the generator is: Lightning calls this with the GPU as torch's default device
+    # on the CPU like the generator, although Lightning calls this with the GPU as torch's default device
     hidden, angle = (torch.randn(1, 4, size, generator=generator, device="cpu").to(device) for size in sizes)
     with torch.enable_grad():
         total = mixer.matrix(hidden, (angle.cos(), angle.sin())).square().sum()

@@ -1,13 +1,16 @@
-"""AdamW and the two learning-rate schedules of the paper's section 4.3."""
+"""AdamW, the two learning-rate schedules of the paper's section 4.3, and gradient clipping that does not wait for the GPU."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
-from torch.optim import AdamW
+from torch.nn.utils import clip_grads_with_norm_
+from torch.optim import AdamW, Optimizer
 
 
 def adamw(parameters: Iterable[Parameter], lr: float, weight_decay: float) -> AdamW:
-    """AdamW (0.9, 0.95); only matrices decay, not norms and biases. Fused on a GPU."""
+    """Build AdamW with betas (0.9, 0.95), fused on a GPU; matrices decay, norms and biases do not."""
     parameters = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -17,11 +20,33 @@ def adamw(parameters: Iterable[Parameter], lr: float, weight_decay: float) -> Ad
 
 
 def warmup_stable_decay(step: int, steps: int, warmup: float, decay: float) -> float:
-    """Share of the maximum learning rate at `step` of `steps`: up, level, and down to 0 over the last `decay` of them."""
+    """Return the share of the maximum learning rate at `step` of `steps`: up, level, down to 0.
+
+    warmup and decay are the shares of the steps in which the rate rises and falls.
+    """
     done = (step + 1) / steps
     return max(0.0, min(1.0, done / warmup if warmup else 1.0, (1 - step / steps) / decay if decay else 1.0))
 
 
 def linear(step: int, steps: int, warmup: float) -> float:
-    """Share of the maximum learning rate at `step` of `steps`: up over `warmup` of them, then down to 0 in a line."""
+    """Return the share of the maximum learning rate at `step` of `steps`: up for a share `warmup`, then down to 0."""
     return warmup_stable_decay(step, steps, warmup, decay=1 - warmup)
+
+
+def clips_inside_step(optimizer: Optimizer, norm: Tensor) -> bool:
+    """Return whether `clip_inside_step` can be used: with a fused optimizer, on gradients that are not sharded."""
+    return bool(optimizer.defaults.get("fused")) and not isinstance(norm, DTensor)
+
+
+def clip_inside_step(optimizer: Optimizer, norm: Tensor, clip: float, finite: Tensor) -> None:
+    """Let a fused optimizer's next step clip gradients of this norm to `clip`, and change nothing unless `finite`.
+
+    The CPU then waits for neither. torch's fused optimizers divide gradients by their attribute `grad_scale` and skip the step
+    where `found_inf` is 1; both attributes are how torch's GradScaler talks to them and are not documented.
+    """
+    vars(optimizer).update(grad_scale=(norm.float() / clip).clamp(min=1), found_inf=(~finite).float())
+
+
+def clip_now(parameters: Sequence[Parameter], norm: Tensor, clip: float) -> None:
+    """Scale the gradients of `parameters`, whose norm all together is `norm`, to a norm of at most `clip`."""
+    clip_grads_with_norm_(parameters, clip, norm)

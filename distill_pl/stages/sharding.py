@@ -1,4 +1,4 @@
-"""`trainer.strategy fsdp`: each rank holds a slice of the student, of its optimiser and of the teacher (PyTorch's FSDP2)."""
+"""Shard student, optimizer and teacher over the ranks by PyTorch's FSDP2 (`trainer.strategy fsdp`)."""
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -11,35 +11,46 @@ from distill_pl.student.modeling import Student
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
-    """Over all ranks in one dimension; a checkpoint is one file, like any other strategy's."""
+    """Shard over all ranks in one dimension; a checkpoint is one file, as under any other strategy."""
 
     def __init__(self):
         super().__init__(save_distributed_checkpoint=False)
 
     def setup_environment(self) -> None:
-        """The mesh of the ranks."""
+        """Make all ranks shard data: Lightning's default is tensor parallelism within a node."""
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
 
+def is_sharded(student: Student) -> bool:
+    """Return whether `shard` was applied to the student."""
+    return isinstance(student, FSDPModule)
+
+
 def shard(student: Student, teacher: nn.Module, mesh: DeviceMesh) -> None:
-    """Cut both models up, in place: a layer at a time is whole, while it computes. Collective over the mesh."""
+    """Shard both models in place over the mesh; each layer is gathered while it computes. Collective.
+
+    The teacher may be sharded already, by an earlier stage.
+    """
     for layer in student.model.layers:
-        for part in (layer.input_layernorm, layer.self_attn):  # matrix mixing calls them by themselves
+        for part in (layer.input_layernorm, layer.self_attn):  # matrix mixing calls these two without their layer
             fully_shard(part, mesh=mesh)
         register_fsdp_forward_method(layer.self_attn, "matrix_times")
         fully_shard(layer, mesh=mesh)
     fully_shard(student, mesh=mesh)
     register_fsdp_forward_method(student, "hidden_states")
-    with torch.no_grad():  # the first to compute becomes the root, and that must be the whole, not a mixer
+    with torch.no_grad():  # the first module to compute becomes FSDP's root, which must be the student, not a mixer
         student.hidden_states(torch.zeros(1, 1, dtype=torch.long, device=mesh.device_type))
     for layer in teacher.model.layers:
-        if not isinstance(layer, FSDPModule):  # not by the stage before
-            fully_shard(layer, mesh=mesh, reshard_after_forward=True)  # each its own root, which would stay whole
+        if not isinstance(layer, FSDPModule):
+            # each layer is a root of its own, which FSDP would leave gathered after its forward pass
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
 
 
-def whole(student: Student) -> Student:
-    """An unsharded copy on the CPU; its weights are right on rank 0 alone. Collective."""
+def unsharded(student: Student) -> Student:
+    """Return a whole copy on the CPU, whose weights are right on rank 0 alone; an unsharded student itself. Collective."""
+    if not is_sharded(student):
+        return student
     weights = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     copy = Student(student.config)
     if weights:

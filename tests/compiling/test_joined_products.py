@@ -13,7 +13,7 @@ from torch._inductor.utils import run_and_get_code
 
 from distill_pl.compiling.joined_products import JoinProducts, add_product, join_products, results, where_to
 from distill_pl.student.factory import StudentFactory
-from distill_pl.teacher import _run
+from distill_pl.teacher import run_layer
 
 LENGTH = 32
 OPTIONS = {"post_grad_custom_pre_pass": JoinProducts(), "fx_graph_cache": False}
@@ -66,8 +66,8 @@ def test_a_teacher_s_layer(teacher, joined):
     hidden = torch.randn(2, LENGTH, teacher.config.hidden_size)
     position = teacher.model.model.rotary_emb(hidden, torch.arange(LENGTH)[None])
     with torch.no_grad():
-        expected = _run.__wrapped__(teacher.model.model.layers[0], hidden, position)
-        found = torch.compile(_run.__wrapped__, backend=backend, dynamic=False)(teacher.model.model.layers[0], hidden, position)
+        expected = run_layer(teacher.model.model.layers[0], hidden, position)
+        found = torch.compile(run_layer, backend=backend, dynamic=False)(teacher.model.model.layers[0], hidden, position)
     torch.testing.assert_close(found, expected)
     assert counts == [(7, 4)]  # q, k and v; o; the gate and what it lets through; down
 

@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
-import distill_pl.teacher
 from distill_pl.stages.hidden_align import block_distance
 from distill_pl.stages.matrix_mixing import probed_distance, squared_distance
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.modeling import Student
-from distill_pl.teacher import Teacher
+from distill_pl.teacher import Teacher, run_layer
 
 LENGTH = 32
 
@@ -36,8 +35,8 @@ def tokens(teacher) -> torch.Tensor:
 
 def test_a_teacher_is_one_graph(any_teacher, tokens, graphs, keep, monkeypatch):
     plain = [layer.output for layer in any_teacher.layers(tokens)]
-    run = torch.compile(distill_pl.teacher._run.__wrapped__, backend=keep, fullgraph=True, dynamic=False)
-    monkeypatch.setattr(distill_pl.teacher, "_run", run)
+    run = torch.compile(run_layer, backend=keep, fullgraph=True, dynamic=False)
+    monkeypatch.setattr(any_teacher, "run_layer", run)
     for layer, expected in zip(any_teacher.layers(tokens), plain, strict=True):
         torch.testing.assert_close(layer.output, expected)
     assert len(graphs) == 1 < len(plain)
@@ -50,11 +49,11 @@ def test_a_student_is_one_graph(teacher, tokens, name, graphs, keep, what):
     signs = torch.ones(1, LENGTH, 1, 4)
     functions = {
         "layer": lambda own, theirs: own(theirs.input, position_embeddings=theirs.position),
-        "probe": lambda own, theirs: probed_distance.__wrapped__(own, theirs, signs),
-        "exact": lambda own, theirs: squared_distance.__wrapped__(
+        "probe": lambda own, theirs: probed_distance(own, theirs, signs),
+        "exact": lambda own, theirs: squared_distance(
             own, theirs.input, theirs.query, theirs.key, theirs.scale, theirs.position
         ),
-        "block": lambda own, theirs: block_distance.__wrapped__(own, theirs),
+        "block": lambda own, theirs: block_distance(own, theirs),
     }
     plain = functions[what]
     compiled = torch.compile(plain, backend=keep, fullgraph=True, dynamic=False)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill_pl.stages.optim import adamw, linear, warmup_stable_decay
+from distill_pl.stages.optim import adamw, clip_inside_step, clips_inside_step, linear, warmup_stable_decay
 
 STEPS = [1, 2, 7, 10, 100, 999]
 
@@ -83,3 +83,29 @@ def test_norms_and_biases_stay_where_nothing_pulls_at_them():
 def test_a_model_of_vectors_alone_has_one_group():
     optimizer = adamw(nn.LayerNorm(3).parameters(), lr=0.1, weight_decay=0.5)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0]
+
+
+@pytest.mark.parametrize("finite", [True, False])
+def test_clip_inside_step_is_what_fused_adamw_reads(finite):
+    """torch documents neither `grad_scale` nor `found_inf`: a version that stops reading them fails here."""
+    networks = model(), model()
+    fused, plain = (
+        torch.optim.AdamW(network.parameters(), lr=0.1, fused=fused)
+        for network, fused in zip(networks, (True, False), strict=True)
+    )
+    assert clips_inside_step(fused, torch.tensor(1.0)) and not clips_inside_step(plain, torch.tensor(1.0))
+    for network in networks:
+        for parameter in network.parameters():
+            parameter.grad = torch.ones_like(parameter)
+    start = [p.clone() for p in networks[0].parameters()]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in networks[0].parameters()])
+    clip_inside_step(fused, norm, 0.01, torch.tensor(finite))
+    fused.step()
+    if not finite:
+        assert all(torch.equal(p, before) for p, before in zip(networks[0].parameters(), start, strict=True))
+        return
+    torch.nn.utils.clip_grad_norm_(networks[1].parameters(), 0.01)
+    plain.step()
+    for parameter, expected in zip(*(network.parameters() for network in networks), strict=True):
+        torch.testing.assert_close(parameter, expected)
+        torch.testing.assert_close(parameter.grad, expected.grad)

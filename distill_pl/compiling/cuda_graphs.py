@@ -1,0 +1,96 @@
+"""Launch a training step as two CUDA graphs, forward and backward, instead of kernel by kernel."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+
+from distill_pl.stages import Stage
+
+
+class StepGraphs(Callback):
+    """Capture a stage's losses and their gradient at its first training step, and replay them from then on.
+
+    Where a step cannot be captured, for want of memory or because it waits for the GPU, it runs as before.
+    """
+
+    def __init__(self) -> None:
+        self.losses: Callable | None = None
+
+    def on_train_start(self, trainer: L.Trainer, stage: Stage) -> None:
+        """Let the stage take its losses from here."""
+
+        def losses(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+            if self.losses is None:  # not before: capturing needs a batch, autocast and DDP as a step has them
+                self.losses = self.capture(stage, inputs)
+            return self.losses(*inputs)
+
+        stage.captured_losses = losses
+
+    def capture(self, stage: Stage, inputs: tuple[Tensor, ...]) -> Callable:
+        """Return the stage's losses as CUDA graphs for inputs of these shapes, or as they are where that fails."""
+        try:
+            captured = CapturedLosses(stage.losses_given, stage.student, inputs)
+        except RuntimeError as error:
+            reason = str(error).split("\n")[0]
+            stage.print(f"{stage.name}: no CUDA graph of a step can be had, its kernels are launched one by one ({reason})")
+            return stage.losses_given
+        stage.graph_bytes = captured.pool_bytes
+        return captured
+
+    def on_train_batch_start(self, trainer: L.Trainer, stage: Stage, batch: Tensor, batch_idx: int) -> None:
+        """Note whether this is the first micro-batch of a step."""
+        self.is_first = batch_idx % trainer.accumulate_grad_batches == 0
+
+    def on_after_backward(self, trainer: L.Trainer, stage: Stage) -> None:
+        """Copy the first micro-batch's gradients away from where the graph writes the next one's."""
+        if isinstance(self.losses, CapturedLosses) and trainer.accumulate_grad_batches > 1 and self.is_first:
+            for parameter in stage.student.parameters():
+                parameter.grad = None if parameter.grad is None else parameter.grad.clone()
+
+    def on_train_end(self, trainer: L.Trainer, stage: Stage) -> None:
+        """Free what the graphs hold for the next stage."""
+        self.losses = stage.captured_losses = None
+        stage.graph_bytes = 0
+
+
+class CapturedLosses:
+    """Compute losses of a student's parameters by two CUDA graphs; every call overwrites the results of the last.
+
+    Gradients too are written to one place by every backward pass: copy those that must outlive the next one.
+    """
+
+    def __init__(self, losses: Callable[..., tuple[Tensor, Tensor]], student: nn.Module, inputs: tuple[Tensor, ...]):
+        """Capture `losses` for inputs of these shapes, after one run that compiles and tunes, which a graph cannot hold."""
+        pool = torch.cuda.graph_pool_handle()
+        module = _Losses(losses, student)
+        samples = tuple(x.clone() for x in inputs)
+        self.graphs: Any = torch.cuda.make_graphed_callables(
+            module, samples, num_warmup_iters=1, allow_unused_input=True, pool=pool
+        )
+        torch.cuda.reset_peak_memory_stats()  # from now on, what lives within a step lies in the pool
+        self.pool_bytes = pool_bytes(pool)
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute what `losses` computes."""
+        return self.graphs(*inputs)
+
+
+class _Losses(nn.Module):
+    """Present a function of a student as a module with the student's parameters, as make_graphed_callables wants it."""
+
+    def __init__(self, losses: Callable, student: nn.Module):
+        super().__init__()
+        self.losses, self.student = losses, student
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return self.losses(*inputs)
+
+
+def pool_bytes(pool: tuple[int, int]) -> int:
+    """Return the GPU bytes that a graph's memory pool holds beyond what the allocator counts as allocated."""
+    segments = [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == tuple(pool)]
+    return sum(segment["total_size"] - segment["allocated_size"] for segment in segments)

@@ -1,0 +1,20 @@
+"""Read a value from the GPU a step late, so that the CPU never waits for the GPU to finish the step."""
+
+import torch
+from torch import Tensor
+
+
+class AsyncCopy:
+    """Start copying a tensor to the CPU; `get` waits until the copy is complete and returns it."""
+
+    def __init__(self, x: Tensor):
+        self.copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x, non_blocking=True)
+        self.arrived = torch.cuda.Event() if x.is_cuda else None
+        if self.arrived:
+            self.arrived.record()
+
+    def get(self) -> Tensor:
+        """Return the tensor on the CPU."""
+        if self.arrived:
+            self.arrived.synchronize()
+        return self.copy

@@ -1,0 +1,62 @@
+"""Stop a run whose loss or gradient is not finite, and say in which layer it stopped being finite."""
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from distill_pl.errors import Diverged
+from distill_pl.stages.async_copy import AsyncCopy
+
+if TYPE_CHECKING:
+    from distill_pl.stages.stage import Stage
+
+
+class Step(NamedTuple):
+    """Remember a training step until it is known whether its loss and gradient were finite."""
+
+    number: int
+    batch: Tensor  # tokens [B, T] of its last micro-batch
+    values: Tensor  # loss and parts
+    finite: AsyncCopy  # bool
+
+
+class FiniteCheck:
+    """Check every step of a stage once, a step late: asking at once would make the CPU wait for the GPU (6% of a step)."""
+
+    def __init__(self) -> None:
+        self.pending: Step | None = None
+
+    def record(self, step: Step) -> None:
+        """Remember a step, to be checked by the next `verify`."""
+        self.pending = step
+
+    def verify(self, stage: "Stage") -> None:
+        """Raise Diverged, naming stage, step and layer, if the recorded step's loss or gradient was not finite."""
+        step, self.pending = self.pending, None
+        if step is not None and not step.finite.get():
+            raise Diverged(
+                f"{stage.name}: not finite at step {step.number}, {_first_not_finite(stage, step)}; the last checkpoint is "
+                f"intact. Try a smaller {stage.name}.lr (now {stage.lr:g}), or look at this step's text"
+            )
+
+
+@torch.no_grad()
+def _first_not_finite(stage: "Stage", step: Step) -> str:
+    """Run the step again to say where a value first stops being finite: a layer, a part of the loss, or a gradient."""
+    hidden = stage.student.model.embed_tokens(step.batch)
+    position = stage.student.position(hidden)
+    for index, layer in enumerate(stage.student.model.layers):
+        hidden = layer(hidden, position_embeddings=position)
+        if not torch.isfinite(hidden).all():
+            return f"in the output of layer {index}"
+    for name, value in zip(stage.part_names, step.values[1:].tolist(), strict=True):
+        if not math.isfinite(value):
+            return f"in {name}"
+    trained = {name: p for name, p in stage.student.named_parameters() if p.requires_grad}
+    with torch.enable_grad():
+        loss, _ = stage.losses(step.batch, seed=step.number - 1)
+        gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    bad = [name for name, g in zip(trained, gradients, strict=True) if g is not None and not g.isfinite().all()]
+    return f"in the gradient of {bad[-1]}" if bad else "in a gradient"  # the last layer: gradients flow from there down
