@@ -1,4 +1,4 @@
-"""Amounts of text, written as people write them: 80M, 1B, 512k."""
+"""Numbers of tokens, written with a decimal unit: 80M, 1B, 512k."""
 
 import re
 from decimal import Decimal
@@ -9,10 +9,10 @@ UNITS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 class Tokens(int):
-    """A number of tokens: an int that is read from and shown as `80M` (units k, M, B, T; decimal)."""
+    """A number of tokens: an int that is read from and printed as `80M` (decimal units k, M, B, T)."""
 
     def __new__(cls, amount: "int | str") -> "Tokens":
-        """Raises ValueError for anything but a whole number, of a unit or not."""
+        """Read an int or a text such as `2.5B`. Raises ValueError unless it is a whole number of tokens, 0 or more."""
         if isinstance(amount, str):
             match = re.fullmatch(r"(\d+(?:_\d+)*(?:\.\d+)?)\s*([kKMBT]?)", amount.strip())
             if match is None:
@@ -28,7 +28,7 @@ class Tokens(int):
         return super().__new__(cls, amount)
 
     def __str__(self) -> str:
-        """Exact, in the largest unit that it is a multiple of; this is what goes into a config file."""
+        """Format the exact number in the largest unit that divides it; config files hold this text."""
         for unit in ("T", "B", "M", "k"):
             if self and self % UNITS[unit] == 0:
                 return f"{self // UNITS[unit]}{unit}"
@@ -36,7 +36,7 @@ class Tokens(int):
 
 
 def short(amount: float) -> str:
-    """For reading: three digits and a unit."""
+    """Format a number for people, rounded to three digits and a unit: 1234 -> `1.23k`."""
     for unit in ("T", "B", "M", "k"):
         if amount >= UNITS[unit]:
             return f"{amount / UNITS[unit]:.3g}{unit}"

@@ -1,4 +1,4 @@
-"""Amounts of text: what is written is what is meant, and nothing else is accepted."""
+"""Amounts of tokens are read and printed exactly, and malformed ones are refused."""
 
 import random
 

@@ -1,1 +1,1 @@
-"""Text to packed token ids on disk, and from there to batches."""
+"""Text datasets, their packing into token ids on disk, and batches of these."""

@@ -1,4 +1,4 @@
-"""Packed chunks for the stages: which chunks a step takes follows from one number, the chunks consumed so far."""
+"""Batch packed chunks for every rank and step, as the number of chunks consumed so far alone determines."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,29 +10,32 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from distill_pl.data.chunks import Chunks
+from distill_pl.data.sources import TextSource
 from distill_pl.errors import InputError
 from distill_pl.tokens import Tokens, short
 
 
 class ChunkDataModule(L.LightningDataModule):
-    """The text, from the hub or from files.
+    """The training and validation text.
 
-    It is packed once into chunks of `sequence_length` tokens and read by memory map. A stage owns a span of consecutive
-    chunks; of each step's `batch_size` chunks every rank takes its slice. So any number of ranks, also after a restart with
-    another number, sees every chunk once and in the same order.
+    It is tokenised once, packed into chunks of `sequence_length` tokens and read by memory map. Each stage trains on a span
+    of consecutive chunks, and each rank takes its slice of the `batch_size` chunks of a step: any number of ranks, also
+    after a restart with another number, consumes every chunk once and in the same order.
 
     Args:
-        dataset: hub id, or a local file, folder or glob of parquet, jsonl or txt.
-        name: configuration of a hub dataset (not used for local files).
-        revision: branch, tag or commit of a hub dataset; default: main.
-        text_column: the column that holds the text.
+        dataset: Hugging Face hub id; or a local parquet, json, jsonl or txt file (a txt file is one document), a folder of
+            such files (their names assign them to splits, as in `datasets`) or a glob (every file is training text). Files
+            may be compressed: .gz, .bz2, .xz, or .zst where the zstandard package is installed.
+        name: configuration of a hub dataset, such as sample-10BT; ignored for local files.
+        revision: branch, tag or commit of a hub dataset, by default main; ignored for local files.
+        text_column: column that holds the documents; rows where it is null or empty are skipped.
         sequence_length: tokens in a chunk.
         batch_size: chunks in an optimiser step, over all ranks.
-        micro_batch_size: chunks that a rank takes at a time; gradients add up to those of the whole batch. Default: its
-            whole share, batch_size / ranks.
-        validation_tokens: held out, never trained on: the head of the dataset's validation split or, if it has none, of
-            the dataset itself.
-        repeat: go over the text again where a budget is larger than the dataset, instead of refusing.
+        micro_batch_size: chunks in a forward and backward pass of one rank, which adds up the gradients of its share of the
+            batch. By default the whole share, batch_size / ranks.
+        validation_tokens: tokens held out for validation, such as 256k: the head of the dataset's validation split or, if
+            it has none, its first documents. They are never trained on.
+        repeat: start over at the first chunk when a budget exceeds the dataset, instead of refusing it.
         cache: folder for the packed chunks, shared by all runs.
     """
 
@@ -50,13 +53,14 @@ class ChunkDataModule(L.LightningDataModule):
         cache: str = "~/.cache/distill_pl",
     ):
         super().__init__()
-        validation_tokens = Tokens(validation_tokens)  # 256k where it comes from a run's config.yaml
+        validation_tokens = Tokens(validation_tokens)  # a str such as 256k when read from a run's config.yaml
         sizes = {"sequence_length": sequence_length, "batch_size": batch_size, "micro_batch_size": micro_batch_size}
         for key, value in sizes.items():
-            if value is not None and value < (2 if key == "sequence_length" else 1):
-                raise InputError(f"data.{key} {value} is too small")
+            least = 2 if key == "sequence_length" else 1
+            if value is not None and value < least:
+                raise InputError(f"data.{key} {value} is too small: give at least {least}")
         if validation_tokens < sequence_length:
-            raise InputError(f"data.validation_tokens {validation_tokens} is less than one chunk of {sequence_length} tokens")
+            raise InputError(f"data.validation_tokens {validation_tokens} is below one chunk: give at least {sequence_length}")
         self.dataset, self.name, self.revision, self.text_column = dataset, name, revision, text_column
         self.sequence_length, self.batch_size, self.micro_batch_size = sequence_length, batch_size, micro_batch_size
         self.repeat = repeat
@@ -65,12 +69,13 @@ class ChunkDataModule(L.LightningDataModule):
         self.first, self.steps = 0, 0
 
     def open(self, tokenizer) -> Chunks:
-        """The chunk file of this dataset in this tokenizer, not yet prepared. Raises InputError where there is no such text."""
+        """Look up the packed text of this dataset and tokenizer, and check it without packing anything.
+
+        Raises:
+            InputError: the dataset cannot be used (see `Chunks.check`).
+        """
         self.chunks = Chunks(
-            dataset=self.dataset,
-            name=self.name,
-            revision=self.revision,
-            text_column=self.text_column,
+            TextSource(self.dataset, self.name, self.revision, self.text_column),
             tokenizer=tokenizer,
             sequence_length=self.sequence_length,
             validation_chunks=self.validation_chunks,
@@ -80,21 +85,25 @@ class ChunkDataModule(L.LightningDataModule):
         return self.chunks
 
     def prepare(self, chunks: int) -> None:
-        """Pack at least `chunks` training chunks. Every process may call it: one packs, the others wait.
+        """Pack at least `chunks` training chunks. Every process may call this: one packs, the others wait.
 
-        Not Lightning's `prepare_data`: that runs inside the process group, whose time-out an hour of packing would hit.
+        Lightning's `prepare_data` is not used because it runs inside the process group, whose timeout an hour of packing
+        exceeds.
+
+        Raises:
+            InputError: packing fails (see `Chunks.prepare`), or the dataset is smaller than `chunks` and not repeated.
         """
         self.chunks.prepare(chunks)
-        there = len(self.chunks.train)
-        if there == 0 or (there < chunks and not self.repeat):
+        available = len(self.chunks.train)
+        if available == 0 or (available < chunks and not self.repeat):
             length = self.sequence_length
             raise InputError(
-                f"data.dataset {self.dataset!r} holds {short(there * length)} training tokens, the budget needs "
+                f"data.dataset {self.dataset!r} holds {short(available * length)} training tokens, the budget needs "
                 f"{short(chunks * length)}: lower tokens, or set data.repeat true to go over the text again"
             )
 
     def accumulation(self, ranks: int) -> int:
-        """Micro-batches of a rank in an optimiser step. Raises InputError where the batch does not divide into them."""
+        """Return the micro-batches of a rank in an optimiser step. Raises InputError if the batch does not divide into them."""
         if self.batch_size % ranks:
             raise InputError(f"data.batch_size {self.batch_size} is not divisible by the {ranks} ranks: change either")
         if self.validation_chunks < ranks:
@@ -112,55 +121,59 @@ class ChunkDataModule(L.LightningDataModule):
         return share // micro
 
     def chunks_at_once(self, ranks: int) -> int:
-        """Of a rank's micro-batch."""
+        """Return the number of chunks in a rank's micro-batch."""
         return self.batch_size // ranks // self.accumulation(ranks)
 
     def assign(self, first: int, steps: int) -> None:
-        """The next stage takes `steps` batches from chunk `first` on."""
+        """Give the next stage the `steps` batches that begin at chunk `first`."""
         self.first, self.steps = first, steps
 
     def train_dataloader(self) -> DataLoader:
-        """Micro-batches [micro_batch_size, T] from where the trainer stands."""
+        """Build the loader of this rank's micro-batches [micro_batch_size, T] from the trainer's current step on."""
         trainer = self.trainer
-        parts = self.accumulation(trainer.world_size)
+        ranks = trainer.world_size
         sampler = SpanSampler(
-            self.first, self.steps, self.batch_size, trainer.global_step, trainer.global_rank, trainer.world_size, parts
+            self.first, self.steps, self.batch_size, trainer.global_step, trainer.global_rank, ranks, self.accumulation(ranks)
         )
         return _loader(self.chunks.train, sampler)
 
     def val_dataloader(self) -> DataLoader:
-        """The held-out chunks, cut by rank: as many batches for each, since sharded ranks compute together."""
+        """Build the loader of this rank's held-out chunks, in batches [micro_batch_size, T] but for the last.
+
+        Every rank gets the same number of batches because sharded ranks compute each batch together.
+        """
         ranks = self.trainer.world_size
-        per_rank = self.chunks_at_once(ranks)
-        mine = np.arange(self.trainer.global_rank, self.validation_chunks, ranks)
-        count = -(-(self.validation_chunks // ranks) // per_rank)
-        batches = np.split(mine, range(per_rank, count * per_rank, per_rank))  # all of a size but the last
+        micro = self.chunks_at_once(ranks)
+        indices = np.arange(self.trainer.global_rank, self.validation_chunks, ranks)
+        count = -(-(self.validation_chunks // ranks) // micro)
+        batches = np.split(indices, range(micro, count * micro, micro))
         return _loader(self.chunks.validation, [batch.tolist() for batch in batches])
 
 
 class SpanSampler(Sampler[list[int]]):
-    """Chunk indices of one rank's batches in a span, `parts` micro-batches for each of its `steps`. Its length is the whole
-    span's, also when `done` steps are skipped: Lightning counts batches from the start of the stage.
+    """The chunk indices of one rank's micro-batches in a span of `steps` batches that begins at chunk `first`.
+
+    The first `done` steps are skipped but counted in its length, because Lightning counts batches from the stage's start.
     """
 
-    def __init__(self, first: int, steps: int, batch_size: int, done: int, rank: int, ranks: int, parts: int = 1):
+    def __init__(self, first: int, steps: int, batch_size: int, done: int, rank: int, ranks: int, accumulation: int = 1):
         self.first, self.steps, self.batch_size, self.done = first, steps, batch_size, done
-        self.rank, self.ranks, self.parts = rank, ranks, parts
+        self.rank, self.ranks, self.accumulation = rank, ranks, accumulation
 
     def __len__(self) -> int:
-        return self.steps * self.parts
+        return self.steps * self.accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
         share = self.batch_size // self.ranks
-        micro = share // self.parts
+        micro = share // self.accumulation
         for step in range(self.done, self.steps):
-            start = self.first + step * self.batch_size + self.rank * share
-            for at in range(start, start + share, micro):
-                yield list(range(at, at + micro))
+            share_start = self.first + step * self.batch_size + self.rank * share
+            for start in range(share_start, share_start + share, micro):
+                yield list(range(start, start + micro))
 
 
 class _ChunkDataset(Dataset[Tensor]):
-    """Rows of a chunk file; past its end it begins again (data.repeat)."""
+    """The packed chunks; an index past the last starts over at the first (data.repeat)."""
 
     def __init__(self, chunks: np.ndarray):
         self.chunks = chunks
@@ -174,5 +187,5 @@ class _ChunkDataset(Dataset[Tensor]):
 
 def _loader(chunks: np.ndarray, batches) -> DataLoader:
     # no workers: a memory map is read a thousand times faster than any model trains
-    pinned = torch.cuda.is_available()  # or the CPU waits for the GPU at every batch
+    pinned = torch.cuda.is_available()  # without pinned memory the CPU waits for the GPU at every batch
     return DataLoader(_ChunkDataset(chunks), batch_sampler=batches, collate_fn=lambda batch: batch, pin_memory=pinned)

@@ -1,4 +1,4 @@
-"""Packed text: equal to a naive reference, whatever the file format and however often it was killed on the way."""
+"""Packed text equals a naive reference for every file format and however often packing was killed."""
 
 import errno
 import gzip
@@ -17,11 +17,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import distill_pl.data.chunks as chunks_module
 from distill_pl.data.chunks import Chunks
+from distill_pl.data.sources import TextSource
 from distill_pl.errors import InputError
 
 LENGTH = 32
@@ -29,26 +30,13 @@ WORDS = "the quick brown fox jumps over a lazy dog while rain falls on warm gras
 
 
 def make_documents(count: int, seed: int = 0) -> list[str]:
-    """Documents of very different length, each with a number that occurs in no other."""
+    """Make documents of very different lengths, each with a number that no other has."""
     rng = random.Random(seed)
     return [f"No{seed}.{i}: " + " ".join(rng.choices(WORDS, k=rng.choice([1, 5, 20, 90]))) for i in range(count)]
 
 
 DOCUMENTS = make_documents(300)
 ROWS = [text for i, text in enumerate(DOCUMENTS) for text in ([None, "", text] if i % 37 == 5 else [text])]
-
-
-@pytest.fixture(scope="session")
-def tokenizer():
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(
-        [" ".join(WORDS)] * 3,
-        trainers.BpeTrainer(vocab_size=320, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False),
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +57,7 @@ def write(path: Path, rows: list, kind: str) -> Path:
 
 
 def write_dataset(folder: Path, kind: str) -> str:
-    """ROWS as one of the datasets a user may name; returns that name."""
+    """Write ROWS as one kind of dataset and return the name by which a user gives it."""
     if kind == "txt":
         for i, text in enumerate(DOCUMENTS[:60]):
             (folder / f"{i:03}.txt").parent.mkdir(exist_ok=True)
@@ -88,9 +76,14 @@ def write_dataset(folder: Path, kind: str) -> str:
 KINDS = ["parquet", "jsonl", "jsonl file", "jsonl glob", "gz", "txt"]
 
 
-def make(dataset, tokenizer, cache, **changes) -> Chunks:
-    options = {"sequence_length": LENGTH, "validation_chunks": 4, **changes}
-    return Chunks(dataset=str(dataset), tokenizer=tokenizer, cache=cache, **options)
+def make(dataset, tokenizer, cache, sequence_length=LENGTH, validation_chunks=4, **source) -> Chunks:
+    return Chunks(
+        TextSource(str(dataset), **source),
+        tokenizer=tokenizer,
+        sequence_length=sequence_length,
+        validation_chunks=validation_chunks,
+        cache=cache,
+    )
 
 
 def ids_on_disk(chunks: Chunks) -> dict[str, list[int]]:
@@ -102,12 +95,12 @@ def bytes_on_disk(chunks: Chunks) -> dict[str, bytes]:
 
 
 def packed(documents: list[str], tokenizer) -> list[int]:
-    """The naive reference."""
+    """Tokenise one document at a time: the naive reference."""
     return [id for text in documents for id in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
 
 
 def documents_of(ids: list[int], tokenizer) -> list[str]:
-    return tokenizer.decode(ids).split("<eos>")[:-1]
+    return tokenizer.decode(ids).split(tokenizer.eos_token)[:-1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -118,7 +111,7 @@ def test_packs_like_the_naive_reference(kind, tokenizer, tmp_path):
     chunks.prepare(10**6)
     held = ids_on_disk(chunks)
     assert held["validation"] + held["train"] == packed(DOCUMENTS[:60] if kind == "txt" else DOCUMENTS, tokenizer)
-    assert held["validation"][-1] == held["train"][-1] == tokenizer.eos_token_id  # cut between documents only
+    assert held["validation"][-1] == held["train"][-1] == tokenizer.eos_token_id  # the cut is between documents
     assert chunks.train.shape == (len(held["train"]) // LENGTH, LENGTH) and chunks.validation.shape == (4, LENGTH)
     assert chunks.train.ravel().tolist() == held["train"][: chunks.train.size]
     assert chunks.validation.ravel().tolist() == held["validation"][: 4 * LENGTH]
@@ -127,8 +120,8 @@ def test_packs_like_the_naive_reference(kind, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "txt"])
 def test_resumed_after_failing_at_every_save(kind, tokenizer, tmp_path, monkeypatch):
-    """Every batch border is a place to resume from; before the sidecar's replacement and after it."""
-    dataset = write_dataset(tmp_path / "data", kind)
+    """Fail before and after the replacement of the sidecar, and resume from every batch border."""
+    dataset = write_dataset(tmp_path / "data", kind) + f"/*.{kind}"  # a folder's split names take most of the time to find
     whole, broken = (make(dataset, tokenizer, tmp_path / name) for name in ("whole", "broken"))
     whole.prepare(10**6)
 
@@ -154,13 +147,16 @@ def test_resumed_after_failing_at_every_save(kind, tokenizer, tmp_path, monkeypa
     assert bytes_on_disk(broken) == bytes_on_disk(whole)
 
 
-# Forks children that have all imports behind them and kills them, for real, at their n-th step of any kind.
+# Forks children after all imports and kills them with SIGKILL at their n-th call of the functions in `may_die`.
 KILLER = """
-import json, os, random, signal, sys, time
-import datasets, numpy, torch, transformers
+import json, os, random, signal, sys, time, types
+import datasets, numpy, transformers
+
+package, dataset, tokenizer, cache = sys.argv[1:]
+sys.modules["distill_pl"] = types.ModuleType("distill_pl")  # instead of its __init__, which imports torch for seconds
+sys.modules["distill_pl"].__path__ = [package]
 import distill_pl.data.chunks as chunks_module
 
-dataset, tokenizer, cache = sys.argv[1:]
 tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tokenizer)
 chunks_module.BATCH_DOCUMENTS, chunks_module.SAVE_TOKENS = 7, 600
 
@@ -178,9 +174,8 @@ def child(cache, train_chunks, steps=None):
     if steps:
         os.fsync, os.replace, numpy.array = may_die(os.fsync), may_die(os.replace), may_die(numpy.array)
         json.dump, time.monotonic = may_die(json.dump), may_die(time.monotonic)
-    chunks = chunks_module.Chunks(
-        dataset=dataset, tokenizer=tokenizer, cache=cache, sequence_length=32, validation_chunks=4
-    )
+    source = chunks_module.TextSource(dataset)
+    chunks = chunks_module.Chunks(source, tokenizer=tokenizer, cache=cache, sequence_length=32, validation_chunks=4)
     chunks.prepare(train_chunks)
     os._exit(0)
 
@@ -196,10 +191,11 @@ print(json.dumps([kills, [exit_code(pid) for pid in together]]))
 
 
 def test_killed_again_and_again_and_many_at_once(tokenizer, tmp_path):
-    dataset = write_dataset(tmp_path / "data", "parquet")
+    dataset = write_dataset(tmp_path / "data", "parquet") + "/*.parquet"
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    command = [sys.executable, "-c", KILLER, dataset, str(tmp_path / "tokenizer"), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    package = Path(chunks_module.__file__).parents[1]
+    command = [sys.executable, "-c", KILLER, str(package), dataset, str(tmp_path / "tokenizer"), str(tmp_path)]
+    environment = {**os.environ, "USE_TORCH": "0"}  # or every child of `datasets` imports torch
     ran = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=300)
     kills, together = json.loads(ran.stdout)
     assert kills >= 4 and together == [0, 0, 0]
@@ -209,15 +205,15 @@ def test_killed_again_and_again_and_many_at_once(tokenizer, tmp_path):
         assert bytes_on_disk(make(dataset, tokenizer, tmp_path / name)) == bytes_on_disk(whole)
 
 
-def test_who_has_to_wait_says_so(tokenizer, tmp_path, monkeypatch):
+def test_a_waiting_process_says_so(tokenizer, tmp_path, monkeypatch):
     chunks = make(write_dataset(tmp_path / "data", "jsonl"), tokenizer, tmp_path / "cache")
     chunks.folder.mkdir(parents=True)
-    said, anything = [], threading.Event()
-    monkeypatch.setattr(chunks_module, "_say", lambda line: (said.append(line), anything.set()))
+    lines, printed = [], threading.Event()
+    monkeypatch.setattr(chunks_module, "_print_progress", lambda line: (lines.append(line), printed.set()))
     waiting = threading.Thread(target=chunks.prepare, args=(3,))
     with filelock.FileLock(chunks.folder / ".lock"):
         waiting.start()
-        assert anything.wait(60) and "waiting for it" in said[0] and len(chunks.train) == 0
+        assert printed.wait(60) and "waiting for it" in lines[0] and len(chunks.train) == 0
     waiting.join(60)
     assert len(chunks.train) >= 3
 
@@ -233,7 +229,7 @@ def test_extension_appends(tokenizer, tmp_path):
         before = now
     at_once.prepare(70)
     assert bytes_on_disk(grown) == bytes_on_disk(at_once)
-    assert len(grown.train) < 100  # it stops when it has enough
+    assert len(grown.train) < 100  # packing stopped when it had enough
 
 
 def test_nothing_is_done_twice(tokenizer, tmp_path, monkeypatch, capsys):
@@ -329,8 +325,8 @@ def test_the_key_is_what_went_in(tokenizer, tmp_path):
     assert len(set(folders)) == len(folders)
     assert folder("hub/data", revision="main") == folder("hub/data")
     assert folder(os.path.relpath(data)) == folder(f"{data}/../data/") == folder(name="ignored") == first
-    data.rename(tmp_path / "moved" if (tmp_path / "elsewhere").mkdir() else tmp_path / "elsewhere" / "data")
-    data = tmp_path / "elsewhere" / "data"
+    (tmp_path / "elsewhere").mkdir()
+    data = data.rename(tmp_path / "elsewhere" / "data")
     assert folder(data) == first
     os.utime(data / "part-0.jsonl", ns=(1, 1))
     assert folder(data) != first
@@ -368,29 +364,29 @@ def test_an_unreachable_hub_is_one_line(tokenizer, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "files, changes, message",
+    "files, message",
     [
-        ({}, {}, "no such file or folder.*hub"),
-        ({"README.md": "hello"}, {}, "must be parquet, jsonl, json or txt, and holds .md"),
-        ({"a.txt": "hello", "b.jsonl": '{"text": "a"}\n'}, {}, "mixes json and text files"),
-        ({"a.jsonl": '{"body": "a", "id": 1}\n'}, {}, "data.text_column 'text' .* body, id"),
-        ({"a.jsonl": '{"text": 3}\n'}, {}, "data.text_column 'text' .* holds int"),
-        ({"a.jsonl": ""}, {}, "is empty"),
-        ({"a.parquet": "this is none"}, {}, "cannot be opened .*ArrowInvalid"),
-        ({"validation.jsonl": '{"text": "a"}\n'}, {}, "no train split, only validation"),
+        ({}, "no such file or folder.*hub"),
+        ({"README.md": "hello"}, "must be parquet, jsonl, json or txt, and holds .md"),
+        ({"a.txt": "hello", "b.jsonl": '{"text": "a"}\n'}, "mixes json and text files"),
+        ({"a.jsonl": '{"body": "a", "id": 1}\n'}, "data.text_column 'text' .* body, id"),
+        ({"a.jsonl": '{"text": 3}\n'}, "data.text_column 'text' .* holds int"),
+        ({"a.jsonl": ""}, "is empty"),
+        ({"a.parquet": "this is none"}, "cannot be opened .*ArrowInvalid"),
+        ({"validation.jsonl": '{"text": "a"}\n'}, "no train split, only validation"),
     ],
 )
-def test_check_refuses_in_one_line(files, changes, message, tokenizer, tmp_path, capfd):
+def test_check_refuses_in_one_line(files, message, tokenizer, tmp_path, capfd):
     folder = tmp_path / "data"
     for name, text in files.items():
         folder.mkdir(exist_ok=True)
         (folder / name).write_text(text)
-    chunks = make(folder, tokenizer, tmp_path / "cache", **changes)
+    chunks = make(folder, tokenizer, tmp_path / "cache")
     with pytest.raises(InputError, match=message) as caught:
         chunks.check()
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
     with pytest.raises(InputError):
-        make(folder, tokenizer, tmp_path / "cache", **changes).prepare(1)
+        make(folder, tokenizer, tmp_path / "cache").prepare(1)
     assert capfd.readouterr() == ("", "")
 
 
@@ -427,6 +423,9 @@ def test_damage_is_found_before_any_work(tokenizer, tmp_path):
     for act in (chunks.check, lambda: chunks.prepare(1), lambda: chunks.train):
         with pytest.raises(InputError, match=f"train.bin is cut short, .*delete {chunks.folder} and run again"):
             act()
+    (chunks.folder / "train.bin").write_bytes(bytes([good[0] ^ 1]) + good[1:])
+    with pytest.raises(InputError, match=f"train.bin is damaged .*delete {chunks.folder} and run again"):
+        chunks.train  # noqa: B018
     (chunks.folder / "train.bin").write_bytes(good)
     chunks.check()
     (chunks.folder / "sidecar.json").write_text("{")
@@ -465,6 +464,6 @@ def test_a_dataset_that_breaks_on_the_way_keeps_what_was_packed(tokenizer, tmp_p
     whole = (tmp_path / "data" / "a.parquet").read_bytes()
     (tmp_path / "data" / "b.parquet").write_bytes(whole[:100])
     chunks = make(tmp_path / "data", tokenizer, tmp_path / "cache")
-    with pytest.raises(InputError, match="cannot be read .*what is packed is kept"):
+    with pytest.raises(InputError, match="cannot be read .*: run the same command again, it continues"):
         chunks.prepare(10**6)
     assert len(chunks.train) > 50

@@ -1,4 +1,4 @@
-"""Which chunks a rank sees follows from the number of chunks consumed, and from nothing else."""
+"""The number of chunks consumed alone determines which chunks each rank reads next."""
 
 from types import SimpleNamespace
 
@@ -9,10 +9,10 @@ from distill_pl.data.datamodule import ChunkDataModule, SpanSampler
 from distill_pl.errors import InputError
 
 
-def consumed(first, steps, batch_size, done, ranks, parts=1):
-    """Chunk indices in the order of the steps, all ranks' slices side by side."""
-    batches = [list(SpanSampler(first, steps, batch_size, done, rank, ranks, parts)) for rank in range(ranks)]
-    slices = [[sum(own[i : i + parts], []) for i in range(0, len(own), parts)] for own in batches]
+def consumed(first, steps, batch_size, done, ranks, accumulation=1):
+    """Return the chunk indices in the order of the steps, all ranks' slices of a step side by side."""
+    batches = [list(SpanSampler(first, steps, batch_size, done, rank, ranks, accumulation)) for rank in range(ranks)]
+    slices = [[sum(own[i : i + accumulation], []) for i in range(0, len(own), accumulation)] for own in batches]
     return [index for step in zip(*slices, strict=True) for part in step for index in part]
 
 
@@ -21,7 +21,7 @@ def test_every_chunk_once_in_one_order_whatever_the_ranks_and_restarts():
     for ranks in (1, 2, 3, 4, 6, 12):
         assert consumed(10, 6, 12, 0, ranks) == whole
     assert consumed(10, 6, 12, 0, 4)[: 2 * 12] + consumed(10, 6, 12, 2, 3) == whole
-    assert consumed(10, 6, 12, 0, 4, parts=3)[: 2 * 12] + consumed(10, 6, 12, 2, 1, parts=4) == whole
+    assert consumed(10, 6, 12, 0, 4, accumulation=3)[: 2 * 12] + consumed(10, 6, 12, 2, 1, accumulation=4) == whole
     assert len(SpanSampler(10, 6, 12, 4, 0, 1)) == 6  # Lightning counts from the start of the stage
 
 
@@ -51,8 +51,8 @@ def test_held_out_chunks_are_cut_by_rank_and_complete(data):
     data.prepare(40)
     whole = torch.from_numpy(data.chunks.validation.astype("int64"))
     assert torch.equal(torch.cat(list(loaders(data)[1])), whole) and len(whole) == 10
-    parts = [torch.cat(list(loaders(data, rank=rank, ranks=2)[1])) for rank in range(2)]
-    assert torch.equal(torch.stack(parts, 1).flatten(0, 1), whole)
+    by_rank = [torch.cat(list(loaders(data, rank=rank, ranks=2)[1])) for rank in range(2)]
+    assert torch.equal(torch.stack(by_rank, 1).flatten(0, 1), whole)
 
 
 def test_repeat_goes_over_the_text_again(data, corpus, tokenizer, tmp_path):
