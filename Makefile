@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test constraints test-gpu test-slurm bench-gpu lint typecheck tensorboard clean-quickstart
+.PHONY: help quickstart test test-fast constraints test-gpu test-slurm bench-gpu tensorboard clean-quickstart
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,8 +25,13 @@ quickstart: $(BIN)/.installed  ## set up, train a tiny teacher, distil it into G
 clean-quickstart:  ## forget the quickstart's runs, to do it again
 	rm -rf runs/quickstart
 
-test: $(BIN)/.installed  ## set up and run all tests
+test: $(BIN)/.installed  ## set up, then check style (ruff) and types (mypy) and run all tests (pytest)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest -q
+
+test-fast: $(BIN)/.installed  ## the tests that take no more than a second or so each, in under a minute
+	$(BIN)/python -m pytest -q -m "not slow and not slurm"
 
 test-gpu: $(BIN)/.installed  ## the kernels against their matrices, on a GPU (first time: minutes of tuning)
 	$(BIN)/python -m pytest -q tests/gpu
@@ -46,12 +51,6 @@ constraints:  ## the newest versions of everything into constraints.txt, from a 
 	@sed -n '/^#/p' constraints.txt > constraints.new
 	@$(BIN)/pip freeze --exclude-editable --exclude triton | sed -E 's/[+][^ ]*//; s/$$/ ; python_version >= "3.11"/' >> constraints.new
 	@mv constraints.new constraints.txt
-
-lint: $(BIN)/.installed  ## style
-	$(BIN)/ruff check .
-
-typecheck: $(BIN)/.installed  ## types
-	$(BIN)/mypy
 
 tensorboard: $(BIN)/.installed  ## the curves of all runs
 	$(BIN)/tensorboard --logdir runs

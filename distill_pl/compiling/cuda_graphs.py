@@ -19,6 +19,7 @@ class StepGraphs(Callback):
 
     def __init__(self) -> None:
         self.losses: Callable | None = None
+        self.is_captured = False
 
     def on_train_start(self, trainer: L.Trainer, stage: Stage) -> None:
         """Let the stage take its losses from here."""
@@ -38,7 +39,7 @@ class StepGraphs(Callback):
             reason = str(error).split("\n")[0]
             stage.print(f"{stage.name}: no CUDA graph of a step can be had, its kernels are launched one by one ({reason})")
             return stage.losses_given
-        stage.graph_bytes = captured.pool_bytes
+        stage.graph_bytes, self.is_captured = captured.pool_bytes, True
         return captured
 
     def on_train_batch_start(self, trainer: L.Trainer, stage: Stage, batch: Tensor, batch_idx: int) -> None:
@@ -47,14 +48,14 @@ class StepGraphs(Callback):
 
     def on_after_backward(self, trainer: L.Trainer, stage: Stage) -> None:
         """Copy the first micro-batch's gradients away from where the graph writes the next one's."""
-        if isinstance(self.losses, CapturedLosses) and trainer.accumulate_grad_batches > 1 and self.is_first:
+        if self.is_captured and trainer.accumulate_grad_batches > 1 and self.is_first:
             for parameter in stage.student.parameters():
                 parameter.grad = None if parameter.grad is None else parameter.grad.clone()
 
     def on_train_end(self, trainer: L.Trainer, stage: Stage) -> None:
         """Free what the graphs hold for the next stage."""
         self.losses = stage.captured_losses = None
-        stage.graph_bytes = 0
+        stage.graph_bytes, self.is_captured = 0, False
 
 
 class CapturedLosses:

@@ -1,13 +1,9 @@
 """Compile the functions in which a step spends its time, one layer's worth at a time: one compilation serves all layers."""
 
-from typing import Any
-
 import torch
 
-from distill_pl.compiling.cuda_graphs import StepGraphs, pool_bytes
-from distill_pl.compiling.joined_products import JoinProducts
+from distill_pl.compiling.cuda_graphs import StepGraphs, pool_bytes  # noqa: F401
 from distill_pl.stages import Stage
-from distill_pl.teacher import Teacher
 
 
 def configure_compiler(width: int) -> None:
@@ -22,23 +18,17 @@ def configure_compiler(width: int) -> None:
     torch._inductor.config.realize_reads_threshold, torch._inductor.config.realize_opcount_threshold = 12, 100
     if width <= 1024:  # norms' gradients fetch rows ahead; wider rows need more shared memory than there is (before torch 2.13)
         torch._inductor.config.triton.mix_order_reduction_allow_multi_stages = True
-    torch._inductor.config.post_grad_custom_pre_pass = JoinProducts()
-
-
-def compile_functions(owner: Any) -> None:
-    """Replace the functions that a stage or a teacher lists in `compiles` by compiled ones, on this object alone."""
-    for name in owner.compiles:
-        setattr(owner, name, torch.compile(getattr(owner, name), dynamic=False))
-
-
-def compile_teacher(teacher: Teacher) -> None:
-    """Compile a teacher's forward pass, for all stages that use this teacher."""
-    compile_functions(teacher)
 
 
 def compile_stage(stage: Stage) -> StepGraphs:
-    """Compile a stage's step -> the callback that launches it as CUDA graphs, for the stage's Trainer."""
-    compile_functions(stage)
+    """Compile a stage's step and its teacher -> the callback that launches the step as CUDA graphs, for the stage's Trainer.
+
+    Stage and teacher list in `compiles` the functions of one layer that are replaced by compiled ones, on these objects alone.
+    """
+    configure_compiler(stage.student.config.hidden_size)
+    for owner in (stage, stage.teacher):
+        for name in owner.compiles:
+            setattr(owner, name, torch.compile(getattr(owner, name), dynamic=False))
     for module in stage.compiled_modules():
         module.compile(dynamic=False)
     return StepGraphs()

@@ -66,14 +66,15 @@ def convolve(convs: dict[str, ShortConv], inputs: Sequence[Tensor], mask: Tensor
     """Convolve each of `inputs` [B, T, heads, X] with its convolution, then scale each head to unit length where `unit`.
 
     The results have the shapes and dtypes of the inputs. Padded tokens (mask False) count as zeros, like those before the
-    start. On a GPU, outside generation, all of this is one operator.
+    start. On a GPU, outside generation, each input takes one kernel.
     """
     if mask is not None:
         inputs = [x * mask[:, :, None, None] for x in inputs]
     if state is None and use_fla(backend, inputs[0].device):
-        from distill_pl.ops.gpu.short_conv import short_convs
+        from distill_pl.ops.gpu.short_conv import short_conv
 
-        return short_convs(inputs, [conv.weight for conv in convs.values()], unit, EPS)
+        fused = zip(inputs, convs.values(), unit, strict=True)
+        return [short_conv(x, conv.weight, scale_to_unit, EPS) for x, conv, scale_to_unit in fused]
     named = zip(convs.items(), inputs, strict=True)
     outputs = (conv(x.flatten(2), state, name).unflatten(-1, (x.shape[2], -1)) for (name, conv), x in named)
     return [l2_norm(y) if normalise else y for y, normalise in zip(outputs, unit, strict=True)]

@@ -68,10 +68,7 @@ def fit(config: Namespace) -> None:
     # under fsdp compiled layers have not been measured
     compiled = device(config).type == "cuda" and config.compile and config.trainer.strategy != "fsdp"
     if compiled:
-        from distill_pl.compiling import compile_stage, compile_teacher, configure_compiler
-
-        configure_compiler(teacher.config.hidden_size)
-        compile_teacher(teacher)
+        from distill_pl.compiling import compile_stage
     with sole_user(Path(config.out), probe.global_rank):
         write_config(config)
 

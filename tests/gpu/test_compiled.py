@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from distill_pl.compiling import layers as compiling
+from distill_pl.compiling import compile_stage
+from distill_pl.compiling.cuda_graphs import CapturedLosses
 from distill_pl.measure.report import scalars
 from distill_pl.stages import STAGES
 from distill_pl.stages.matrix_mixing import mixing_parameters
@@ -36,7 +37,6 @@ def loss_and_gradients(stage, tokens: torch.Tensor, losses=None) -> tuple[torch.
 @pytest.mark.parametrize("stage_name", [*STAGES, "exact"])
 def test_compiled_is_plain(small, name, stage_name):
     torch.compiler.reset()
-    compiling.switch(True, small.config.hidden_size)
     options = {"estimator": "exact"} if stage_name == "exact" else {}
     student = StudentFactory(name, init="fresh").build(small, seed=0)
     if name == "rebased":  # keep q . k away from 0, where its gradient jumps
@@ -47,7 +47,7 @@ def test_compiled_is_plain(small, name, stage_name):
     tokens = torch.randint(small.config.vocab_size, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0)).cuda()
     with torch.compiler.set_stance("force_eager"):
         expected, gradients = loss_and_gradients(stage, tokens)
-    stage.on_fit_start()
+    compile_stage(stage)
     found, others = loss_and_gradients(stage, tokens)
     torch.testing.assert_close(found, expected, rtol=5e-3, atol=1e-4)
     error = sum((x.float() - y.float()).square().sum() for x, y in zip(others, gradients, strict=True) if x is not None)
@@ -57,7 +57,7 @@ def test_compiled_is_plain(small, name, stage_name):
     assert off < 5e-2  # two roundings to bf16 of the same
 
     with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-        captured = compiling.Captured(stage.losses_given, student, (tokens.flip(1), *stage.draw(tokens, seed=1)))
+        captured = CapturedLosses(stage.losses_given, student, (tokens.flip(1), *stage.draw(tokens, seed=1)))
     again, same = loss_and_gradients(stage, tokens, captured)
     torch.testing.assert_close([again, *same], [found, *others], rtol=1e-3, atol=1e-5)  # sums in another order
 
@@ -69,7 +69,6 @@ def test_matrix_mixing_trains_what_it_trains_on_a_cpu(small, name):
 
 
 def test_what_waits_for_the_gpu_cannot_be_captured_and_runs_as_ever(small):
-    compiling.switch(True, small.config.hidden_size)
     stage = STAGES["kd"](StudentFactory("gla", init="fresh").build(small, seed=0), small).cuda()
     stage.configure_model()
     tokens = torch.randint(small.config.vocab_size, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0)).cuda()
@@ -78,9 +77,10 @@ def test_what_waits_for_the_gpu_cannot_be_captured_and_runs_as_ever(small):
         loss, parts = stage.losses_given(tokens)
         return loss * (1 if loss.item() else 2), parts
 
+    compile_stage(stage)
     expected, _ = loss_and_gradients(stage, tokens)
     with pytest.raises(RuntimeError), torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-        compiling.Captured(waiting, stage.student, (tokens,))
+        CapturedLosses(waiting, stage.student, (tokens,))
     found, _ = loss_and_gradients(stage, tokens)
     torch.testing.assert_close(found, expected)
 
@@ -102,7 +102,7 @@ def test_steps_of_graphs_are_those_of_kernels(options, fitted, monkeypatch, caps
     def refuse(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("distill_pl.stages.stage.Captured", refuse)
+    monkeypatch.setattr("distill_pl.compiling.cuda_graphs.CapturedLosses", refuse)
     expected = steps(fitted(**options))
     refused = "kd: no CUDA graph of a step can be had, its kernels are launched one by one (out of memory)"
     assert refused in capsys.readouterr().out

@@ -1,23 +1,25 @@
-"""The channel-decay `mix` in Triton: what `channel_decay` says, in chunks of C tokens, forward and backward.
+"""The `mix` of `distill_pl.ops.channel_decay` in Triton, forward and backward, in chunks of C tokens.
 
 With b the cumulative sum of g from the chunk's start, S the state before the chunk and dS the gradient of the one after it,
 
     y = scale * ((q e^b) S + A v)                       S' = e^{b_C} S + (k e^{b_C - b})^T v
     dv = scale * A^T dy + (k e^{b_C - b}) dS            dS_before = e^{b_C} dS + scale * (q e^b)^T dy
-    dg_t = sum_{s >= t} (q_s dq_s - k_s dk_s) + sum_v S' dS, s up to where S' and dS are known anew
+    dg_t = sum_{s >= t} (q_s dq_s - k_s dk_s) + sum_v S' dS, with s up to the next token at which S' and dS are stored
 
-Where `channel_decay` says that g is logits, the log decay is made of them here, so nobody writes it in fp32, and dg is theirs.
+With a temperature, g holds the gate's logits: the log decay is computed from them inside the kernels, so that it is never
+written in fp32, and dg is the gradient of the logits.
 
-A is one product, A_ij = (q_i e^{b_i - R}) (k_j e^{R - b_j})^T, with R = b_C / 2, where no exponent overflows: for that, g below
-LOWEST counts as LOWEST. What such a token then leaves of the past, 1e-4, is a thirtieth of bf16's rounding.
+A is one product, A_ij = (q_i e^{b_i - R}) (k_j e^{R - b_j})^T with R = b_C / 2. So that no exponent overflows, g below LOWEST
+counts as LOWEST; what such a token then leaves of the past, 1e-4, is a thirtieth of bf16's rounding.
 
-A program walks through a segment of one sequence with S, or backward dS, in its registers. Where there are too few sequences to
-fill a GPU there are several segments, and two scans bring S and dS to their borders. One configuration for all shapes: nothing
-is tuned when it first runs.
+A program walks through a segment of one sequence with S, or backward dS, in registers. Where there are too few sequences to
+fill a GPU, a sequence is cut into several segments, and two scans compute S and dS at their borders. One configuration serves
+all shapes: nothing is tuned at a first call.
+
+Shape letters: B batch, T time, H heads, K key dim per head, V value dim per head; X is K or V.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 import triton
@@ -25,70 +27,67 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from distill_pl.compiling.joined_products import even_rows, results, token_steps, where_to
-
 CHUNK = 16
-LOG2_E = tl.constexpr(math.log2(math.e))  # e^x is worked out as 2^(x log2 e), which is one instruction
+LOG2_E = tl.constexpr(math.log2(math.e))  # e^x is computed as 2^(x log2 e), which is one instruction
 LOWEST = tl.constexpr(-9 * LOG2_E.value)  # g = -9
-BLOCK = 64  # tokens at a time in a scan; the shortest segment
-PROGRAMS = 512  # that fill a GPU
-SCAN_KEYS = 32  # in one program of the scans
-STATE_OF_A_WARP = 1024  # numbers in its registers
+BLOCK = 64  # tokens of a scan's iteration, and of the shortest segment
+PROGRAMS = 512  # enough to fill a GPU
+SCAN_KEYS = 32  # key channels of one program of a scan
+STATE_OF_A_WARP = 1024  # numbers of the state that one warp's registers hold
 
 
 @triton.jit
-def _where(step, sequence, first, T, H, X: tl.constexpr, C: tl.constexpr, N: tl.constexpr):
-    """Where C tokens, `step` apart, of N of X numbers lie in [B, T, H, X]: the first, the others from there, which exist."""
+def _where(sequence, first, T, H, X: tl.constexpr, C: tl.constexpr, N: tl.constexpr):
+    """Locate N channels of C tokens in [B, T, H, X] -> offset of the first, offsets from there [C, N], which tokens exist."""
     row = tl.arange(0, C)[:, None]
-    corner = ((sequence // H).to(tl.int64) * T + first) * step + sequence % H * X
-    return corner, row * step + tl.arange(0, N)[None, :], first + row < T
+    corner = (((sequence // H).to(tl.int64) * T + first) * H + sequence % H) * X
+    return corner, row * (H * X) + tl.arange(0, N)[None, :], first + row < T
 
 
 @triton.jit
-def _load(x, step, sequence, first, T, H, X: tl.constexpr, C: tl.constexpr, N: tl.constexpr):
-    corner, inside, exists = _where(step, sequence, first, T, H, X, C, N)
+def _load(x, sequence, first, T, H, X: tl.constexpr, C: tl.constexpr, N: tl.constexpr):
+    corner, inside, exists = _where(sequence, first, T, H, X, C, N)
     return tl.load(x + corner + inside, exists, 0.0)
 
 
 @triton.jit
-def _store(x, step, value, sequence, first, T, H, X: tl.constexpr, C: tl.constexpr):
-    corner, inside, exists = _where(step, sequence, first, T, H, X, C, X)
+def _store(x, value, sequence, first, T, H, X: tl.constexpr, C: tl.constexpr):
+    corner, inside, exists = _where(sequence, first, T, H, X, C, X)
     tl.store(x + corner + inside, value.to(x.dtype.element_ty), exists)
 
 
 @triton.jit
 def _grid(rows: tl.constexpr, columns: tl.constexpr):
-    """Where [rows, columns] lie in memory."""
+    """Return the offsets of a contiguous matrix [rows, columns]."""
     return tl.arange(0, rows)[:, None] * columns + tl.arange(0, columns)[None, :]
 
 
 @triton.jit
 def _below(C: tl.constexpr):
-    """The strict lower triangle [C, C]."""
+    """Return the mask of the strict lower triangle [C, C]."""
     return tl.arange(0, C)[:, None] > tl.arange(0, C)[None, :]
 
 
 @triton.jit
 def _diagonal(x, C: tl.constexpr):
-    """Of [C, C], as [C, 1]."""
+    """Take the diagonal of x [C, C] as [C, 1]."""
     return tl.sum(tl.where(tl.arange(0, C)[:, None] == tl.arange(0, C)[None, :], x, 0.0), 1)[:, None]
 
 
 @triton.jit
-def _gates(g, g_step, sequence, first, T, H, K: tl.constexpr, C: tl.constexpr, N: tl.constexpr,
-           temperature: tl.constexpr):  # fmt: skip
-    """The decay of N channels [C, N] as a power of 2: of g, or of logits g where there is a temperature."""
-    decay = _load(g, g_step, sequence, first, T, H, K, C, N).to(tl.float32) * LOG2_E
-    if temperature is not None:  # a token after the last has the logit 0, but forgets nothing
+def _gates(g, sequence, first, T, H, K: tl.constexpr, C: tl.constexpr, N: tl.constexpr, temperature: tl.constexpr):
+    """Compute the log2 decay of N channels [C, N] from g, or from the logits g if there is a temperature."""
+    decay = _load(g, sequence, first, T, H, K, C, N).to(tl.float32) * LOG2_E
+    if temperature is not None:  # a token after the last reads the logit 0, but must not decay
         decay = (tl.minimum(decay, 0.0) - libdevice.fast_log2f(1.0 + libdevice.exp2(-tl.abs(decay)))) * (1 / temperature)
         decay = tl.where(first + tl.arange(0, C)[:, None] < T, decay, 0.0)
     return tl.maximum(decay, LOWEST)
 
 
 @triton.jit
-def _decays(g, g_step, sequence, first, T, H, K: tl.constexpr, C: tl.constexpr, temperature: tl.constexpr):
-    """b - R [C, K] by a product with +-1/2, 2^R [K]. Of g the first 16 bits count, as two parts in bf16."""
-    g = _gates(g, g_step, sequence, first, T, H, K, C, K, temperature)
+def _decays(g, sequence, first, T, H, K: tl.constexpr, C: tl.constexpr, temperature: tl.constexpr):
+    """Compute b - R [C, K] and 2^R [K], in log2: a product of g, split into two bf16 parts, with a matrix of +-1/2."""
+    g = _gates(g, sequence, first, T, H, K, C, K, temperature)
     high = (g.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
     halves = (0.5 - tl.trans(_below(C)).to(tl.float32)).to(tl.bfloat16)
     b = tl.dot(halves, (g - high).to(tl.bfloat16), tl.dot(halves, high.to(tl.bfloat16)))
@@ -97,7 +96,7 @@ def _decays(g, g_step, sequence, first, T, H, K: tl.constexpr, C: tl.constexpr, 
 
 @triton.jit
 def _state(x, index, K: tl.constexpr, V: tl.constexpr):
-    """Number `index` of states [.., K, V]; 0 where there are none."""
+    """Load state `index` of x [..., K, V], or zeros if x is None."""
     if x is None:
         state = tl.zeros([K, V], tl.float32)
     else:
@@ -106,26 +105,26 @@ def _state(x, index, K: tl.constexpr, V: tl.constexpr):
 
 
 @triton.jit
-def _scan(k, v, g, initial, starts, k_step, v_step, g_step, T, H, segments, length, temperature: tl.constexpr,
-          K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, N: tl.constexpr):  # fmt: skip
-    """Forward in time, for N keys: S before every segment."""
+def _scan(k, v, g, initial, starts, T, H, segments, length, temperature: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+          C: tl.constexpr, N: tl.constexpr):  # fmt: skip
+    """Compute S before every segment, for N key channels, forward in time."""
     sequence, start = tl.program_id(0), tl.program_id(1) * N
     state = _state(initial, sequence * (K // N) + tl.program_id(1), N, V)
     for segment in range(segments):
         tl.store(starts + ((sequence.to(tl.int64) * segments + segment) * K + start) * V + _grid(N, V), state)
         if segment < segments - 1:
             for first in range(segment * length, segment * length + length, C):
-                g_chunk = _gates(g + start, g_step, sequence, first, T, H, K, C, N, temperature)
+                g_chunk = _gates(g + start, sequence, first, T, H, K, C, N, temperature)
                 b, total = tl.cumsum(g_chunk, 0), tl.sum(g_chunk, 0)
-                v_chunk = _load(v, v_step, sequence, first, T, H, V, C, V)
-                added = _load(k + start, k_step, sequence, first, T, H, K, C, N) * libdevice.exp2(total[None, :] - b)
+                v_chunk = _load(v, sequence, first, T, H, V, C, V)
+                added = _load(k + start, sequence, first, T, H, K, C, N) * libdevice.exp2(total[None, :] - b)
                 state = tl.dot(tl.trans(added.to(v_chunk.dtype)), v_chunk, state * libdevice.exp2(total)[:, None])
 
 
 @triton.jit
-def _scan_back(q, dy, g, d_final, ends, scale, q_step, g_step, T, H, segments, length, temperature: tl.constexpr,
-               K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, N: tl.constexpr):  # fmt: skip
-    """Backward in time, for N keys: the gradient of S after every segment."""
+def _scan_back(q, dy, g, d_final, ends, scale, T, H, segments, length, temperature: tl.constexpr, K: tl.constexpr,
+               V: tl.constexpr, C: tl.constexpr, N: tl.constexpr):  # fmt: skip
+    """Compute the gradient of S after every segment, for N key channels, backward in time."""
     sequence, start = tl.program_id(0), tl.program_id(1) * N
     d_state = _state(d_final, sequence * (K // N) + tl.program_id(1), N, V)
     for done in range(segments):
@@ -134,56 +133,55 @@ def _scan_back(q, dy, g, d_final, ends, scale, q_step, g_step, T, H, segments, l
         if segment > 0:
             for before in range(0, length, C):
                 first = segment * length + length - C - before
-                g_chunk = _gates(g + start, g_step, sequence, first, T, H, K, C, N, temperature)
+                g_chunk = _gates(g + start, sequence, first, T, H, K, C, N, temperature)
                 b, total = tl.cumsum(g_chunk, 0), tl.sum(g_chunk, 0)
-                dy_chunk = _load(dy, H * V, sequence, first, T, H, V, C, V)
-                read = _load(q + start, q_step, sequence, first, T, H, K, C, N) * (libdevice.exp2(b) * scale)
+                dy_chunk = _load(dy, sequence, first, T, H, V, C, V)
+                read = _load(q + start, sequence, first, T, H, K, C, N) * (libdevice.exp2(b) * scale)
                 d_state = tl.dot(tl.trans(read.to(dy_chunk.dtype)), dy_chunk, d_state * libdevice.exp2(total)[:, None])
 
 
 @triton.jit
-def _outputs(q, k, v, g, starts, y, final, scale, q_step, k_step, v_step, g_step, T, H, segments, length,
-             temperature: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr):  # fmt: skip
-    """y of a segment; S after the last."""
+def _outputs(q, k, v, g, starts, y, final, scale, T, H, segments, length, temperature: tl.constexpr, K: tl.constexpr,
+             V: tl.constexpr, C: tl.constexpr):  # fmt: skip
+    """Compute y of a segment, and S after the last segment."""
     sequence, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
     state = _state(starts, tl.program_id(0), K, V)
     for first in range(segment * length, tl.minimum(segment * length + length, T), C):
-        b, half = _decays(g, g_step, sequence, first, T, H, K, C, temperature)
-        q_chunk, k_chunk = _load(q, q_step, sequence, first, T, H, K, C, K), _load(k, k_step, sequence, first, T, H, K, C, K)
-        v_chunk = _load(v, v_step, sequence, first, T, H, V, C, V)
+        b, half = _decays(g, sequence, first, T, H, K, C, temperature)
+        q_chunk, k_chunk = _load(q, sequence, first, T, H, K, C, K), _load(k, sequence, first, T, H, K, C, K)
+        v_chunk = _load(v, sequence, first, T, H, V, C, V)
         dtype: tl.constexpr = v_chunk.dtype
         up, down = (q_chunk * libdevice.exp2(b)).to(dtype), (k_chunk * libdevice.exp2(-b)).to(dtype)
         state *= half[:, None]
         a = tl.where(tl.trans(_below(C)), 0.0, tl.dot(up, tl.trans(down)))
         out = tl.dot(a.to(dtype), v_chunk, tl.dot(up, state.to(dtype)))
-        _store(y, H * V, out * scale, sequence, first, T, H, V, C)
+        _store(y, out * scale, sequence, first, T, H, V, C)
         state = tl.dot(tl.trans(down), v_chunk, state) * half[:, None]
     if segment == segments - 1:
         tl.store(final + sequence.to(tl.int64) * (K * V) + _grid(K, V), state)
 
 
 @triton.jit
-def _d_queries(q, k, v, g, dy, starts, dq, inner, states, scale, q_step, k_step, v_step, g_step, dq_step, T, H, segments,
-               length, temperature: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-               B: tl.constexpr):  # fmt: skip
-    """dq of a segment, q dq without the part of A's diagonal, and S after every block of B tokens."""
+def _d_queries(q, k, v, g, dy, starts, dq, inner, states, scale, T, H, segments, length, temperature: tl.constexpr,
+               K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, B: tl.constexpr):  # fmt: skip
+    """Compute dq of a segment, `inner` = q dq without the share of A's diagonal, and S after every block of B tokens."""
     sequence, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
     blocks = tl.cdiv(T, B)
     state = _state(starts, tl.program_id(0), K, V)
     for first in range(segment * length, tl.minimum(segment * length + length, T), C):
-        b, half = _decays(g, g_step, sequence, first, T, H, K, C, temperature)
-        q_chunk, k_chunk = _load(q, q_step, sequence, first, T, H, K, C, K), _load(k, k_step, sequence, first, T, H, K, C, K)
-        v_chunk, dy_chunk = _load(v, v_step, sequence, first, T, H, V, C, V), _load(dy, H * V, sequence, first, T, H, V, C, V)
+        b, half = _decays(g, sequence, first, T, H, K, C, temperature)
+        q_chunk, k_chunk = _load(q, sequence, first, T, H, K, C, K), _load(k, sequence, first, T, H, K, C, K)
+        v_chunk, dy_chunk = _load(v, sequence, first, T, H, V, C, V), _load(dy, sequence, first, T, H, V, C, V)
         dtype: tl.constexpr = v_chunk.dtype
         down = (k_chunk * libdevice.exp2(-b)).to(dtype)
         state *= half[:, None]
         da = tl.dot(dy_chunk, tl.trans(v_chunk))
         now = _diagonal(da, C) * scale
         da = tl.where(_below(C), da, 0.0)
-        grad = tl.trans(tl.dot(state.to(dtype), tl.trans(dy_chunk)))  # so the state is read from where it lies
+        grad = tl.trans(tl.dot(state.to(dtype), tl.trans(dy_chunk)))  # so the state is read from registers as it lies
         grad = tl.dot(da.to(dtype), down, grad) * (libdevice.exp2(b) * scale)
-        _store(inner, H * K, q_chunk * grad, sequence, first, T, H, K, C)
-        _store(dq, dq_step, grad + now * k_chunk, sequence, first, T, H, K, C)
+        _store(inner, q_chunk * grad, sequence, first, T, H, K, C)
+        _store(dq, grad + now * k_chunk, sequence, first, T, H, K, C)
         state = tl.dot(tl.trans(down), v_chunk, state) * half[:, None]
         if (first + C) % B == 0 or first + C >= T:
             block = sequence.to(tl.int64) * blocks + first // B
@@ -191,20 +189,19 @@ def _d_queries(q, k, v, g, dy, starts, dq, inner, states, scale, q_step, k_step,
 
 
 @triton.jit
-def _d_others(q, k, v, g, dy, ends, inner, states, dk, dv, dg, d_initial, scale, q_step, k_step, v_step, g_step, dk_step,
-              dv_step, dg_step, T, H, segments, length, temperature: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-              C: tl.constexpr, B: tl.constexpr):  # fmt: skip
-    """dk, dv and dg (of logits, theirs) of a segment; the gradient of S before the first."""
+def _d_others(q, k, v, g, dy, ends, inner, states, dk, dv, dg, d_initial, scale, T, H, segments, length,
+              temperature: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, B: tl.constexpr):  # fmt: skip
+    """Compute dk, dv and dg of a segment, and the gradient of S before the first segment."""
     sequence, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
     blocks = tl.cdiv(T, B)
     d_state = _state(ends, tl.program_id(0), K, V)
-    later = tl.zeros([C, K], tl.float32)  # the same in all rows
+    later = tl.zeros([C, K], tl.float32)  # one row, repeated
     tokens = tl.minimum(T - segment * length, length)
     for before in range(0, tl.cdiv(tokens, C)):
         first = segment * length + (tl.cdiv(tokens, C) - 1 - before) * C
-        b, half = _decays(g, g_step, sequence, first, T, H, K, C, temperature)
-        q_chunk, k_chunk = _load(q, q_step, sequence, first, T, H, K, C, K), _load(k, k_step, sequence, first, T, H, K, C, K)
-        v_chunk, dy_chunk = _load(v, v_step, sequence, first, T, H, V, C, V), _load(dy, H * V, sequence, first, T, H, V, C, V)
+        b, half = _decays(g, sequence, first, T, H, K, C, temperature)
+        q_chunk, k_chunk = _load(q, sequence, first, T, H, K, C, K), _load(k, sequence, first, T, H, K, C, K)
+        v_chunk, dy_chunk = _load(v, sequence, first, T, H, V, C, V), _load(dy, sequence, first, T, H, V, C, V)
         dtype: tl.constexpr = v_chunk.dtype
         if (first + C) % B == 0 or first + C >= T:
             block = sequence.to(tl.int64) * blocks + first // B
@@ -215,27 +212,27 @@ def _d_others(q, k, v, g, dy, ends, inner, states, dk, dv, dg, d_initial, scale,
         d_state *= half[:, None]
         a = tl.where(_below(C), 0.0, tl.dot(down, tl.trans(up)))  # A^T
         grad = tl.dot(a.to(dtype), dy_chunk, tl.dot(down, d_state.to(dtype)))
-        _store(dv, dv_step, grad, sequence, first, T, H, V, C)
+        _store(dv, grad, sequence, first, T, H, V, C)
         da = tl.dot(v_chunk, tl.trans(dy_chunk))  # dA^T
         now = _diagonal(da, C) * scale
         da = tl.where(tl.trans(_below(C)), da, 0.0)
         grad = tl.trans(tl.dot(d_state.to(dtype), tl.trans(v_chunk)))
         grad = tl.dot(da.to(dtype), up, grad) * fall
-        change = _load(inner, H * K, sequence, first, T, H, K, C, K) - k_chunk * grad
+        change = _load(inner, sequence, first, T, H, K, C, K) - k_chunk * grad
         grad_g = tl.dot(1.0 - _below(C).to(tl.float32), change, later)
         if temperature is not None:
-            logit = _load(g, g_step, sequence, first, T, H, K, C, K).to(tl.float32)
+            logit = _load(g, sequence, first, T, H, K, C, K).to(tl.float32)
             grad_g = libdevice.fast_dividef(grad_g * (1 / temperature), 1.0 + libdevice.exp2(logit * LOG2_E))
-        _store(dg, dg_step, grad_g, sequence, first, T, H, K, C)
+        _store(dg, grad_g, sequence, first, T, H, K, C)
         later = tl.dot(tl.full([C, C], 1.0, tl.float32), change, later)
-        _store(dk, dk_step, grad + now * q_chunk, sequence, first, T, H, K, C)
+        _store(dk, grad + now * q_chunk, sequence, first, T, H, K, C)
         d_state = tl.dot(tl.trans(up), dy_chunk, d_state) * half[:, None]
     if d_initial is not None and segment == 0:
         tl.store(d_initial + sequence.to(tl.int64) * (K * V) + _grid(K, V), d_state)
 
 
 def _cut(x: Tensor) -> tuple[int, int]:
-    """How many segments [B, T, H, X] has, and of how many tokens."""
+    """Choose how many segments x [B, T, H, X] is cut into over time, and how many tokens each has."""
     batch, length, heads, _ = x.shape
     size = max(BLOCK, triton.next_power_of_2(length))
     while size > BLOCK and batch * heads * triton.cdiv(length, size) < PROGRAMS:
@@ -245,82 +242,86 @@ def _cut(x: Tensor) -> tuple[int, int]:
 
 def _starts(k: Tensor, v: Tensor, g: Tensor, state: Tensor | None, cut: tuple[int, int],
             temperature: float | None) -> Tensor | None:  # fmt: skip
-    """S before every segment [B, H, segments, K, V]; None if it is 0 before the only one."""
+    """Compute S before every segment [B, H, segments, K, V]; None if it is 0 before the only one."""
     (batch, length, heads, key), value = k.shape, v.shape[-1]
-    state = None if state is None else state.contiguous()
     if cut[0] == 1:
         return state
     starts, keys = k.new_empty(batch, heads, cut[0], key, value, dtype=torch.float32), min(key, SCAN_KEYS)
-    sizes = *token_steps(k, v, g), length, heads, *cut, temperature, key, value, BLOCK, keys
+    sizes = length, heads, *cut, temperature, key, value, BLOCK, keys
     _scan[batch * heads, key // keys](k, v, g, state, starts, *sizes, num_warps=4)
     return starts
 
 
 def _options(k: Tensor, v: Tensor) -> dict[str, int | None]:
-    """The state lies in the registers of all warps; where they have room, for three programs, and chunks are fetched ahead."""
+    """Choose warps so that their registers hold the state; small states leave room for three programs and for prefetching."""
     size = k.shape[-1] * v.shape[-1]
     fits = size <= 64 * 64
     warps = min(8, max(1, size // STATE_OF_A_WARP))
     return {"num_warps": warps, "num_stages": 3 if fits else 1, "maxnreg": 168 if fits else None}
 
 
-@torch.library.custom_op("distill_pl::channel_decay", mutates_args=(), tags=(torch.Tag.flexible_layout,))
-def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tensor | None,
-             temperature: float | None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    q, k, v, g = even_rows(q, k, v, g)
+def _contiguous(*tensors: Tensor | None) -> list:
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
+@torch.library.custom_op("distill_pl::channel_decay", mutates_args=())
+def fused(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tensor | None = None,
+          temperature: float | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Mix q, k, g [B, T, H, K] and v [B, T, H, V] as `ops.channel_decay.mix` does -> y [B, T, H, V], state [B, H, K, V].
+
+    q, k and v have one dtype, bf16 or fp32; g has any, the state is fp32; K and V are powers of two from 16 to 128.
+    Differentiable, also by and through the state; one operator to torch.compile.
+    """
+    q, k, v, g, state = _contiguous(q, k, v, g, state)
     (batch, length, heads, key), value, cut = k.shape, v.shape[-1], _cut(k)
     y, final = v.new_empty(v.shape), k.new_empty(batch, heads, key, value, dtype=torch.float32)
     with torch.cuda.device_of(q):
-        starts = _starts(k, v, g, state, cut, temperature)
-        sizes = *token_steps(q, k, v, g), length, heads, *cut, temperature, key, value, CHUNK
-        _outputs[batch * heads * cut[0],](q, k, v, g, starts, y, final, scale, *sizes, **_options(k, v))
+        before = _starts(k, v, g, state, cut, temperature)
+        sizes = length, heads, *cut, temperature, key, value, CHUNK
+        _outputs[batch * heads * cut[0],](q, k, v, g, before, y, final, scale, *sizes, **_options(k, v))
     return y, final
 
 
-def _to_fill(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None, width: int,
-             starts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Room for the gradients of q, k, v and g, of the state, and for all of the first that have a start, [B, T, width]."""
-    dq, dk, dv, dg, whole = results((q, k, v, g), width, starts)
-    return dq, dk, dv, dg, k.new_empty(0) if state is None else state.new_empty(state.shape), whole
-
-
-@torch.library.custom_op("distill_pl::channel_decay_backward", mutates_args=(), tags=(torch.Tag.flexible_layout,))
+@torch.library.custom_op("distill_pl::channel_decay_backward", mutates_args=())
 def _backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tensor | None, temperature: float | None,
-              dy: Tensor, d_final: Tensor | None, width: int,
-              starts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients; `width` and `starts` are what joined_products says."""
-    (q, k, v, g), dy = even_rows(q, k, v, g), dy.contiguous()
-    d_final = None if d_final is None else d_final.contiguous()
+              dy: Tensor, d_final: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Compute the gradients of q, k, v, g and, unless it is None, of the initial state."""
+    q, k, v, g, state, dy, d_final = _contiguous(q, k, v, g, state, dy, d_final)
     (batch, length, heads, key), value, cut = k.shape, v.shape[-1], _cut(k)
-    filled = _to_fill(q, k, v, g, state, width, starts)
-    dq, dk, dv, dg = where_to(filled, (q, k, v, g), starts)
+    dq, dk, dv, dg, d_initial = gradients = _gradients(q, k, v, g, state)
     inner = k.new_empty(k.shape, dtype=torch.float32)
     states = v.new_empty(batch, heads, triton.cdiv(length, BLOCK), key, value)
     with torch.cuda.device_of(q):
         before, ends = _starts(k, v, g, state, cut, temperature), d_final
         if cut[0] > 1:
             ends, keys = inner.new_empty(batch, heads, cut[0], key, value), min(key, SCAN_KEYS)
-            sizes = *token_steps(q, g), length, heads, *cut, temperature, key, value, BLOCK, keys
+            sizes = length, heads, *cut, temperature, key, value, BLOCK, keys
             _scan_back[batch * heads, key // keys](q, dy, g, d_final, ends, scale, *sizes, num_warps=4)
-        steps, sizes = token_steps(q, k, v, g), (length, heads, *cut, temperature, key, value, CHUNK, BLOCK)
+        sizes = length, heads, *cut, temperature, key, value, CHUNK, BLOCK
         programs, options = batch * heads * cut[0], _options(k, v)
-        _d_queries[programs,](q, k, v, g, dy, before, dq, inner, states, scale, *steps, *token_steps(dq), *sizes, **options)
-        others = dk, dv, dg, None if state is None else filled[4]
-        steps += token_steps(dk, dv, dg)
-        options |= {"maxnreg": None}  # it would not fit without spilling
-        _d_others[programs,](q, k, v, g, dy, ends, inner, states, *others, scale, *steps, *sizes, **options)
-    return filled
+        _d_queries[programs,](q, k, v, g, dy, before, dq, inner, states, scale, *sizes, **options)
+        others = dk, dv, dg, None if state is None else d_initial
+        options |= {"maxnreg": None}  # fewer registers would spill
+        _d_others[programs,](q, k, v, g, dy, ends, inner, states, *others, scale, *sizes, **options)
+    return gradients
 
 
-@_forward.register_fake
-def _(q, k, v, g, scale, state, temperature):
+def _gradients(q: Tensor, k: Tensor, v: Tensor, g: Tensor,
+               state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Allocate the gradients of q, k, v, g and the state, the last one empty if there is no state."""
+    dq, dk, dv, dg = (x.new_empty(x.shape) for x in (q, k, v, g))
+    return dq, dk, dv, dg, k.new_empty(0) if state is None else state.new_empty(state.shape)
+
+
+@fused.register_fake
+def _(q, k, v, g, scale, state=None, temperature=None):
     final = k.new_empty(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
     return v.new_empty(v.shape), final
 
 
 @_backward.register_fake
-def _(q, k, v, g, scale, state, temperature, dy, d_final, width, starts):
-    return _to_fill(q, k, v, g, state, width, starts)
+def _(q, k, v, g, scale, state, temperature, dy, d_final):
+    return _gradients(q, k, v, g, state)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -332,17 +333,8 @@ def _save(ctx, inputs, output) -> None:
 def _differentiate(ctx, dy, d_final):
     q, k, v, g, state = ctx.saved_tensors
     dy = v.new_zeros(v.shape) if dy is None else dy
-    dq, dk, dv, dg, d_initial, _ = _backward(q, k, v, g, ctx.scale, state, ctx.temperature, dy, d_final, 0, [])
+    dq, dk, dv, dg, d_initial = _backward(q, k, v, g, ctx.scale, state, ctx.temperature, dy, d_final)
     return dq, dk, dv, dg, None, None if state is None else d_initial, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
-
-
-def fused(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tensor | None = None,
-          temperature: float | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """q, k [B, T, H, K] and v [B, T, H, V] of one dtype, bf16 or fp32, g any, state fp32, K and V powers of two -> y, state.
-
-    Differentiable, both ways through the state; one operator to torch.compile.
-    """
-    return _forward(q, k, v, g, scale, state, temperature)
+fused.register_autograd(_differentiate, setup_context=_save)

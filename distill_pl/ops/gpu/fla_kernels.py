@@ -1,11 +1,12 @@
-"""fla's kernels, tuned ahead and as operators that torch.compile takes for one step of a graph.
+"""Kernels of flash-linear-attention (fla), tuned ahead, each one operator to torch.compile.
 
-An op imports them from here when it first calls one, as loading them takes seconds.
+The one place where this package reaches into fla. An op imports from here when it first calls a kernel: loading fla takes
+seconds.
 
-Left alone, fla tries each kernel in up to 48 configurations at its first call, half a minute to three of an op. tuned.json has
-what it settled on at the study's shapes, and for the inverses one warp, which it does not try; a kernel tries that one alone
-where it knows its arguments. On other GPUs, for other shapes and dtypes, with another fla, or where the user has told fla its
-own way (FLA_CACHE_MODE), fla tunes as ever.
+By itself, fla tries each kernel in up to 48 configurations at its first call, which takes half a minute to three minutes an op.
+tuned.json lists the configurations that were fastest at the study's shapes (for the delta rule's inverses with one warp, which
+fla does not try); a kernel called with arguments listed there tries the listed configuration alone. On other GPUs, for other
+arguments, with another version of fla, or where the user chose a mode of fla's own cache (FLA_CACHE_MODE), fla tunes as usual.
 """
 
 import functools
@@ -17,10 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fla.ops.common.chunk_delta_h import chunk_gated_delta_rule_bwd_dhu, chunk_gated_delta_rule_fwd_h
-from fla.ops.common.chunk_o import chunk_bwd_dqkwg, chunk_bwd_dv_local, chunk_fwd_o
 from fla.ops.common.fused_chunk import fused_chunk_bwd_kernel, fused_chunk_fwd_kernel
-from fla.ops.delta_rule.wy_fast import prepare_wy_repr_bwd, prepare_wy_repr_fwd
+from fla.ops.delta_rule.chunk import chunk_delta_rule_bwd, chunk_delta_rule_fwd
 from fla.ops.gla import chunk_gla
 from fla.ops.rebased.parallel import parallel_rebased_bwd_kernel, parallel_rebased_fwd_kernel
 from fla.ops.utils import chunk_local_cumsum
@@ -35,34 +34,37 @@ from triton.runtime.autotuner import Autotuner
 __all__ = ["chunk_gla", "delta_rule", "scalar_decay", "squared"]
 
 TUNED = json.loads(Path(__file__).with_name("tuned.json").read_text())
-COUNTS = {"B", "H", "HV"}  # arguments that say how many programs run, not what one does
+COUNTS = {"B", "H", "HV"}  # arguments that set how many programs run, not what a program does
 
 
 def autotuner(kernel: str) -> Autotuner:
-    """Of the kernel with this dotted name."""
+    """Find the autotuner of the fla kernel with this dotted name."""
     module, name = kernel.rsplit(".", 1)
-    found = getattr(importlib.import_module(module), name)
-    while not isinstance(found, Autotuner):
-        found = found.fn
-    return found
+    wrapped = getattr(importlib.import_module(module), name)
+    while not isinstance(wrapped, Autotuner):
+        wrapped = wrapped.fn
+    return wrapped
 
 
 def arguments(tuner: Autotuner, values: dict[str, Any]) -> dict[str, Any]:
-    """Of a kernel's arguments, what its best configuration depends on: as fla's own key, without COUNTS."""
+    """Pick from a kernel's arguments what its best configuration depends on: fla's own key, without COUNTS."""
     dtypes = sorted({str(x.dtype).removeprefix("torch.") for x in values.values() if isinstance(x, torch.Tensor)})
     return {name: values[name] for name in tuner.keys if name in values and name not in COUNTS} | {"dtypes": dtypes}
 
 
 def candidates(tuner: Autotuner, tuned: list[dict], prune, configs: Sequence[Config], named: dict[str, Any],
                **given) -> Sequence[Config]:  # fmt: skip
-    """Triton's early_config_prune: the tuned configuration alone, or what fla's own `prune` leaves."""
+    """Return the configurations to try: the tuned one alone if there is one, else those that fla's own `prune` leaves.
+
+    The interface is that of Triton's early_config_prune.
+    """
     wanted = arguments(tuner, named | given)
     known = [Config(**entry["config"]) for entry in tuned if entry["arguments"] == wanted]
     return known or (prune(configs, named, **given) if prune else configs)
 
 
 def applies() -> bool:
-    """Whether tuned.json is about this fla and this GPU, and fla is not told otherwise."""
+    """Return whether tuned.json holds for this version of fla and this GPU, and the user chose no mode of fla's own cache."""
     return (
         FLA_CACHE_MODE is FlaCacheMode.DISABLED
         and version("fla-core") == TUNED["fla-core"]
@@ -77,41 +79,45 @@ if applies():
         tuner.early_config_prune = functools.partial(candidates, tuner, tuned, tuner.early_config_prune)
 
 
-CHUNK = 64  # fla's; fewer tokens are one chunk
+CHUNK = 64  # fla's chunk length; a shorter sequence is one chunk
 
 
 def _new(like: Tensor, *shape: int) -> Tensor:
-    """Contiguous, like a tensor; or of another shape, then in fp32."""
+    """Allocate a contiguous tensor: of the shape and dtype of `like`, or of another shape in fp32."""
     return like.new_empty(shape or like.shape, dtype=torch.float32 if shape else like.dtype)
 
 
 def _blocks(k: Tensor, v: Tensor) -> tuple[int, int, int, int, int]:
-    """Sizes of a chunk, of the K and of the V of one program, and how many programs share a head's K and V."""
+    """Return a chunk's length, the K and V channels of one program, and how many programs share a head's K and its V."""
     key, value = (min(64, max(16, next_power_of_2(x.shape[-1]))) for x in (k, v))
     chunk = min(CHUNK, max(16, next_power_of_2(k.shape[1])))
     return chunk, key, value, cdiv(k.shape[-1], key), cdiv(v.shape[-1], value)
 
 
-def _whole(parts: Tensor) -> Tensor:
-    return parts[0] if len(parts) == 1 else parts.sum(0, dtype=parts.dtype)  # which autocast would else make fp32
+def _contiguous(*tensors: Tensor | None) -> list:
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
+def _add_up(parts: Tensor) -> Tensor:
+    """Add up what the programs that share a head computed [parts, ...], in its own dtype also under autocast."""
+    return parts[0] if len(parts) == 1 else parts.sum(0, dtype=parts.dtype)
 
 
 @custom_op("distill_pl::scalar_decay", mutates_args=())
 def _scalar_decay(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float,
                   state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, the state, and the sums of g that the backward pass needs."""
-    q, k, v = (x.contiguous() for x in (q, k, v))
-    state = None if state is None else state.contiguous()
+    """Compute y, the state, and the sums of g that the backward pass needs."""
+    q, k, v, g, state = _contiguous(q, k, v, g, state)
     (batch, length, heads, key), value = k.shape, v.shape[-1]
     chunk, of_key, _, parts, _ = _blocks(k, v)
     y, final = v.new_empty(parts, *v.shape), _new(v, batch, heads, key, value)
     with torch.cuda.device_of(q):
-        sums = None if g is None else chunk_local_cumsum(g.contiguous(), chunk_size=chunk, scale=RCP_LN2)  # the kernels use 2^x
+        sums = None if g is None else chunk_local_cumsum(g, chunk_size=chunk, scale=RCP_LN2)  # the kernels use 2^x
         fused_chunk_fwd_kernel[lambda meta: (cdiv(value, meta["BV"]) * parts * batch * heads,)](
             q, k, v, sums, None, y, state, final, None, scale, length,
             B=batch, H=heads, K=key, V=value, BT=chunk, BK=of_key,
         )  # fmt: skip
-    return _whole(y), final, q.new_empty(0) if sums is None else sums
+    return _add_up(y), final, q.new_empty(0) if sums is None else sums
 
 
 @_scalar_decay.register_fake
@@ -119,9 +125,9 @@ def _(q, k, v, g, scale, state):
     return _new(v), _new(v, v.shape[0], *k.shape[2:], v.shape[3]), q.new_empty(0) if g is None else _new(g)
 
 
-def _to_fill(q: Tensor, k: Tensor, v: Tensor, sums: Tensor,
+def _allocate_gradients(q: Tensor, k: Tensor, v: Tensor, sums: Tensor,
              state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Room for the gradients of q, k, v and g, in the parts that a head's programs make, and of the state."""
+    """Allocate the gradients of q, k, v and g, with a first dimension for the programs that share a head, and of the state."""
     *_, key_parts, value_parts = _blocks(k, v)
     dtype = torch.float32 if sums.numel() and value_parts > 1 else q.dtype  # mLSTM's v and normaliser nearly cancel
     dq, dk = (x.new_empty(value_parts, *x.shape, dtype=dtype) for x in (q, k))
@@ -133,12 +139,11 @@ def _to_fill(q: Tensor, k: Tensor, v: Tensor, sums: Tensor,
 @custom_op("distill_pl::scalar_decay_backward", mutates_args=())
 def _scalar_decay_backward(q: Tensor, k: Tensor, v: Tensor, sums: Tensor, scale: float, state: Tensor | None, dy: Tensor,
                            d_final: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients; whoever reads them adds up their parts."""
-    q, k, v, dy = (x.contiguous() for x in (q, k, v, dy))
-    state, d_final = (x if x is None else x.contiguous() for x in (state, d_final))
+    """Compute the gradients of q, k, v, g and the state; all but the last are still to be added up over their parts."""
+    q, k, v, state, dy, d_final = _contiguous(q, k, v, state, dy, d_final)
     (batch, length, heads, key), value = k.shape, v.shape[-1]
     chunk, of_key, of_value, key_parts, value_parts = _blocks(k, v)
-    gradients = dq, dk, dv, dg, d_state = _to_fill(q, k, v, sums, state)
+    gradients = dq, dk, dv, dg, d_state = _allocate_gradients(q, k, v, sums, state)
     gate, d_gate = (sums, dg) if sums.numel() else (None, None)
     with torch.cuda.device_of(q):
         fused_chunk_bwd_kernel[key_parts * value_parts * batch * heads,](
@@ -150,46 +155,36 @@ def _scalar_decay_backward(q: Tensor, k: Tensor, v: Tensor, sums: Tensor, scale:
 
 @_scalar_decay_backward.register_fake
 def _(q, k, v, sums, scale, state, dy, d_final):
-    return _to_fill(q, k, v, sums, state)
+    return _allocate_gradients(q, k, v, sums, state)
 
 
 @custom_op("distill_pl::delta_rule", mutates_args=())
 def _delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float,
-                state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, the state, and what the backward pass needs: inverses [B, T, H, CHUNK], w like k, new values like v, chunk states."""
-    q, k, v, beta = (x.contiguous() for x in (q, k, v, beta))
-    state = None if state is None else state.contiguous()
+                state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Compute y, the state, and the inverses [B, T, H, CHUNK] that the backward pass needs."""
+    q, k, v, beta, state = _contiguous(q, k, v, beta, state)
     with torch.cuda.device_of(q):
-        w, u, inverse = prepare_wy_repr_fwd(k, v, beta, None)
-        states, new, final = chunk_gated_delta_rule_fwd_h(k, w, u, initial_state=state, output_final_state=True)
-        y = chunk_fwd_o(q, k, new, states, scale=scale)
-    return y, final, inverse, w, new, states
+        y, inverse, final = chunk_delta_rule_fwd(q, k, v, beta, scale, state, output_final_state=True)
+    return y, final, inverse
 
 
 @_delta_rule.register_fake
 def _(q, k, v, beta, scale, state):
-    (batch, length, heads, key), value = k.shape, v.shape[3]
-    inverse, states = k.new_empty(batch, length, heads, CHUNK), k.new_empty(batch, cdiv(length, CHUNK), heads, key, value)
-    return _new(v), _new(v, batch, heads, key, value), inverse, _new(k), _new(v), states
+    return _new(v), _new(v, v.shape[0], *k.shape[2:], v.shape[3]), k.new_empty(*k.shape[:3], CHUNK)
 
 
 @custom_op("distill_pl::delta_rule_backward", mutates_args=())
-def _delta_rule_backward(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, inverse: Tensor, w: Tensor, new: Tensor, states: Tensor,
-                         scale: float, state: Tensor | None, dy: Tensor,
-                         d_final: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """As fla's chunk_delta_rule_bwd, which makes w, the new values and the states again."""
-    q, k, v, beta, dy = (x.contiguous() for x in (q, k, v, beta, dy))
-    state, d_final = (x if x is None else x.contiguous() for x in (state, d_final))
+def _delta_rule_backward(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, inverse: Tensor, scale: float, state: Tensor | None,
+                         dy: Tensor, d_final: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Compute the gradients of q, k, v, beta and, unless it is None, of the initial state."""
+    q, k, v, beta, state, dy, d_final = _contiguous(q, k, v, beta, state, dy, d_final)
     with torch.cuda.device_of(q):
-        dv = chunk_bwd_dv_local(q, k, dy, scale=scale)
-        d_states, d_state, dv = chunk_gated_delta_rule_bwd_dhu(q, k, w, dy, dv, h0=state, dht=d_final, scale=scale)
-        dq, dk, dw, _ = chunk_bwd_dqkwg(q, k, new, dy, states, d_states, w, dv=dv, scale=scale)
-        more, dv, d_beta = prepare_wy_repr_bwd(k, v, beta, inverse, dw, dv, None)
-    return dq, dk.add_(more), dv, d_beta, q.new_empty(0) if state is None else d_state
+        *gradients, d_state = chunk_delta_rule_bwd(q, k, v, beta, inverse, scale, state, dy, d_final)
+    return *gradients, q.new_empty(0) if state is None else d_state
 
 
 @_delta_rule_backward.register_fake
-def _(q, k, v, beta, inverse, w, new, states, scale, state, dy, d_final):
+def _(q, k, v, beta, inverse, scale, state, dy, d_final):
     return _new(q), _new(k), _new(v), _new(beta), q.new_empty(0) if state is None else _new(state)
 
 
@@ -212,7 +207,7 @@ def _differentiate(backward):
 
 def _scalar_decay_gradients(q, k, v, g, sums, *rest) -> tuple[Tensor, ...]:
     *gradients, d_state = _scalar_decay_backward(q, k, v, sums, *rest)
-    return *(_whole(parts).to(x.dtype) for parts, x in zip(gradients, (q, k, v, sums), strict=True)), d_state
+    return *(_add_up(parts).to(x.dtype) for parts, x in zip(gradients, (q, k, v, sums), strict=True)), d_state
 
 
 _scalar_decay.register_autograd(_differentiate(_scalar_decay_gradients), setup_context=_save)
@@ -221,11 +216,13 @@ _delta_rule.register_autograd(_differentiate(_delta_rule_backward), setup_contex
 
 def scalar_decay(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float,
                  state: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """fla's fused_chunk_simple_gla: q, k [B, T, H, K], v [B, T, H, V] of one dtype, g [B, T, H] fp32 or None -> y, state.
+    """Mix as `ops.scalar_decay.mix` does, by the kernels of fla's fused_chunk_simple_gla -> y [B, T, H, V], state.
 
-    By the kernels themselves: where programs share a head, fla's function has them write in fp32, adds up and casts.
+    q, k [B, T, H, K] and v [B, T, H, V] have one dtype; g [B, T, H] is fp32, or None where nothing decays. The kernels are
+    called directly, since fla's function makes programs that share a head write fp32 and adds up and casts in passes of their
+    own, which costs Hedgehog 11% of a training step.
     """
-    value, missing = v.shape[-1], -v.shape[-1] % 8  # other rows than of 16 bytes are read 4 at a time
+    value, missing = v.shape[-1], -v.shape[-1] % 8  # rows that are no multiple of 16 bytes are read in pieces of 4 bytes
     if missing:
         v, state = pad(v, (0, missing)), None if state is None else pad(state, (0, missing))
     y, state, _ = _scalar_decay(q, k, v, g, scale, state)
@@ -233,12 +230,15 @@ def scalar_decay(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float
 
 
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """fla's chunk_delta_rule: q, k [B, T, H, K], v [B, T, H, V] of one dtype other than fp32, beta [B, T, H] -> y, state."""
+    """Mix as `ops.delta_rule.mix` does, by fla's chunk_delta_rule -> y [B, T, H, V], state [B, H, K, V].
+
+    q, k [B, T, H, K] and v [B, T, H, V] have one dtype, which is not fp32; beta is [B, T, H].
+    """
     return _delta_rule(q, k, v, beta, scale, state)[:2]
 
 
 def _squared_sizes(q: Tensor, v: Tensor, rows: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """How many programs, of so many rows each, and the arguments of either kernel."""
+    """Return the grid for programs of `rows` rows, and the arguments that both kernels take."""
     (batch, heads, length, key), value = q.shape, v.shape[-1]
     sizes = {"T": length, "B": batch, "H": heads, "K": key, "V": value, "BTL": rows, "BTS": 32}
     blocks = {"BK": max(16, next_power_of_2(key)), "BV": max(16, next_power_of_2(value))}
@@ -247,10 +247,11 @@ def _squared_sizes(q: Tensor, v: Tensor, rows: int) -> tuple[tuple[int, int], di
 
 @custom_op("distill_pl::squared", mutates_args=())
 def squared(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """fla's parallel_rebased without its scale: contiguous [B, H, T, K or V] of one dtype -> sum_j S_ij v_j, sum_j S_ij.
+    """Compute sum_j S_ij v_j [B, H, T, V] and sum_j S_ij [B, H, T] with S_ij = (q_i . k_j)^2, by fla's parallel_rebased.
 
-    K and V up to 128. By the kernels themselves: fla's function has them write in fp32, and sums over a dimension of 1. Both
-    results are rounded alike, or a row that is one token's would not be its v, nor the gradient of its score 0.
+    q, k, v are contiguous [B, H, T, K or V] of one dtype, K and V at most 128. The kernels are called directly, since fla's
+    function makes them write fp32 and sums over a dimension of 1. Both results are rounded alike: otherwise a row that sees
+    one token would not be that token's v, nor the gradient of its score 0.
     """
     y, total = _new(v), v.new_empty(v.shape[:3])
     grid, sizes = _squared_sizes(q, v, 128)
