@@ -1,7 +1,7 @@
 """Gated linear attention, GLA (Yang et al., 2024): a decay per key channel that depends on the token.
 
-    g = logsigmoid(W_2 W_1 x + b) / 16
-    A: ops/channel_decay.py;  after A v: RMSNorm per head, times silu(W_g x), o_proj
+g = logsigmoid(W_2 W_1 x + b) / 16
+A: ops/channel_decay.py;  after A v: RMSNorm per head, times silu(W_g x), o_proj
 """
 
 import math

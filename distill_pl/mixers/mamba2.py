@@ -1,7 +1,7 @@
 """Mamba2 (Dao and Gu, 2024): a state space model with one decay per head, dual to masked linear attention.
 
-    C, B, x = silu(conv(W_q u)), silu(conv(W_k u)), silu(conv(W_v u));  dt = softplus(W_dt u + b), g = -e^{A_log} dt
-    A_ij = (C_i . B_j) dt_j e^{G_i - G_j}  (ops/scalar_decay.py);  after A x: + D x, times silu(W_z u), RMSNorm per head, o_proj
+C, B, x = silu(conv(W_q u)), silu(conv(W_k u)), silu(conv(W_v u));  dt = softplus(W_dt u + b), g = -e^{A_log} dt
+A_ij = (C_i . B_j) dt_j e^{G_i - G_j}  (ops/scalar_decay.py);  after A x: + D x, times silu(W_z u), RMSNorm per head, o_proj
 """
 
 import math

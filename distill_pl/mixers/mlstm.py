@@ -1,7 +1,7 @@
 """mLSTM, the matrix memory of xLSTM (Beck et al., 2024): scalar input and forget gates per head, a normalised state.
 
-    log f = logsigmoid(W_f x + b_f), log i = W_i x + b_i
-    A: ops/mlstm.py;  after A v: LayerNorm per head, times sigmoid(W_o x), o_proj
+log f = logsigmoid(W_f x + b_f), log i = W_i x + b_i
+A: ops/mlstm.py;  after A v: LayerNorm per head, times sigmoid(W_o x), o_proj
 """
 
 import math

@@ -1,7 +1,7 @@
 """ReBased (Aksenov et al., 2024): squared dot products of normalised q and k, each row divided by its sum.
 
-    phi(x) = gamma * LayerNorm(x) + beta over a head's channels;  S_ij = (scale * phi(q_i) . phi(k_j))^2
-    A_ij = S_ij / (sum_j S_ij + eps)  (ops/normalized.py);  after A v: o_proj
+phi(x) = gamma * LayerNorm(x) + beta over a head's channels;  S_ij = (scale * phi(q_i) . phi(k_j))^2
+A_ij = S_ij / (sum_j S_ij + eps)  (ops/normalized.py);  after A v: o_proj
 """
 
 from torch import nn

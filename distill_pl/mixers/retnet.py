@@ -1,7 +1,7 @@
 """RetNet (Sun et al., 2023): linear attention with a fixed decay per head, and RoPE.
 
-    g = log gamma_h, gamma_h = 1 - 2^{-5-h} for head h
-    A: ops/scalar_decay.py;  after A v: RMSNorm per head, times silu(W_g x), o_proj
+g = log gamma_h, gamma_h = 1 - 2^{-5-h} for head h
+A: ops/scalar_decay.py;  after A v: RMSNorm per head, times silu(W_g x), o_proj
 """
 
 import torch

@@ -73,10 +73,10 @@ def convolve(convs: dict[str, ShortConv], inputs: Sequence[Tensor], mask: Tensor
     if state is None and use_fla(backend, inputs[0].device):
         from distill_pl.ops.gpu.short_conv import short_conv
 
-        fused = zip(inputs, convs.values(), unit, strict=True)
-        return [short_conv(x, conv.weight, scale_to_unit, EPS) for x, conv, scale_to_unit in fused]
-    named = zip(convs.items(), inputs, strict=True)
-    outputs = (conv(x.flatten(2), state, name).unflatten(-1, (x.shape[2], -1)) for (name, conv), x in named)
+        outputs = [short_conv(x.flatten(2), conv.weight) for x, conv in zip(inputs, convs.values(), strict=True)]
+    else:
+        outputs = [conv(x.flatten(2), state, name) for x, (name, conv) in zip(inputs, convs.items(), strict=True)]
+    outputs = [y.view_as(x) for x, y in zip(inputs, outputs, strict=True)]
     return [l2_norm(y) if normalise else y for y, normalise in zip(outputs, unit, strict=True)]
 
 

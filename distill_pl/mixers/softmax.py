@@ -1,6 +1,6 @@
 """Softmax attention (the paper's Eq. 1): the Llama-Llama control, which equals its teacher if everything is copied.
 
-    A_ij = softmax_{j <= i}(scale * q_i . k_j)  (ops/softmax.py), q and k rotated by RoPE;  after A v: o_proj
+A_ij = softmax_{j <= i}(scale * q_i . k_j)  (ops/softmax.py), q and k rotated by RoPE;  after A v: o_proj
 """
 
 from distill_pl.mixers.mixer import Paper, SequenceMixer

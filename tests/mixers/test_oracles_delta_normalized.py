@@ -1,16 +1,11 @@
-"""DeltaNet, ReBased and Hedgehog against implementations nobody here wrote: those of fla-core, loaded by their paths.
+"""DeltaNet, ReBased and Hedgehog against the implementations of fla-core, loaded by their paths."""
 
-The packages around them import triton. Of what these files import from there, a stand-in is put in place of whatever is only a
-kernel of something torch has (layer norm), or is never called.
-"""
-
-import importlib.util
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from op_inputs import fla_file, matrix, matrix_times_v, mixed, relative_error, stepped
 from torch import Tensor
 from torch.nn.functional import conv1d, layer_norm, normalize, pad, silu
 
@@ -21,26 +16,16 @@ from distill_pl.student.factory import StudentFactory
 BATCH, LENGTH, HEADS, KEY, VALUE = 2, 192, 3, 16, 10
 
 
-def fla_file(path: str) -> ModuleType:
-    package = importlib.util.find_spec("fla")
-    if package is None:
-        pytest.skip("fla-core is not installed")
-    source = importlib.util.spec_from_file_location("fla_" + Path(path).stem, Path(package.origin).parent / path)
-    module = importlib.util.module_from_spec(source)
-    source.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def feature_map(monkeypatch) -> ModuleType:
-    """fla.modules.feature_map."""
-    stand_ins = {
+    """Load fla.modules.feature_map; what it imports is never called, or a kernel of what torch has, and is replaced."""
+    replacements = {
         "fla.modules": {},
         "fla.modules.activations": dict.fromkeys(["fast_gelu_impl", "sigmoid", "sqrelu", "swish"]),
         "fla.modules.layernorm": {"layer_norm": lambda x, weight, bias: layer_norm(x, weight.shape, weight, bias, 1e-5)},
         "fla.utils": {"checkpoint": lambda function: function},
     }
-    for name, contents in stand_ins.items():
+    for name, contents in replacements.items():
         module = ModuleType(name)
         vars(module).update(contents)
         monkeypatch.setitem(sys.modules, name, module)
@@ -56,27 +41,8 @@ def qkv(key: int = KEY, length: int = LENGTH) -> list[Tensor]:
     return draw((BATCH, length, HEADS, key), (BATCH, length, HEADS, key), (BATCH, length, HEADS, VALUE))
 
 
-def relative_error(value: Tensor, expected: Tensor) -> float:
-    assert value.shape == expected.shape
-    return ((value - expected).abs().max() / expected.abs().max()).item()
-
-
-def stepped(op: ModuleType, inputs: dict) -> Tensor:
-    outputs, state = [], None
-    for time in range(inputs["q"].shape[1]):
-        now = {name: x[:, time] if isinstance(x, Tensor) else x for name, x in inputs.items()}
-        y, state = op.step(**now, state=state)
-        outputs.append(y)
-    return torch.stack(outputs, 1)
-
-
-def product(op: ModuleType, inputs: dict) -> Tensor:
-    a = op.matrix(**{name: x for name, x in inputs.items() if name != "v"})
-    return torch.einsum("bhij,bjhv->bihv", a, inputs["v"])
-
-
 def all_ways(op: ModuleType, inputs: dict) -> list[Tensor]:
-    return [product(op, inputs), op.mix(**inputs)[0], stepped(op, inputs)]
+    return [run(op, inputs) for run in (matrix_times_v, mixed, stepped)]
 
 
 # ---- the delta rule
@@ -106,9 +72,8 @@ def test_delta_rule_matrix_is_flas():
     naive, inputs = fla_file("ops/delta_rule/naive.py"), delta_inputs()
     heads_first = [inputs[name].transpose(1, 2) for name in ("q", "k", "v", "beta")]
     y, a = naive.delta_rule_parallel(*heads_first, BM=64, BN=32)
-    # theirs multiplies beta v, ours v
-    ours = delta_rule.matrix(**{name: x for name, x in inputs.items() if name != "v"})
-    assert relative_error(ours, a * heads_first[3][..., None, :]) < 2e-6
+    # fla's matrix multiplies beta v, this one v
+    assert relative_error(matrix(delta_rule, inputs), a * heads_first[3][..., None, :]) < 2e-6
     assert relative_error(delta_rule.mix(**inputs)[0], y.transpose(1, 2)) < 2e-6
 
 
@@ -135,14 +100,14 @@ def test_squared_is_flas_rebased(length):
 
 
 def test_squared_is_linear_attention_with_flas_features(feature_map):
-    """Their features are our state's, in another order; the naive linear attention adds 1e-10."""
+    """fla's features are those of the state in another order; its naive linear attention adds eps = 1e-10."""
     naive, (q, k, v) = fla_file("ops/linear_attn/naive.py"), qkv()
-    theirs = feature_map.RebasedFeatureMap(KEY)
-    theirs.gamma.data, theirs.beta.data = draw((KEY,), (KEY,), seed=3)
+    fla_map = feature_map.RebasedFeatureMap(KEY)
+    fla_map.gamma.data, fla_map.beta.data = draw((KEY,), (KEY,), seed=3)
     expected, (_, normaliser) = naive.naive_recurrent_linear_attn(
-        theirs(q), theirs(k), v, scale=1.0, normalize=True, output_final_state=True
+        fla_map(q), fla_map(k), v, scale=1.0, normalize=True, output_final_state=True
     )
-    phi_q, phi_k = (layer_norm(x, (KEY,), theirs.gamma, theirs.beta) for x in (q, k))
+    phi_q, phi_k = (layer_norm(x, (KEY,), fla_map.gamma, fla_map.beta) for x in (q, k))
     inputs = {"q": phi_q, "k": phi_k, "v": v, "scale": KEY**-0.5, "eps": 1e-10, "power": 2}
     for way in all_ways(normalized, inputs):
         assert relative_error(way, expected) < 1e-5
@@ -193,38 +158,30 @@ def test_without_the_state_the_output_is_the_same(power):
 
 
 def test_hedgehog_features_are_flas(feature_map):
-    maps = [feature_map.HedgehogFeatureMap(KEY) for _ in range(HEADS)]
+    fla_maps = [feature_map.HedgehogFeatureMap(KEY) for _ in range(HEADS)]
     (x,) = draw((BATCH, LENGTH, HEADS, KEY))
-    ours = FeatureMap(HEADS, KEY)
-    ours.start()
-    for index, theirs in enumerate(maps):
-        assert torch.equal(ours.weight[index], theirs.layer.weight) and torch.equal(ours.bias[index], theirs.layer.bias)
-    for index, theirs in enumerate(maps):  # and trained
-        theirs.layer.weight.data, theirs.layer.bias.data = draw((KEY, KEY), (KEY,), seed=index)
-        ours.weight.data[index], ours.bias.data[index] = theirs.layer.weight.data, theirs.layer.bias.data
-    expected = torch.stack([theirs(x[:, :, index]) for index, theirs in enumerate(maps)], 2)
-    assert relative_error(ours(x), expected) < 2e-6
-    assert ours(x).shape == (BATCH, LENGTH, HEADS, 2 * KEY)
+    phi = FeatureMap(HEADS, KEY)
+    phi.start()
+    for head, fla_map in enumerate(fla_maps):
+        assert torch.equal(phi.weight[head], fla_map.layer.weight) and torch.equal(phi.bias[head], fla_map.layer.bias)
+    for head, fla_map in enumerate(fla_maps):
+        fla_map.layer.weight.data, fla_map.layer.bias.data = draw((KEY, KEY), (KEY,), seed=head)
+        phi.weight.data[head], phi.bias.data[head] = fla_map.layer.weight.data, fla_map.layer.bias.data
+    expected = torch.stack([fla_map(x[:, :, head]) for head, fla_map in enumerate(fla_maps)], 2)
+    assert relative_error(phi(x), expected) < 2e-6
+    assert phi(x).shape == (BATCH, LENGTH, HEADS, 2 * KEY)
 
 
-def mixer_and_hidden(teacher, name: str):
-    mixer = StudentFactory(name).build(teacher, seed=0).requires_grad_(False).mixers[0]
-    generator = torch.Generator().manual_seed(9)
-    for parameter in mixer.parameters():
-        parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return mixer, draw((BATCH, 70, teacher.config.hidden_size), seed=4)[0]
-
-
-def test_rebased_is_flas_features_and_formula(teacher, feature_map):
-    mixer, hidden = mixer_and_hidden(teacher, "rebased")
-    theirs = feature_map.RebasedFeatureMap(mixer.key_dim)
-    assert (theirs.gamma == 1).all() and (theirs.beta == 0).all()
-    theirs.gamma.data, theirs.beta.data = mixer.feature_map.weight.data, mixer.feature_map.bias.data
+def test_rebased_is_flas_features_and_formula(trained, feature_map):
+    mixer, hidden, _ = trained("rebased")
+    fla_map = feature_map.RebasedFeatureMap(mixer.key_dim)
+    assert (fla_map.gamma == 1).all() and (fla_map.beta == 0).all()
+    fla_map.gamma.data, fla_map.beta.data = mixer.feature_map.weight.data, mixer.feature_map.bias.data
     q, k, v = (
         x.repeat_interleave(mixer.heads // x.shape[2], dim=2)
         for x in (proj(hidden).unflatten(-1, (-1, mixer.key_dim)) for proj in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
     )
-    q, k, v = (x.transpose(1, 2) for x in (theirs(q), theirs(k), v))  # [B, H, T, F]: flattened, the scale in them
+    q, k, v = (x.transpose(1, 2) for x in (fla_map(q), fla_map(k), v))  # [B, H, T, F]: flattened, the scale in them
     scores = (q @ k.mT).tril()
     expected = mixer.o_proj((scores @ v / (scores.sum(-1, keepdim=True) + 1e-5)).transpose(1, 2).flatten(2))
     assert relative_error(mixer(hidden, None)[0], expected) < 1e-5
@@ -239,15 +196,15 @@ def test_hedgehog_starts_as_attention_of_the_teachers_own_q_and_k(teacher, featu
         x.repeat_interleave(mixer.heads // x.shape[2], dim=2)
         for x in (proj(hidden).unflatten(-1, (-1, 8)) for proj in (attention.q_proj, attention.k_proj, attention.v_proj))
     )
-    theirs = feature_map.HedgehogFeatureMap(8)
-    expected, _ = naive.naive_recurrent_linear_attn(theirs(q), theirs(k), v, scale=1.0, normalize=True)
+    fla_map = feature_map.HedgehogFeatureMap(8)
+    expected, _ = naive.naive_recurrent_linear_attn(fla_map(q), fla_map(k), v, scale=1.0, normalize=True)
     assert relative_error(mixer(hidden, None)[0], attention.o_proj(expected.flatten(2))) < 1e-5
 
 
-def test_delta_net_is_the_layer_written_out(teacher):
-    """fla.layers' DeltaNet in plain torch, its delta rule fla's own."""
+def test_delta_net_is_the_layer_written_out(trained):
+    """Write out the DeltaNet of fla.layers in plain torch around fla's own delta rule."""
     naive = fla_file("ops/delta_rule/naive.py")
-    mixer, hidden = mixer_and_hidden(teacher, "delta_net")
+    mixer, hidden, _ = trained("delta_net")
 
     def branch(proj, conv) -> Tensor:
         x = pad(proj(hidden).mT, (3, 0))
@@ -263,12 +220,12 @@ def test_delta_net_is_the_layer_written_out(teacher):
 
 
 @pytest.mark.parametrize("name", ["delta_net", "rebased", "hedgehog"])
-def test_padding_in_the_middle_and_at_the_end_leaves_no_trace_in_the_matrix(teacher, name):
-    """Not only on the left: a masked token's column is zero, whatever came before it."""
-    mixer, hidden = mixer_and_hidden(teacher, name)
+def test_padding_in_the_middle_and_at_the_end_leaves_no_trace_in_the_matrix(trained, name):
+    """A masked token's column is zero wherever the token is, not only in padding on the left."""
+    mixer, hidden, _ = trained(name)
     mask = torch.ones(hidden.shape[:2], dtype=torch.bool)
     mask[:, 30:40] = mask[:, -5:] = False
     inputs, _ = mixer.inputs(hidden, None, mask, None)
-    a = mixer.op.matrix(**{key: x for key, x in inputs._asdict().items() if key != "v"})
+    a = matrix(mixer.op, inputs._asdict())
     assert (a[..., ~mask[0]] == 0).all()
     assert (a[..., 40:65, 29] != 0).all()

@@ -1,12 +1,12 @@
 """mLSTM, RetNet and Mamba2 against the torch code of transformers and fla's naive references."""
 
-import importlib.util
 import math
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from op_inputs import fla_file, relative_error
 from torch import Tensor
 from torch.nn.functional import linear, logsigmoid, rms_norm, silu
 from transformers import Mamba2Config, xLSTMConfig
@@ -14,65 +14,30 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from transformers.models.xlstm import modeling_xlstm
 
-import distill_pl.ops
-from distill_pl.mixers import SequenceMixer
 from distill_pl.ops import mlstm, scalar_decay
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.transfer import expand_kv
-from distill_pl.teacher import Teacher
 
 LENGTH, EPS = 70, 1e-6
-
-
-def relative_error(value: Tensor, expected: Tensor) -> float:
-    assert value.shape == expected.shape
-    return ((value - expected).abs().max() / expected.abs().max()).item()
-
-
-def flas_naive(name: str) -> ModuleType:
-    """A file of fla's, by its path: the package around it imports triton."""
-    fla = importlib.util.find_spec("fla")
-    if fla is None:
-        pytest.skip("fla-core is not installed")
-    spec = importlib.util.spec_from_file_location(f"naive_{name}", Path(fla.origin).parent / f"ops/{name}/naive.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def some(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def op_inputs(gates: float = 1.0) -> dict[str, Tensor]:
-    """q, k, v [2, T, 4, 8], input gate i and log forget gate g [2, T, 4], float64."""
+def random_inputs(gates: float = 1.0) -> dict[str, Tensor]:
+    """Draw q, k, v [2, T, 4, 8], log input gate i and log forget gate g [2, T, 4], float64."""
     q, k, v = (some(2, LENGTH, 4, 8, seed=seed) for seed in range(3))
     i, f = (gates * some(2, LENGTH, 4, seed=seed) for seed in (3, 4))
     return {"q": q, "k": k, "v": v, "i": i, "g": logsigmoid(f + 2)}
-
-
-def moved(teacher: Teacher, name: str, kv_heads: str) -> tuple[SequenceMixer, Tensor, tuple[Tensor, Tensor]]:
-    """A mixer with no weight at its start value, a hidden state for it, RoPE's tables."""
-    # at seed 0, rounding alone is 1.5e-5 of the output
-    student = StudentFactory(name, kv_heads=kv_heads).build(teacher, seed=3).requires_grad_(False)
-    mixer = student.mixers[1]
-    for seed, parameter in enumerate(mixer.parameters()):
-        parameter += 0.3 * some(*parameter.shape, seed=seed).float()
-    hidden = some(2, LENGTH, teacher.config.hidden_size, seed=99).float()
-    return mixer, hidden, student.position(hidden)
-
-
-@pytest.fixture(params=["grouped", "expanded"])
-def kv_heads(request) -> str:
-    return request.param
 
 
 # ---- ops
 
 
 def test_scalar_decay_is_flas_naive_simple_gla():
-    naive = flas_naive("simple_gla")
-    inputs = {name: x.float() for name, x in op_inputs().items() if name != "i"}
+    naive = fla_file("ops/simple_gla/naive.py")
+    inputs = {name: x.float() for name, x in random_inputs().items() if name != "i"}
     start = some(2, 4, 8, 8, seed=5).float()
     y, state = scalar_decay.mix(**inputs, scale=0.3, state=start)
     for reference in (naive.naive_recurrent_simple_gla, naive.naive_chunk_simple_gla):
@@ -87,8 +52,8 @@ def test_scalar_decay_is_flas_naive_simple_gla():
 @pytest.mark.parametrize("gates", [1.0, 6.0])
 @pytest.mark.parametrize("carried", [False, True])
 def test_mlstm_is_transformers(gates, carried):
-    inputs = op_inputs(gates)
-    state = mlstm.mix(**op_inputs(), scale=8**-0.5)[1] if carried else None
+    inputs = random_inputs(gates)
+    state = mlstm.mix(**random_inputs(), scale=8**-0.5)[1] if carried else None
     q, k, v, i = (inputs[name].transpose(1, 2) for name in "qkvi")
     forget = (inputs["g"] - torch.log(-torch.expm1(inputs["g"]))).transpose(1, 2)  # the logit that g is the logsigmoid of
     start = {}
@@ -110,7 +75,7 @@ def test_mlstm_is_transformers(gates, carried):
 
 @pytest.mark.parametrize("gate", [-200.0, 200.0])
 def test_mlstm_is_finite_at_any_input_gate(gate):
-    inputs = {name: x.float() for name, x in op_inputs().items()}
+    inputs = {name: x.float() for name, x in random_inputs().items()}
     inputs["i"], inputs["g"] = torch.full_like(inputs["i"], gate), torch.full_like(inputs["g"], -200.0)
     leaves = [x.requires_grad_() for x in inputs.values()]
     y, _ = mlstm.mix(**inputs, scale=0.3)
@@ -120,8 +85,8 @@ def test_mlstm_is_finite_at_any_input_gate(gate):
 
 @pytest.mark.parametrize("op", [scalar_decay, mlstm])
 def test_the_kernel_is_called_as_its_reference(op, monkeypatch):
-    """Its arguments and results, with fla's naive function in the kernel's place."""
-    naive = flas_naive("simple_gla")
+    """Check the kernel's arguments and results, with fla's naive function in its place."""
+    naive = fla_file("ops/simple_gla/naive.py")
     calls = []
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tensor | None):
@@ -129,9 +94,10 @@ def test_the_kernel_is_called_as_its_reference(op, monkeypatch):
         assert q.dtype == k.dtype == v.dtype == torch.bfloat16 and g.dtype == torch.float32
         return naive.naive_recurrent_simple_gla(q, k, v, g, scale=scale, initial_state=state, output_final_state=True)
 
-    monkeypatch.setattr(distill_pl.ops, "kernels", SimpleNamespace(scalar_decay=kernel), raising=False)
+    kernels = SimpleNamespace(fla_kernels=SimpleNamespace(scalar_decay=kernel))
+    monkeypatch.setitem(sys.modules, "distill_pl.ops.gpu", kernels)
     names = "qkvg" if op is scalar_decay else "qkvig"
-    inputs = {name: x.bfloat16() if name in "qkv" else x.float() for name, x in op_inputs().items() if name in names}
+    inputs = {name: x.bfloat16() if name in "qkv" else x.float() for name, x in random_inputs().items() if name in names}
     state = None
     for _ in range(2):
         expected, expected_state = op.mix(**inputs, scale=0.3, backend="torch", state=state)
@@ -147,11 +113,11 @@ def test_the_kernel_is_called_as_its_reference(op, monkeypatch):
 # ---- mixers
 
 
-def test_mlstm_is_transformers_layer(teacher, kv_heads):
-    mixer, hidden, position = moved(teacher, "mlstm", kv_heads)
+def test_mlstm_is_transformers_layer(trained, kv_heads):
+    mixer, hidden, position = trained("mlstm", kv_heads=kv_heads)
     config = xLSTMConfig(
         hidden_size=hidden.shape[-1], num_heads=mixer.heads, qk_dim_factor=1.0, norm_eps=EPS, num_hidden_layers=1,
-        gate_soft_cap=1e5,  # as good as none
+        gate_soft_cap=1e5,  # too large to cap anything
     )  # fmt: skip
     layer = modeling_xlstm.xLSTMLayer(config).requires_grad_(False)
     kept = mixer.k_proj.out_features // mixer.key_dim
@@ -176,38 +142,38 @@ def test_mlstm_gates_start_coupled(teacher):
     assert torch.equal(mixer.input_proj.bias, -mixer.forget_proj.bias)
 
 
-def test_open_gates_of_padding_write_nothing(teacher):
-    """An input gate of e^30 would leave its trace in the stabiliser even where its key is zero."""
-    mixer, hidden, position = moved(teacher, "mlstm", "expanded")
+def test_open_gates_of_padding_write_nothing(trained):
+    """An input gate of e^30 would leave a trace in the stabiliser even if the padded token's key were zero."""
+    mixer, hidden, position = trained("mlstm", kv_heads="expanded")
     mixer.input_proj.weight *= 30
     mask = torch.arange(LENGTH).expand(2, -1) >= 20
-    late = tuple(table[:, 20:] for table in position)
+    after_padding = tuple(table[:, 20:] for table in position)
     assert mixer.input_proj(hidden[:, :20]).max() > 30
     y, _ = mixer(hidden, position, attention_mask=mask)
-    assert relative_error(y[:, 20:], mixer(hidden[:, 20:], late)[0]) < 1e-5
+    assert relative_error(y[:, 20:], mixer(hidden[:, 20:], after_padding)[0]) < 1e-5
 
 
-def test_retnet_is_flas_naive_retention(teacher, kv_heads):
-    mixer, hidden, position = moved(teacher, "retnet", kv_heads)
+def test_retnet_is_flas_naive_retention(trained, kv_heads):
+    mixer, hidden, position = trained("retnet", kv_heads=kv_heads)
     kept = mixer.k_proj.out_features // mixer.key_dim
     weights = [mixer.q_proj.weight, *(expand_kv(p.weight, mixer.heads, kept) for p in (mixer.k_proj, mixer.v_proj))]
     q, k, v = (linear(hidden, weight).unflatten(-1, (mixer.heads, -1)).transpose(1, 2) for weight in weights)
     q, k = apply_rotary_pos_emb(q, k, *position)
-    mixed = flas_naive("retention").naive_retention(q, k, v).transpose(1, 2)
+    mixed = fla_file("ops/retention/naive.py").naive_retention(q, k, v).transpose(1, 2)
     normed = rms_norm(mixed, mixed.shape[-1:], mixer.norm.weight, EPS).flatten(2)
     expected = linear(normed * silu(linear(hidden, mixer.gate_proj.weight)), mixer.o_proj.weight)
     assert relative_error(mixer(hidden, position)[0], expected) < 1e-5
 
 
-def test_retnets_decays_are_exact_in_a_bf16_model(teacher):
-    mixer, hidden, position = moved(teacher, "retnet", "expanded")
+def test_retnets_decays_are_exact_in_a_bf16_model(trained):
+    mixer, hidden, position = trained("retnet", kv_heads="expanded")
     g = mixer.bfloat16().inputs(hidden.bfloat16(), position, None, None)[0].g
     assert g.shape == (2, LENGTH, 4) and g.dtype == torch.float32
     assert g[1, 7].tolist() == pytest.approx([math.log1p(-(2.0 ** -(5 + head))) for head in range(4)], rel=1e-6)
 
 
-def test_mamba2_is_transformers(teacher, kv_heads):
-    mixer, hidden, position = moved(teacher, "mamba2", kv_heads)
+def test_mamba2_is_transformers(trained, kv_heads):
+    mixer, hidden, position = trained("mamba2", kv_heads=kv_heads)
     config = Mamba2Config(
         hidden_size=hidden.shape[-1], num_heads=mixer.heads, head_dim=mixer.key_dim, state_size=mixer.key_dim, expand=1,
         n_groups=mixer.heads, use_conv_bias=False, layer_norm_epsilon=EPS, chunk_size=16, num_hidden_layers=1,

@@ -1,55 +1,42 @@
 """The law of every op, matrix @ v == mix == step by step, in float64, fp32 and bf16 and under strong gates."""
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
-
 import pytest
 import torch
-from op_inputs import FAMILIES, KEEP_FP32, Inputs, cast, make, matrix, matrix_times_v, tensors_of
+from op_inputs import (
+    cast,
+    cut,
+    families,
+    fla_file,
+    kept_in_fp32,
+    make,
+    matrix,
+    matrix_times_v,
+    mixed,
+    op_of,
+    relative_error,
+    stepped,
+    tensors_of,
+)
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from distill_pl.ops import channel_decay, delta_rule, softmax
 
 KEY, VALUE = 8, 6  # of `make`
-LENGTHS = [1, 5, 64, 130]
+LENGTHS = [1, 5, 64, 130]  # one token; less than a chunk, odd; a chunk; two chunks and a rest
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+# each of LENGTHS, and in either dtype a sequence within a chunk and one across chunks or of a whole chunk
+CASES = [(1, torch.float64), (5, torch.float32), (64, torch.float32), (130, torch.float64)]
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=families())
 def family(request) -> str:
     return request.param
 
 
-def cut(inputs: Inputs, index) -> Inputs:
-    """The inputs at these times: index a slice for `mix`, a number for `step`."""
-    return {name: x[:, index] if isinstance(x, Tensor) else x for name, x in inputs.items()}
-
-
-def mixed(op: ModuleType, inputs: Inputs) -> Tensor:
-    return op.mix(**inputs)[0]
-
-
-def stepped(op: ModuleType, inputs: Inputs) -> Tensor:
-    outputs, state = [], None
-    for time in range(inputs["q"].shape[1]):
-        y, state = op.step(**cut(inputs, time), state=state)
-        outputs.append(y)
-    return torch.stack(outputs, 1)
-
-
-def relative_error(value: Tensor, expected: Tensor) -> float:
-    assert value.shape == expected.shape
-    return ((value.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
-
-
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(("length", "dtype"), CASES)
 def test_matrix_times_v_is_mix_is_step_by_step(family, length, dtype):
-    op, inputs = FAMILIES[family][0], make(family, length, dtype)
+    op, inputs = op_of(family), make(family, length, dtype)
     expected = matrix_times_v(op, inputs)
     assert relative_error(mixed(op, inputs), expected) < TOLERANCE[dtype]
     assert relative_error(stepped(op, inputs), expected) < TOLERANCE[dtype]
@@ -57,7 +44,7 @@ def test_matrix_times_v_is_mix_is_step_by_step(family, length, dtype):
 
 @pytest.mark.parametrize("borders", [[1, 4], [64], [3, 67, 129], [129]])
 def test_pieces_with_carried_state_are_the_whole(family, borders):
-    op, inputs = FAMILIES[family][0], make(family, length=130)
+    op, inputs = op_of(family), make(family, length=130)
     whole, final = op.mix(**inputs)
     outputs, state = [], None
     for start, end in zip([0, *borders], [*borders, 130], strict=True):
@@ -69,26 +56,26 @@ def test_pieces_with_carried_state_are_the_whole(family, borders):
 
 
 def test_mix_and_step_continue_each_other(family):
-    op, inputs = FAMILIES[family][0], make(family, length=20)
+    op, inputs = op_of(family), make(family, length=20)
     first, state = op.mix(**cut(inputs, slice(0, 9)))
     token, state = op.step(**cut(inputs, 9), state=state)
     rest, _ = op.mix(**cut(inputs, slice(10, 20)), state=state)
     assert relative_error(torch.cat([first, token[:, None], rest], 1), mixed(op, inputs)) < 1e-10
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
-@pytest.mark.parametrize("length", LENGTHS)
-def test_gradients_agree(family, length, dtype, tolerance):
-    op, inputs = FAMILIES[family][0], make(family, length, dtype)
+@pytest.mark.parametrize(("length", "dtype"), CASES)
+def test_gradients_agree(family, length, dtype):
+    op, inputs = op_of(family), make(family, length, dtype)
     leaves = tensors_of(inputs)
     for leaf in leaves.values():
         leaf.requires_grad_(True)
-    weight = torch.randn(*inputs["q"].shape[:3], VALUE, generator=torch.Generator().manual_seed(1)).to(dtype)
 
     def gradients(run) -> list[Tensor]:
-        return torch.autograd.grad((run(op, inputs) * weight).sum(), list(leaves.values()), materialize_grads=True)
+        y = run(op, inputs)
+        weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        return torch.autograd.grad((y * weight).sum(), list(leaves.values()), materialize_grads=True)
 
-    expected = gradients(matrix_times_v)
+    expected, tolerance = gradients(matrix_times_v), 1e-10 if dtype == torch.float64 else 1e-4
     for run in (mixed, stepped):
         for name, value, gradient in zip(leaves, gradients(run), expected, strict=True):
             # at T = 1 nothing has decayed and softmax is 1: those gradients are zero on both sides
@@ -98,41 +85,43 @@ def test_gradients_agree(family, length, dtype, tolerance):
 
 @pytest.mark.parametrize("run", [matrix_times_v, mixed, stepped])
 def test_gradients_are_those_of_finite_differences(family, run):
-    op, inputs = FAMILIES[family][0], make(family, length=5, batch=1, heads=2)
+    op, inputs = op_of(family), make(family, length=3, batch=1, heads=2, key=2, value=1)
     leaves = tensors_of(inputs)
 
     def of_tensors(*values: Tensor) -> Tensor:
         return run(op, inputs | dict(zip(leaves, values, strict=True)))
 
-    assert torch.autograd.gradcheck(of_tensors, [leaf.requires_grad_(True) for leaf in leaves.values()])
+    leaves_with_gradients = [leaf.requires_grad_(True) for leaf in leaves.values()]
+    # undefined gradients concern autograd functions of one's own
+    assert torch.autograd.gradcheck(of_tensors, leaves_with_gradients, check_undefined_grad=False)
 
 
-@pytest.mark.parametrize("time", [0, 40, 63, 64, 129])
-def test_a_token_changes_nothing_before_it(family, time):
-    op, inputs, other = FAMILIES[family][0], make(family, length=130), make(family, length=130, seed=1)
-    changed = {
-        name: torch.cat([x[:, :time], other[name][:, time : time + 1], x[:, time + 1 :]], 1)
-        for name, x in tensors_of(inputs).items()
-    }
-    for run in (mixed, stepped):
-        before, after = run(op, inputs), run(op, inputs | changed)
-        assert torch.equal(before[:, :time], after[:, :time])
-        assert not torch.isclose(before[:, time], after[:, time]).any(-1).all()
-    rows = matrix(op, inputs), matrix(op, inputs | changed)
-    assert torch.equal(rows[0][:, :, :time], rows[1][:, :, :time])
+def test_a_token_changes_nothing_before_it(family):
+    op, inputs, other = op_of(family), make(family, length=130), make(family, length=130, seed=1)
+    before = {run: run(op, inputs) for run in (mixed, stepped, matrix)}
+    for time, runs in [(0, [mixed]), (40, [mixed]), (63, [mixed, stepped]), (64, [mixed]), (129, [mixed])]:
+        changed = {
+            name: torch.cat([x[:, :time], other[name][:, time : time + 1], x[:, time + 1 :]], 1)
+            for name, x in tensors_of(inputs).items()
+        }
+        for run in runs:
+            after = run(op, inputs | changed)
+            assert torch.equal(before[run][:, :time], after[:, :time]), (run.__name__, time)
+            assert not torch.isclose(before[run][:, time], after[:, time]).any(-1).all(), (run.__name__, time)
+        assert torch.equal(before[matrix][:, :, :time], matrix(op, inputs | changed)[:, :, :time]), time
 
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_matrix_is_zero_above_and_alive_below_the_diagonal(family, length):
-    a = matrix(FAMILIES[family][0], make(family, length, torch.float32))
+    a = matrix(op_of(family), make(family, length, torch.float32))
     assert a.shape == (2, 4, length, length)
     assert (a.triu(1) == 0).all()
     assert (a.diagonal(dim1=-2, dim2=-1) != 0).all()
     assert (a.diagonal(-1, dim1=-2, dim2=-1) != 0).all()
 
 
-def test_strong_gates_are_finite_at_length_2048(family):
-    op, inputs = FAMILIES[family][0], make(family, 2048, torch.float32, batch=1, heads=2, strong=True)
+def test_strong_gates_are_finite_at_length_1024(family):
+    op, inputs = op_of(family), make(family, 1024, torch.float32, batch=1, heads=2, strong=True)
     leaves = [leaf.requires_grad_(True) for leaf in tensors_of(inputs).values()]
     for run in (matrix_times_v, mixed):
         y = run(op, inputs)
@@ -142,17 +131,17 @@ def test_strong_gates_are_finite_at_length_2048(family):
             assert tensor.abs().max() > 0
 
 
-@pytest.mark.parametrize("run", [matrix_times_v, mixed, stepped])
-def test_strong_gates_are_exact(family, run):
-    op = FAMILIES[family][0]
+def test_strong_gates_are_exact(family):
+    op = op_of(family)
     expected = stepped(op, make(family, 130, torch.float64, strong=True))
-    assert relative_error(run(op, make(family, 130, torch.float32, strong=True)), expected) < 1e-5
+    for run in (matrix_times_v, mixed, stepped):
+        assert relative_error(run(op, make(family, 130, torch.float32, strong=True)), expected) < 1e-5, run.__name__
 
 
 def test_bf16_inputs_cost_their_rounding_only(family):
-    op = FAMILIES[family][0]
+    op = op_of(family)
     exact = make(family, 130, torch.float32)
-    half = cast(exact, torch.bfloat16, keep=KEEP_FP32)
+    half = cast(exact, torch.bfloat16, keep=kept_in_fp32(family))
     rounded = cast(half, torch.float32)
     expected = mixed(op, rounded)
     assert torch.equal(matrix(op, half), matrix(op, rounded))
@@ -164,7 +153,7 @@ def test_bf16_inputs_cost_their_rounding_only(family):
 
 
 def test_matrix_stays_fp32_under_autocast(family):
-    op, inputs = FAMILIES[family][0], make(family, 130, torch.float32)
+    op, inputs = op_of(family), make(family, 130, torch.float32)
     expected = matrix(op, inputs)
     with torch.autocast("cpu", torch.bfloat16):
         a = matrix(op, inputs)
@@ -178,8 +167,8 @@ def test_recurrent_state_stays_fp32():
     half = {name: x.bfloat16() if name in "qkv" else x for name, x in inputs.items()}
     with torch.autocast("cpu", torch.bfloat16):
         y, under_autocast = channel_decay.mix(**inputs)
-        _, stepped_on = channel_decay.step(**cut(half, 0), state=channel_decay.mix(**half)[1])
-    assert stepped_on.dtype == torch.float32
+        _, state_after_step = channel_decay.step(**cut(half, 0), state=channel_decay.mix(**half)[1])
+    assert state_after_step.dtype == torch.float32
     assert torch.equal(under_autocast, state)
     assert torch.equal(y, expected)
 
@@ -192,7 +181,7 @@ def test_softmax_state_holds_the_masked_keys_as_well():
     assert mask.shape == (2, 7) and mask.all()
 
 
-# ---- against other people's formulas, written out
+# ---- against formulas written out and implementations of others
 
 
 @pytest.mark.parametrize("strong", [False, True])
@@ -233,23 +222,16 @@ def test_channel_decay_is_the_recurrence():
 
 
 def test_channel_decay_is_flas_naive_gla():
-    fla = importlib.util.find_spec("fla")
-    if fla is None:
-        pytest.skip("fla-core is not installed")
-    # by its path: the package around it imports triton
-    source = importlib.util.spec_from_file_location("naive_gla", Path(fla.origin).parent / "ops/gla/naive.py")
-    naive = importlib.util.module_from_spec(source)
-    source.loader.exec_module(naive)
     inputs = make("channel_decay", 70, torch.float32) | {"scale": KEY**-0.5}
     q, k, v, g = (inputs[name] for name in "qkvg")
-    expected, final = naive.naive_recurrent_gla(q, k, v, g, output_final_state=True)
+    expected, final = fla_file("ops/gla/naive.py").naive_recurrent_gla(q, k, v, g, output_final_state=True)
     y, state = channel_decay.mix(**inputs)
     assert relative_error(y, expected) < 1e-6
     assert relative_error(state, final) < 1e-6
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Grouped-query attention, one head and one query at a time -> A [B, H, T, T], y [B, T, H, V]."""
+    """Compute grouped-query attention one head and one query at a time -> A [B, H, T, T], y [B, T, H, V]."""
     batch, length, heads = q.shape[:3]
     a, y = q.new_zeros(batch, heads, length, length), q.new_zeros(batch, length, heads, v.shape[-1])
     for b in range(batch):
