@@ -32,11 +32,10 @@ ROWS = {  # sizes, width, and whether there are biases, a norm, a residual, an M
     "rows, biased": ((5, 1, 1, 1, 1), 100, True, True, False, False),
     "rows, gated and biased": ((9, 9), 33, True, False, False, True),
 }
-CONVS = {  # tokens, heads, channels of a head, whether heads are scaled to unit length
-    "convolution": (300, 2, 24, False),
-    "convolution, unit length": (300, 2, 24, True),
-    "convolution, in fours": (200, 1, 16, True),
-    "convolution, short": (2, 3, 40, False),
+CONVS = {  # tokens, heads, channels of a head
+    "convolution": (300, 2, 24),
+    "convolution, in fours": (200, 1, 16),
+    "convolution, short": (2, 3, 40),
 }
 # fp16; g below -9 counts as -9; of g 16 bits count
 TOLERANCE = {"delta_rule": 2e-3, "channel_decay, strong pieces": 1e-4, "channel_decay, logits": 2e-5}
@@ -118,19 +117,18 @@ def row_errors(sizes: tuple[int, ...], width: int, biased: bool, normed: bool, a
     return {name: ((found - right).abs().max() / right.abs().max()).item() for name, found, right in pairs}
 
 
-def conv_errors(length: int, heads: int, size: int, unit: bool) -> dict[str, float]:
+def conv_errors(length: int, heads: int, size: int) -> dict[str, float]:
     """||value - expected|| / ||expected|| of a short convolution of columns of a wider tensor, and of its gradients."""
-    from distill_pl.mixers.short_conv import EPS, ShortConv, l2_norm
+    from distill_pl.mixers.short_conv import ShortConv
     from distill_pl.ops.gpu.short_conv import short_conv
 
     numbers, width = torch.Generator().manual_seed(0), heads * size
     conv = ShortConv(width)
     torch.nn.init.normal_(conv.weight, generator=numbers)
     wide = torch.randn(2, length, width + 24, generator=numbers)
-    x, dy = wide[..., 8 : 8 + width].unflatten(2, (heads, size)).requires_grad_(True), torch.randn(2, length, heads, size)
-    plain = conv(x.flatten(2), None, "").unflatten(2, (heads, size))
+    x, dy = wide[..., 8 : 8 + width].requires_grad_(True), torch.randn(2, length, width, generator=numbers)
     results = []
-    for y in (short_conv(x, conv.weight, unit, EPS), l2_norm(plain) if unit else plain):
+    for y in (short_conv(x, conv.weight), conv(x, None, "")):
         results.append([y, *torch.autograd.grad(y, [x, conv.weight], dy)])
     pairs = zip(("y", "dx", "dw"), *results, strict=True)
     return {name: ((value - expected).norm() / expected.norm()).item() for name, value, expected in pairs}
