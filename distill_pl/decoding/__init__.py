@@ -1,1 +1,6 @@
-"""Generate token by token at a GPU's memory speed: fixed buffers, fused layers, one CUDA graph a step."""
+"""Token-by-token generation at the memory speed of a GPU: fixed buffers, fused layers, one CUDA graph a step."""
+
+from distill_pl.decoding.decoder import Decoder
+from distill_pl.decoding.generate import continue_prompt, unsupported_reason
+
+__all__ = ["Decoder", "continue_prompt", "unsupported_reason"]

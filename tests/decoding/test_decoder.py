@@ -1,14 +1,18 @@
-"""Decoding out of fixed buffers is decoding: token by token, for every mixer, compiled or not."""
+"""A Decoder gives the tokens of plain decoding, for every mixer, compiled or not."""
+
+import inspect
 
 import pytest
 import torch
-from functorch.compile import make_boxed_compiler
-from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 from torch.utils._pytree import tree_leaves
 
-from distill_pl.decoding.decoder import Decoder, RowLayer, continued, products, why_not
+from distill_pl.decoding import Decoder, continue_prompt, unsupported_reason
+from distill_pl.decoding.backend import decode_backend
+from distill_pl.decoding.decoder import FixedSoftmax
+from distill_pl.decoding.row_layer import RowLayer
 from distill_pl.measure.bench import decode, prefill
+from distill_pl.ops import softmax
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.transfer import as_transformer
 from distill_pl.teacher import Teacher
@@ -16,10 +20,9 @@ from distill_pl.teacher import Teacher
 STEPS = 12
 
 
-def taken_apart(graph, inputs):
-    """A backend that runs what our `inductor` would compile."""
-    run = make_boxed_compiler(lambda graph, inputs: graph.forward)
-    return aot_autograd(fw_compiler=run, decompositions=products())(graph, inputs)
+def run_uncompiled(graph, inputs):
+    """Run the graph that `decode_backend` hands to inductor's code generation."""
+    return decode_backend(graph, inputs, inner_compile=lambda graph, inputs, **unused: graph)
 
 
 def some_tokens(teacher, rows: int = 2, length: int = 20, seed: int = 5) -> torch.Tensor:
@@ -40,80 +43,97 @@ def addresses(decoder: Decoder) -> list[tuple[int, torch.Size]]:
     return [(x.data_ptr(), x.shape) for x in tree_leaves((decoder.states, decoder.token, decoder.position))]
 
 
-@pytest.mark.parametrize("softmax_layers", [[], [1]], ids=["pure", "hybrid"])
-def test_tokens_are_those_of_the_plain_way(teacher, name, layout, softmax_layers):
-    model = StudentFactory(name, init="fresh", softmax_layers=softmax_layers, **layout).build(teacher, seed=0).eval()
+def check_decoder(teacher, **student) -> None:
+    """Decode two prompts in the same buffers, and the first again, leaving the model alone."""
+    model = StudentFactory(init="fresh", **student).build(teacher, seed=0).eval()
     weights = {key: x.clone() for key, x in model.state_dict().items()}
     decoder = Decoder(model, max_length=40)
     first, second = some_tokens(teacher), some_tokens(teacher, length=7, seed=6)
-    assert torch.equal(decoded(decoder, first), plain(model, first))
+    expected = plain(model, first)
+    assert torch.equal(decoded(decoder, first), expected)
     before, size = addresses(decoder), decoder.nbytes()
-    assert torch.equal(decoded(decoder, second, chunk=5), plain(model, second))  # a prompt starts clean, at the same place
+    assert torch.equal(decoded(decoder, second, chunk=5), plain(model, second))
     assert addresses(decoder) == before and decoder.nbytes() == size
-    assert torch.equal(plain(model, first), decoded(decoder, first))
+    assert torch.equal(decoded(decoder, first), expected)
+    assert torch.equal(plain(model, first), expected)
     assert weights.keys() == model.state_dict().keys()
     assert all(torch.equal(x, weights[key]) for key, x in model.state_dict().items())
 
 
+def test_tokens_are_those_of_plain_decoding(teacher, name, layout):
+    check_decoder(teacher, mixer=name, **layout)
+
+
+def test_tokens_of_a_hybrid_are_those_of_plain_decoding(teacher, name):
+    check_decoder(teacher, mixer=name, softmax_layers=[1])
+
+
 def test_a_step_of_one_row_is_one_graph(teacher, name):
-    """And its norms are in its products."""
+    """The norms are in the products: every layer is a RowLayer."""
     pytest.importorskip("triton")
-    model = StudentFactory(name, init="fresh", softmax_layers=[1]).build(teacher, seed=0).eval()
+    model = StudentFactory(name, init="fresh").build(teacher, seed=0).eval()
     prompt = some_tokens(teacher, rows=1)
-    decoder = Decoder(model, max_length=40, backend=taken_apart)
+    decoder = Decoder(model, max_length=40, backend=run_uncompiled)
     assert torch.equal(decoded(decoder, prompt), plain(model, prompt))
     assert all(isinstance(layer, RowLayer) for layer in decoder.layers)
 
 
 def test_one_compilation_serves_all_layers(teacher, save_model):
     many = Teacher(str(save_model("llama", num_hidden_layers=5)))
-    for softmax_layers, kinds in [([], 1), ([1, 3], 2)]:
-        model = StudentFactory("gla", softmax_layers=softmax_layers).build(many, seed=0).eval()
-        counter = CompileCounter()
-        decoded(Decoder(model, max_length=40, backend=counter), some_tokens(many, rows=1))
+    for mixer, softmax_layers, kinds in [("gla", [], 1), ("metala", [1, 3], 2)]:
+        model = StudentFactory(mixer, softmax_layers=softmax_layers).build(many, seed=0).eval()
+        counter, prompt = CompileCounter(), some_tokens(many, rows=1)
+        assert torch.equal(decoded(Decoder(model, max_length=40, backend=counter), prompt), plain(model, prompt))
         assert counter.frame_count == 2 + kinds  # with what is before and after the layers
 
 
 def test_transformers_own_models(any_teacher):
+    pytest.importorskip("triton")
     prompt = some_tokens(any_teacher)
-    for backend, rows in [(None, 2), (taken_apart, 1)]:
+    for backend, rows in [(None, 2), (run_uncompiled, 1)]:
         decoder = Decoder(any_teacher.model, max_length=40, backend=backend)
         assert torch.equal(decoded(decoder, prompt[:rows]), plain(any_teacher.model, prompt[:rows]))
 
 
-def test_softmax_has_room_for_so_many_tokens(teacher):
+def test_fixed_softmax_is_called_as_softmax():
+    fixed, growing = (list(inspect.signature(step).parameters) for step in (FixedSoftmax.step, softmax.step))
+    assert fixed == growing
+
+
+def test_softmax_has_room_for_max_length_tokens(teacher):
     model = as_transformer(StudentFactory("softmax").build(teacher, seed=0)).eval()
-    with pytest.raises(ValueError, match="give a max_length"):
-        Decoder(model).prefill(some_tokens(teacher))
+    hybrid = StudentFactory("gla", softmax_layers=[1]).build(teacher, seed=0).eval()
+    for attends in (model, hybrid):
+        with pytest.raises(ValueError, match="give a max_length"):
+            Decoder(attends)
     decoder = Decoder(model, max_length=21)
     decoder.prefill(some_tokens(teacher))
     decoder.step()
-    with pytest.raises(ValueError, match="room for 21"):
-        decoder.step()
-    with pytest.raises(ValueError, match="room for 21"):
-        decoder.prefill(some_tokens(teacher, length=22))
+    for too_long in (decoder.step, lambda: decoder.prefill(some_tokens(teacher, length=22))):
+        with pytest.raises(ValueError, match="22 tokens exceed this Decoder's max_length 21"):
+            too_long()
 
 
-def test_prompts_are_always_as_many(teacher):
+def test_another_batch_size_is_refused(teacher):
     decoder = Decoder(StudentFactory("gla").build(teacher, seed=0).eval())
     decoder.prefill(some_tokens(teacher))
-    with pytest.raises(ValueError, match="1 prompts, where the first time there were 2"):
+    with pytest.raises(ValueError, match="1 prompts, where this Decoder's buffers hold 2"):
         decoder.prefill(some_tokens(teacher, rows=1))
 
 
-def test_what_a_decoder_cannot_do_is_said(teacher, save_model):
-    assert why_not(teacher.model, 10**6) is None
-    assert why_not(StudentFactory("gla").build(teacher, seed=0), 10**6) is None
+def test_unsupported_reason_names_what_is_unsupported(teacher, save_model):
+    assert unsupported_reason(teacher.model, 10**6) is None
+    assert unsupported_reason(StudentFactory("gla").build(teacher, seed=0), 10**6) is None
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     for changes, reason in [
         ({"model_type": "gpt2"}, "GPT2LMHeadModel"),
         ({"model_type": "mistral", "sliding_window": 32}, "sliding window of 32"),
         ({"model_type": "llama", "rope_parameters": dynamic}, "rope_type dynamic"),
     ]:
-        assert reason in why_not(Teacher(str(save_model(**changes))).model, 33)
+        assert reason in unsupported_reason(Teacher(str(save_model(**changes))).model, 33)
 
 
-def test_draws_follow_the_temperature(teacher):
+def test_samples_follow_the_temperature(teacher):
     model, prompt = StudentFactory("gla").build(teacher, seed=0).eval(), some_tokens(teacher)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -125,13 +145,13 @@ def test_draws_follow_the_temperature(teacher):
 
 
 @pytest.mark.parametrize("mixer", ["gla", "softmax"])
-def test_continued_is_generate(teacher, mixer):
+def test_continue_prompt_is_generate(teacher, mixer):
     model = as_transformer(StudentFactory(mixer).build(teacher, seed=0)).eval()
     prompt = some_tokens(teacher, rows=1)
-    for ends in (None, [3, int(plain(model, prompt)[0, 5])]):
-        model.generation_config.eos_token_id = ends
+    for end_tokens in (None, [3, int(plain(model, prompt)[0, 5])]):
+        model.generation_config.eos_token_id = end_tokens
         expected = model.generate(prompt, max_new_tokens=STEPS, do_sample=False, pad_token_id=0)
-        assert torch.equal(continued(model, prompt, STEPS, temperature=0.0), expected)
-        assert (expected.shape[1] == 20 + STEPS) == (ends is None)
+        assert torch.equal(continue_prompt(model, prompt, STEPS, temperature=0.0), expected)
+        assert (expected.shape[1] == 20 + STEPS) == (end_tokens is None)
     model.generation_config.repetition_penalty = 1.5
-    assert continued(model, prompt, STEPS, temperature=0.0) is None
+    assert continue_prompt(model, prompt, STEPS, temperature=0.0) is None

@@ -1,9 +1,9 @@
-"""Captured decoding gives the tokens of plain decoding; what else it must be is shown on the CPU (tests/student)."""
+"""Captured decoding gives the tokens of plain decoding; tests/decoding shows on the CPU what does not need a GPU."""
 
 import pytest
 import torch
 
-from distill_pl.decoding.decoder import Decoder
+from distill_pl.decoding import Decoder
 from distill_pl.measure.bench import decode, prefill
 from distill_pl.measure.evaluate import generate
 from distill_pl.student.factory import StudentFactory
@@ -14,8 +14,8 @@ STEPS = 12
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "captured"])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_tokens_are_those_of_the_plain_way(teacher, name, rows, compiled):
-    """In fp32, where no two tokens are as likely: bf16 rounds at other places when compiled."""
+def test_tokens_are_those_of_plain_decoding(teacher, name, rows, compiled):
+    """In fp32, where no two logits are equal: bf16 rounds elsewhere when compiled."""
     model = StudentFactory(name, init="fresh", softmax_layers=[1]).build(teacher, seed=0).to("cuda").eval()
     decoder = Decoder(model, max_length=80, **{} if compiled else {"backend": None})
     for length in (40, 7):
@@ -24,14 +24,14 @@ def test_tokens_are_those_of_the_plain_way(teacher, name, rows, compiled):
         token, cache = prefill(model, prompt)
         expected = torch.cat([token, decode(model, token, cache, STEPS - 1)], 1)
         assert torch.equal(torch.cat(list(decoder.generate(prompt, STEPS)), 1), expected)
-        assert decoder.graph is not None
+        assert decoder.graph is not None and decoder.pool_bytes() > 0
 
 
 def test_generate_takes_the_graph(teacher_folder, monkeypatch, capsys):
     printed = []
     for captured in (True, False):
         if not captured:
-            monkeypatch.setattr("distill_pl.measure.evaluate.continued", lambda *args: None)
+            monkeypatch.setattr("distill_pl.decoding.continue_prompt", lambda *args: None)
         generate(str(teacher_folder), prompt="Story", max_new_tokens=12)
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1]

@@ -1,0 +1,57 @@
+"""Generation of whole texts by a Decoder: which models it decodes, and how it takes the place of `model.generate`."""
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from distill_pl.decoding.decoder import Decoder
+from distill_pl.errors import InputError
+from distill_pl.student.factory import check_teacher
+from distill_pl.student.modeling import Student
+
+SUPPORTED_GENERATION_OPTIONS = {  # what a generation config may set: a Decoder heeds it, or it changes nothing here
+    "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "use_cache",
+    "max_length", "max_new_tokens",
+}  # fmt: skip
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # rope types whose tables Python recomputes as the sequence grows
+
+
+def unsupported_reason(model: PreTrainedModel, length: int) -> str | None:
+    """Return why a Decoder would not compute what `model` does for sequences of `length` tokens, or None if it would."""
+    rope = (getattr(model.config, "teacher", None) or model.config.to_dict()).get("rope_parameters") or {}
+    if rope.get("rope_type") in LENGTH_DEPENDENT_ROPE:
+        return f"rope_type {rope['rope_type']} changes its tables with the length"
+    window = getattr(model.config, "sliding_window", None)
+    if window is not None and length > window:
+        return f"{length} tokens exceed the sliding window of {window}"
+    if not isinstance(model, Student):
+        try:
+            check_teacher(SimpleNamespace(path=model.name_or_path, config=model.config, model=model))  # type: ignore[arg-type]
+        except InputError as error:
+            return str(error)
+    return None
+
+
+def continue_prompt(model: PreTrainedModel, prompt: Tensor, max_new_tokens: int, temperature: float) -> Tensor | None:
+    """Continue a prompt [1, T] as `model.generate` does -> [1, T + n]; None where a Decoder cannot, for an option or the model.
+
+    The step is captured but not compiled: compiling takes longer than generating some thousand tokens.
+    """
+    options = model.generation_config
+    length = prompt.shape[1] + max_new_tokens
+    changed = {  # a float of 1, such as repetition_penalty's, is neutral
+        name for name, value in options.to_diff_dict().items()
+        if not (name.startswith("_") or value is None or value is False or (isinstance(value, float) and value == 1))
+    }  # fmt: skip
+    if not changed <= SUPPORTED_GENERATION_OPTIONS or unsupported_reason(model, length):
+        return None
+    end_tokens = options.eos_token_id if isinstance(options.eos_token_id, list) else [options.eos_token_id]
+    top_k = 50 if options.top_k is None else options.top_k  # transformers' own default
+    tokens = [prompt]
+    for token in Decoder(model, length, temperature, top_k, backend=None).generate(prompt, max_new_tokens):
+        tokens.append(token)
+        if token.item() in end_tokens:
+            break
+    return torch.cat(tokens, 1)
