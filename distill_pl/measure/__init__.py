@@ -1,1 +1,1 @@
-"""Measure finished models: perplexity and lm-eval tasks, time and memory of generation, parameter counts, reports."""
+"""Measurements of finished models: perplexity and lm-eval tasks, time and memory of generation, parameter counts, reports."""

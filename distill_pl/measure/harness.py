@@ -1,6 +1,8 @@
-"""Zero-shot benchmark scores from lm-eval's own tasks, their rows taken from the hub or from a folder of jsonl files.
+"""Zero-shot benchmark scores by lm-eval's own tasks, on rows from the hub or from a folder of jsonl files.
 
-lm_eval takes seconds to import and to index its tasks: that happens in the first call, not on import of this module.
+lm_eval takes seconds to import and to index its tasks, so both happen in the first call, not on import of this module.
+What is no documented interface of lm-eval is reached in `_stock_task`, `_from_file`, `_make_zero_shot` and
+`_no_metric_scripts` alone, each with a test of its name.
 """
 
 import contextlib
@@ -14,6 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from distill_pl.errors import InputError
 
@@ -22,30 +25,30 @@ def check_tasks(tasks: list[str], data: str | Path | None) -> None:
     """Check task names and files before any work starts.
 
     Args:
-        tasks: names of lm-eval tasks; without `data` its groups and tags too.
-        data: folder with one `<task>.jsonl` per task, or None for the hub.
+        tasks: names of lm-eval tasks; without `data` also groups and tags.
+        data: folder with one `<task>.jsonl` for each task, or None for the hub.
 
     Raises:
         InputError: no task, a name that lm-eval does not know or `data` cannot feed, no folder, a file absent or empty.
     """
     if not tasks:
         raise InputError("tasks=[]: name at least one lm-eval task, for example arc_easy")
-    index = _task_manager().task_index
+    known = _task_manager().all_tasks
     for task in tasks:
-        if task not in index:
-            close = ", ".join(difflib.get_close_matches(task, index)) or "one that `lm-eval ls tasks` lists"
+        if task not in known:
+            close = ", ".join(difflib.get_close_matches(task, known)) or "one that `lm-eval ls tasks` lists"
             raise InputError(f"tasks={task}: lm-eval has no such task; did you mean {close}?")
     if data is None:
         return
     if not Path(data).is_dir():
         raise InputError(f"data={data}: no such folder; give one that holds <task>.jsonl for each task")
     for task in tasks:
-        if index[task].kind.name != "TASK" or "custom_dataset" in index[task].cfg:
+        if _stock_task(task) is None:
             remedy = "name single tasks, or leave data out"
             raise InputError(f"tasks={task}: data={data} cannot feed a group, a tag or a task made in code; {remedy}")
         if not _has_rows(Path(data, f"{task}.jsonl")):
-            there = ", ".join(sorted(file.stem for file in Path(data).glob("*.jsonl") if _has_rows(file))) or "no task"
-            raise InputError(f"data={data}: {task}.jsonl is missing or empty; the folder has rows for {there}")
+            present = ", ".join(sorted(file.stem for file in Path(data).glob("*.jsonl") if _has_rows(file))) or "no task"
+            raise InputError(f"data={data}: {task}.jsonl is missing or empty; the folder has rows for {present}")
 
 
 def run_tasks(
@@ -58,14 +61,14 @@ def run_tasks(
     batch_size: int = 16,
     seed: int = 0,
 ) -> dict[str, dict]:
-    """Score a causal PreTrainedModel zero-shot on its own device, leaving it in eval mode and the global RNGs seeded.
+    """Score a causal language model zero-shot on its device; leave it in eval mode and the global RNGs seeded.
 
     Args:
-        model: the PreTrainedModel.
-        tokenizer: its tokenizer; not changed.
+        model: a PreTrainedModel.
+        tokenizer: its tokenizer, which is not changed.
         tasks: as for `check_tasks`, which is called first.
-        data: folder with one `<task>.jsonl` per task in the columns of the task's hub dataset, all of its rows standing
-            for the split that lm-eval evaluates; None loads the hub's dataset.
+        data: folder with one `<task>.jsonl` for each task, in the columns of the task's hub dataset; all rows of a file
+            stand for the split that lm-eval evaluates. None loads the hub's dataset.
         limit: score only this many first rows of each task; None for all.
         batch_size: sequences in a forward pass.
         seed: for tasks that draw something; those that rank choices by likelihood draw nothing.
@@ -79,7 +82,7 @@ def run_tasks(
         InputError: as for `check_tasks`; a hub that cannot be reached; a first row that does not fit its task.
     """
     check_tasks(tasks, data)
-    # A cache of our own: datasets' common one tells files apart by time stamp, so it can serve rows since replaced.
+    # datasets' shared cache tells files apart by time stamp and can serve rows since replaced: use a cache of this call's own
     with _quiet(), _no_metric_scripts(), tempfile.TemporaryDirectory(prefix="distill_pl-", ignore_cleanup_errors=True) as cache:
         from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
@@ -90,16 +93,13 @@ def run_tasks(
         for name in tasks:
             found = _load(name, data, cache)
             loaded["tasks"].update(found["tasks"])
-            if data is None:  # from files, the only group is the one that _load makes up
+            if data is None:  # from files, the only group is the one that _from_file makes up
                 loaded["groups"].update(found["groups"])
         for name, task in loaded["tasks"].items():
-            if getattr(task, "UNSAFE_CODE", False):
-                raise InputError(f"tasks={name}: it runs what the model writes as code; name another task")
-            task.set_config("num_fewshot", 0)
-            task.set_fewshot_seed(seed)
-        # A copy of the tokenizer, since HFLM gives it a padding token if it has none.
+            _make_zero_shot(name, task, seed)
+        # HFLM gives a tokenizer without a padding token one: hand it a copy
         lm = HFLM(model, backend="causal", tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-        # Not simple_evaluate: that returns nothing on local ranks above 0 and surveys the machine for its log.
+        # simple_evaluate returns nothing on local ranks above 0 and surveys the machine for its log
         results = evaluate(lm, loaded, limit=limit, log_samples=False)
     scores: dict[str, dict] = {}
     for name, row in results["results"].items():
@@ -123,18 +123,11 @@ def _has_rows(file: Path) -> bool:
 
 
 def _load(name: str, data: str | Path | None, cache: str) -> dict[str, dict]:
-    """Build what lm-eval knows as `name`, its rows read: {"tasks": {name: Task}, "groups": {name: Group}, ...}."""
-    spec: str | dict = name
-    remedy = f"if the hub cannot be reached, give --data FOLDER with {name}.jsonl"
-    if data is not None:
-        stock = _task_manager().task_index[name].cfg
-        evaluated = "test_split" if stock.get("test_split") else "validation_split"  # lm-eval's own choice
-        swap = dict.fromkeys(["training_split", "validation_split", "fewshot_split", "fewshot_config", "dataset_name"])
-        swap |= {evaluated: stock[evaluated], "dataset_path": "json", "task": name}
-        files = {stock[evaluated]: glob.escape(str(Path(data, f"{name}.jsonl").resolve()))}  # datasets takes patterns
-        swap["dataset_kwargs"] = {"data_files": files, "cache_dir": cache}
-        # In a group of one, because members of a group are where lm-eval lets a stock task's fields be overridden.
-        spec = {"group": "from_files", "task": [swap]}
+    """Load a task, group or tag with its rows -> {"tasks": {name: Task}, "groups": {name: Group}, ...}."""
+    if data is None:
+        spec, remedy = name, f"if the hub cannot be reached, give --data FOLDER with {name}.jsonl"
+    else:
+        spec = _from_file(name, Path(data, f"{name}.jsonl"), cache)  # type: ignore[assignment]
         remedy = f"give {name}.jsonl in data={data} the columns of the task's hub dataset"
     try:
         return _task_manager().load(spec)
@@ -143,9 +136,37 @@ def _load(name: str, data: str | Path | None, cache: str) -> dict[str, dict]:
         raise InputError(f"tasks={name}: its rows cannot be loaded ({reason}); {remedy}") from error
 
 
+def _stock_task(name: str) -> dict[str, Any] | None:
+    """Return the YAML configuration of one of lm-eval's tasks; None for a group, a tag or a task made in code."""
+    entry = _task_manager().task_index[name]
+    return entry.cfg if entry.kind.name == "TASK" and "custom_dataset" not in entry.cfg else None
+
+
+def _from_file(name: str, file: Path, cache: str) -> dict[str, Any]:
+    """Return a specification, which lm-eval's `TaskManager.load` takes, of a stock task that reads its rows from `file`.
+
+    The task is in a group of one, because lm-eval lets a stock task's fields be overridden only in members of a group.
+    """
+    stock = _stock_task(name) or {}
+    evaluated = "test_split" if stock.get("test_split") else "validation_split"  # lm-eval's own choice
+    task = dict.fromkeys(["training_split", "validation_split", "fewshot_split", "fewshot_config", "dataset_name"])
+    task |= {evaluated: stock[evaluated], "dataset_path": "json", "task": name}
+    files = {stock[evaluated]: glob.escape(str(file.resolve()))}  # datasets takes patterns
+    task["dataset_kwargs"] = {"data_files": files, "cache_dir": cache}
+    return {"group": "from_files", "task": [task]}
+
+
+def _make_zero_shot(name: str, task: Any, seed: int) -> None:
+    """Set a loaded lm-eval task to no examples and a seed. Raises InputError for one that runs what the model writes."""
+    if getattr(task, "UNSAFE_CODE", False):
+        raise InputError(f"tasks={name}: it runs what the model writes as code; name another task")
+    task.set_config("num_fewshot", 0)
+    task.set_fewshot_seed(seed)
+
+
 @contextlib.contextmanager
 def _no_metric_scripts() -> Iterator[None]:
-    """Refuse `evaluate.load`, by which some of lm-eval's tasks run a script from the hub or the current folder, unasked."""
+    """Refuse `evaluate.load`, by which some lm-eval tasks run a script from the hub or the current folder, unasked."""
     import evaluate
 
     refused = []
@@ -168,11 +189,11 @@ def _no_metric_scripts() -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence log lines, warnings and prints of lm-eval and its libraries; their progress bars stay."""
-    before = logging.root.manager.disable
+    disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(before)
+        logging.disable(disabled)

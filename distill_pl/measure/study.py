@@ -1,9 +1,12 @@
-"""What the paper published: its tables, to be set beside one's own runs. Accuracies in percent, parameters in millions."""
+"""The paper's published figures, which reports print beside measured ones. Accuracies in percent, parameters in millions."""
 
 import math
 from statistics import mean
 
-# column of the paper's tables -> the lm-eval tasks whose mean it is
+TABLE_1 = ("softmax", "mlstm", "gla", "hgrn2", "retnet", "mamba2", "metala", "delta_net", "rebased", "hedgehog")  # mixers
+STAGES = ("matrix_mixing", "hidden_align", "kd")  # in order; the keys of distill_pl.stages.STAGES, which needs Lightning
+
+# column of the paper's tables -> the lm-eval tasks it averages
 COLUMNS = {
     "Lamb.": ("lambada_openai", "lambada_standard"),
     "WinoG.": ("winogrande",),
@@ -12,12 +15,12 @@ COLUMNS = {
     "PIQA": ("piqa",),
     "HellaS.": ("hellaswag",),
 }
-CHANCE = {"Lamb.": 0.0, "WinoG.": 0.5, "Arc-E": 0.25, "Arc-C": 0.25, "PIQA": 0.5, "HellaS.": 0.25}  # of guessing
+CHANCE = {"Lamb.": 0.0, "WinoG.": 0.5, "Arc-E": 0.25, "Arc-C": 0.25, "PIQA": 0.5, "HellaS.": 0.25}  # accuracy of guessing
 TASKS = tuple(task for tasks in COLUMNS.values() for task in tasks)
 
-TEACHER = (49.26, 59.35, 70.24, 36.65, 71.65, 43.11, 55.04)  # SmolLM-360M: a value a column, then their average
-
-# experiment -> the same. Tables 2 and 3
+# accuracies: one for each of COLUMNS, then their average
+TEACHER = (49.26, 59.35, 70.24, 36.65, 71.65, 43.11, 55.04)  # SmolLM-360M
+# experiment (file name in experiments/ without .yaml) -> accuracies
 TABLE_2 = {
     "softmax": (34.60, 52.57, 65.40, 29.69, 71.27, 38.13, 48.61),
     "softmax_mm": (37.21, 55.41, 67.63, 29.44, 70.89, 39.29, 49.98),
@@ -63,20 +66,21 @@ APPENDIX_B = {
     "mlstm_qkv_mm": TABLE_3["mlstm_qkv_mm"],
     "mlstm_qkv_mm_mse": (33.76, 55.41, 65.43, 29.35, 70.24, 38.55, 48.79),
 }
-APPENDIX_A = {
-    "softmax": 350, "mlstm": 448, "gla": 420, "hgrn2": 409, "retnet": 566, "mamba2": 523, "metala": 448, "delta_net": 449,
-    "rebased": 404, "hedgehog": 404,
-}  # fmt: skip
+APPENDIX_A = dict(zip(TABLE_1, (350, 448, 420, 409, 566, 523, 448, 449, 404, 404), strict=True))
 
 
 def columns(results: dict[str, dict]) -> dict[str, tuple[float, float]]:
-    """The paper's columns that `results` has all tasks of, and with all six `Avg.`: accuracy and its standard error, of 1."""
-    found = {}
+    """Average lm-eval results, by task, into the paper's columns -> accuracy and its standard error, both fractions of 1.
+
+    A column is left out unless `results` has all of its tasks; `Avg.` needs all six columns.
+    """
+    accuracies = {}
     for column, tasks in COLUMNS.items():
         if all(task in results for task in tasks):
             rows = [results[task] for task in tasks]
-            found[column] = mean([row["acc"] for row in rows]), math.hypot(*(row["acc_stderr"] for row in rows)) / len(rows)
-    if len(found) == len(COLUMNS):
-        values, errors = zip(*found.values(), strict=True)
-        found["Avg."] = mean(values), math.hypot(*errors) / len(errors)
-    return found
+            error = math.hypot(*(row["acc_stderr"] for row in rows)) / len(rows)
+            accuracies[column] = mean([row["acc"] for row in rows]), error
+    if len(accuracies) == len(COLUMNS):
+        values, errors = zip(*accuracies.values(), strict=True)
+        accuracies["Avg."] = mean(values), math.hypot(*errors) / len(errors)
+    return accuracies

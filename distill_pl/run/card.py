@@ -1,4 +1,4 @@
-"""The model card of an exported student: what it is, how to load it, what it was made of and what it scored."""
+"""The model card of an exported student: what it is, how to load it, how it was made, and its scores."""
 
 import re
 from importlib.metadata import version
@@ -19,8 +19,8 @@ from distill_pl.tokens import short
 TEXT = """
 # {name}
 
-A causal language model that distill_pl made of `{teacher}`: in each of its {layers} layers attention was replaced by
-{mixer}, and the result distilled from the original. {parameters} parameters.
+A causal language model that distill_pl distilled from `{teacher}`, replacing the attention of each of its {layers} layers by
+{mixer}. {parameters} parameters.
 
 ## How to load it
 
@@ -36,8 +36,8 @@ print(tokenizer.decode(model.generate(**tokenizer("Once", return_tensors="pt"), 
 
 {stages}
 
-Perplexity is of text that no stage trained on{of_teacher}. The text is `{dataset}`; distill_pl {version}, torch {torch},
-transformers {transformers}. The whole configuration, which `distill-pl fit --config` takes:
+Perplexity is measured on text that no stage trained on{of_teacher}. The text is `{dataset}`; distill_pl {version},
+torch {torch}, transformers {transformers}. The whole configuration, in the form that `distill-pl fit --config` reads:
 
 ```yaml
 {config}```
@@ -50,18 +50,18 @@ transformers {transformers}. The whole configuration, which `distill-pl fit --co
 
 {licence}
 """
-RESULTS = "<!-- distill-pl evaluate writes here -->\n{}\n<!-- as far as here -->"
+RESULTS = "<!-- distill-pl evaluate writes here -->\n{}\n<!-- as far as here -->"  # cards on disk have these very marks
 
 
 def model_card(config: Namespace, stages: list[StageRun], model: PreTrainedModel) -> ModelCard:
-    """Of the model that a finished run exports."""
+    """Write the model card of the student that a finished run exports."""
     teacher, dataset = config.teacher, config.data.dataset
-    licence, about = licence_of(teacher)
+    licence, licence_sentence = licence_of(teacher)
     metrics = [read_metrics(stage.weights) for stage in stages]
-    rows = [["stage", "tokens", "learning rate", "perplexity after it"]]
-    for stage, found in zip(stages, metrics, strict=True):
+    rows = [["stage", "tokens", "learning rate", "perplexity afterwards"]]
+    for stage, losses in zip(stages, metrics, strict=True):
         tokens = short(stage.steps * config.data.batch_size * config.data.sequence_length)
-        rows.append([stage.name, tokens, f"{config[stage.name].lr:g}", f"{perplexity(found['student_ce']):.2f}"])
+        rows.append([stage.name, tokens, f"{config[stage.name].lr:g}", f"{perplexity(losses['student_ce']):.2f}"])
     data = ModelCardData(
         base_model=None if Path(teacher).exists() else teacher,
         datasets=None if Path(dataset).exists() else [dataset],
@@ -84,37 +84,37 @@ def model_card(config: Namespace, stages: list[StageRun], model: PreTrainedModel
         torch=version("torch"),
         transformers=version("transformers"),
         config=yaml.safe_dump(plain(config), sort_keys=False),
-        results=RESULTS.format("Not evaluated yet: `distill-pl evaluate RUN --tasks study` does it."),
-        licence=about,
+        results=RESULTS.format("Not evaluated yet: run `distill-pl evaluate RUN --tasks study`."),
+        licence=licence_sentence,
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
 
 
 def licence_of(teacher: str) -> tuple[str | None, str]:
-    """Of a model folder's card or of the hub's: its identifier, None where it says none, and a sentence about it."""
-    unknown = f"The weights come from `{teacher}`: its licence holds for them, too, but could not be read"
+    """Read the licence from the card of a model folder or of a hub id -> its identifier or None, a sentence about it."""
+    unknown = f"The weights derive from `{teacher}`: its licence applies to them too, but could not be read"
     try:
         if Path(teacher).exists():
             card = Path(teacher) / "README.md"
-            found = (metadata_load(card) or {}).get("license") if card.is_file() else None
+            licence = (metadata_load(card) or {}).get("license") if card.is_file() else None
         else:
-            found = getattr(model_info(teacher, timeout=10).card_data, "license", None)
-    except Exception as error:  # the hub's client has errors of its network library, which changes, and none is worth a run
+            licence = getattr(model_info(teacher, timeout=10).card_data, "license", None)
+    except Exception as error:  # the errors of the hub's network library change between versions, and none is worth a run
         return None, f"{unknown} ({' '.join(str(error).split())[:120]})."
-    if not found:
+    if not licence:
         return None, f"{unknown} (its card names none)."
-    return found, f"The weights come from `{teacher}`, whose licence, {found}, holds for them, too."
+    return licence, f"The weights derive from `{teacher}`, whose licence, {licence}, applies to them too."
 
 
 def add_results(student: Path, results: dict[str, dict[str, Any]]) -> None:
-    """Put the paper's columns of lm-eval results, by task, into an exported student's card; what else stands there stays."""
+    """Write lm-eval results, by task, into an exported student's card as the paper's columns; the rest of the card stays."""
     file = student / "README.md"
-    found = study.columns(results)
-    if not found or not file.is_file():
+    columns = study.columns(results)
+    if not columns or not file.is_file():
         return
     card = ModelCard(file.read_text())
     rows = [["tasks", "zero-shot accuracy, %"]]
-    rows += [[", ".join(study.COLUMNS.get(column, ["average"])), percent(*value)] for column, value in found.items()]
+    rows += [[", ".join(study.COLUMNS.get(column, ["average"])), percent(*value)] for column, value in columns.items()]
     before, after = (re.escape(part) for part in RESULTS.split("{}"))
     written = RESULTS.format(markdown(rows))
     card.text = re.sub(f"{before}.*{after}", lambda _: written, card.text, flags=re.DOTALL)

@@ -1,7 +1,9 @@
-"""`distill-pl bench`: its counts are exact and its decode loop is generate's; of times only that they are there."""
+"""`distill-pl bench`: byte counts are exact and tokens are generate's; times need only be there."""
 
+import ast
 import csv
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,11 +23,21 @@ QUICK = {"lengths": "8,24", "new_tokens": 2, "repeats": 2}
 
 @pytest.fixture
 def here(tmp_path, teacher, monkeypatch) -> Path:
-    """An empty working folder, in which a mixer's name stands for a student of the tiny teacher's shape; on the CPU."""
+    """Enter an empty folder, on a CPU, with mixers' names standing for students of the tiny teacher's shape.
+
+    On a CPU the fast decoder need not even be importable.
+    """
     monkeypatch.setattr(distill_pl.measure.bench, "smollm_360m", lambda: teacher)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "distill_pl.decoding", None)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def no_picture(monkeypatch) -> None:
+    """Spare the drawing after every row, which takes longer than the tiny models do."""
+    monkeypatch.setattr("distill_pl.measure.plots.draw_bench", lambda file, settings, rows: file.touch())
 
 
 def read(folder: Path) -> dict[tuple[str, int], dict]:
@@ -36,13 +48,14 @@ def prompts(teacher, length: int, rows: int = 2) -> torch.Tensor:
     return torch.randint(teacher.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(length))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("length", [2, 70])  # shorter than a convolution, and more than a chunk of the ops
-def test_state_has_the_size_it_has_in_theory(teacher, name, layout, length, dtype):
-    student = StudentFactory(name, init="fresh", **layout).build(teacher, seed=0).eval().to(dtype)
-    for chunk in (0, 33):
-        _, cache = prefill(student, prompts(teacher, length), chunk)
-        assert state_bytes(cache) == cache.nbytes() == theory(student, batch=2, length=length)
+def test_state_has_the_size_it_has_in_theory(teacher, name, layout):
+    student = StudentFactory(name, init="fresh", **layout).build(teacher, seed=0).eval()
+    for dtype in (torch.float32, torch.bfloat16):
+        student.to(dtype)
+        for length in (2, 70):  # shorter than a convolution, and more than a chunk of the ops
+            for chunk in (0, 33) if length > 33 else (0,):
+                _, cache = prefill(student, prompts(teacher, length), chunk)
+                assert state_bytes(cache) == cache.nbytes() == theory(student, batch=2, length=length)
 
 
 def grows_as_in_theory(network, prompt) -> bool:
@@ -73,6 +86,7 @@ def test_prefill_and_decode_are_generate(teacher, name):
         assert cache.get_seq_length() == 48
 
 
+@pytest.mark.slow
 def test_bench_of_a_mixer_and_a_folder(here, teacher_folder, capsys):
     main(["bench", "gla", str(teacher_folder), "--lengths=24,8,160", "--new_tokens=2", "--repeats=2"])
     printed = capsys.readouterr().out
@@ -87,7 +101,7 @@ def test_bench_of_a_mixer_and_a_folder(here, teacher_folder, capsys):
     assert len(set(sizes["gla"])) == 1
     softmax = sizes[str(teacher_folder)]
     assert softmax[1:] == [3 * softmax[0], 20 * softmax[0]]
-    assert printed.count("made for 128 positions") == 1  # by the teacher: its student turns nothing
+    assert printed.count("made for 128 positions") == 1  # of the teacher: its student has no RoPE
     with open(here / "bench" / "bench.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert [(row["model"], int(row["length"])) for row in table] == list(rows)
@@ -98,7 +112,8 @@ def test_bench_of_a_mixer_and_a_folder(here, teacher_folder, capsys):
     assert settings["torch"] == torch.__version__ and settings["dtype"] == "float32" and settings["device"].startswith("CPU")
 
 
-def test_what_was_measured_is_kept(here, monkeypatch, capsys):
+@pytest.mark.slow
+def test_what_was_measured_is_kept(here, monkeypatch, capsys, no_picture):
     measured = []
     measure = distill_pl.measure.bench.measure
 
@@ -124,7 +139,8 @@ def test_what_was_measured_is_kept(here, monkeypatch, capsys):
 
 
 def test_rows_of_either_way_to_decode(teacher, name):
-    """Out of fixed buffers as a graph does; softmax has room for all tokens there, in whole blocks."""
+    """With decode=graph states are fixed buffers, in which softmax has room for all tokens, in whole blocks."""
+    pytest.importorskip("distill_pl.decoding", exc_type=ImportError)
     student = StudentFactory(name).build(teacher, seed=0).eval()
     settings = {"new_tokens": 2, "repeats": 2, "batch_size": 2, "prefill_chunk": 0, "seed": 0}
     rows = {way: measure(student, 300, settings | {"decode": way}, warm_up=1) for way in ("graph", "plain")}
@@ -147,7 +163,8 @@ def test_limit_reads_weights_and_state_once(teacher):
     assert limit(student, {"bandwidth": None}) == {}
 
 
-def test_out_of_memory_ends_a_model_not_the_bench(here, monkeypatch, capsys):
+@pytest.mark.slow
+def test_out_of_memory_ends_a_model_not_the_bench(here, monkeypatch, capsys, no_picture):
     measure = distill_pl.measure.bench.measure
 
     def small(network, length, *args, **kwargs):
@@ -159,11 +176,11 @@ def test_out_of_memory_ends_a_model_not_the_bench(here, monkeypatch, capsys):
     for _ in range(2):  # the second time nothing is tried again
         bench(["gla", "softmax"], **QUICK | {"lengths": "8,24,32"})
         printed = capsys.readouterr().out
-        assert printed.count("out of memory") == 1 and "gla: lengths beyond 24 are left out" in printed
+        assert printed.count("out of memory") == 1 and "gla: lengths beyond 24 are skipped" in printed
         assert list(read(here / "bench")) == [("gla", 8), ("gla", 24), *(("softmax", length) for length in (8, 24, 32))]
 
 
-def test_a_folder_comes_before_a_mixer(here, teacher_folder):
+def test_a_folder_comes_before_a_mixer(here, teacher_folder, no_picture):
     (here / "gla").symlink_to(teacher_folder)
     bench(["gla"], **QUICK)
     assert read(here / "bench")["gla", 8]["softmax"]
@@ -182,10 +199,10 @@ def test_a_folder_comes_before_a_mixer(here, teacher_folder):
     ({"repeats": 0}, "repeats 0 is too small"),
     ({"batch_size": 0}, "batch_size 0 is too small"),
     ({"prefill_chunk": -1}, "prefill_chunk -1 is too small"),
-    ({"decode": "graph"}, "decode 'graph': needs a GPU"),
+    ({"decode": "graph"}, "decode 'graph' needs a GPU: choose plain or auto"),
     ({"decode": "grpah"}, "decode 'grpah': choose from auto, graph, plain"),
     ({"models": ["gla", "gla2"]}, "neither a folder nor a mixer: did you mean gla?"),
-    ({"models": ["gla", "/nowhere"]}, r"'/nowhere' cannot be had \(no such folder\): give .* a mixer: softmax, "),
+    ({"models": ["gla", "/nowhere"]}, r"'/nowhere' cannot be read \(no such folder\): give .* a mixer: softmax, "),
 ])  # fmt: skip
 def test_refusals_come_before_any_work(here, changes, message):
     with pytest.raises(InputError, match=message.replace("?", r"\?")):
@@ -193,7 +210,7 @@ def test_refusals_come_before_any_work(here, changes, message):
     assert not list(here.iterdir())
 
 
-def test_a_table_of_positions_is_not_left(here, save_model):
+def test_a_table_of_positions_is_not_left(here, save_model, no_picture):
     folder = str(save_model("gpt2", max_position_embeddings=64))
     with pytest.raises(InputError, match="a table of 64 positions, 66 are asked for"):
         bench([folder], lengths="64", new_tokens=2)
@@ -201,7 +218,16 @@ def test_a_table_of_positions_is_not_left(here, save_model):
     assert read(here / "bench")[folder, 8]["state_in_theory"] is None
 
 
-def test_every_mixer_has_a_name_of_its_own_on_the_command_line(here, capsys):
+@pytest.mark.slow
+def test_every_mixer_has_a_name_of_its_own_on_the_command_line(here, capsys, no_picture):
     main(["bench", *MIXERS, "--lengths=8", "--new_tokens=1", "--repeats=1"])
     assert [model for model, _ in read(here / "bench")] == list(MIXERS)
-    assert "small unless given" in capsys.readouterr().out
+    assert "default lengths and repeats are small" in capsys.readouterr().out
+
+
+def test_measuring_imports_neither_lightning_nor_the_chain_of_stages():
+    for file in Path(distill_pl.measure.bench.__file__).parent.glob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [name.name for name in getattr(node, "names", ())]
+            kept_out = ("lightning", "distill_pl.run.fit", "distill_pl.run.monitor", "distill_pl.stages")
+            assert not [name for name in names if name.startswith(kept_out)], file

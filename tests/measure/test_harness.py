@@ -1,6 +1,10 @@
+"""Scores of lm-eval's tasks on a tiny model, and what lm-eval does not document but the harness relies on."""
+
+import inspect
 import json
 import math
 import os
+import random
 
 import datasets
 import pytest
@@ -9,7 +13,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from distill_pl.errors import InputError
-from distill_pl.measure.harness import check_tasks, run_tasks
+from distill_pl.measure import harness
+from distill_pl.measure.harness import (
+    _from_file,
+    _make_zero_shot,
+    _no_metric_scripts,
+    _stock_task,
+    check_tasks,
+    run_tasks,
+)
 
 LETTERS = ["A", "B", "C"]
 QUESTIONS = ["What melts?", "Which one flies high?", "Who lives in water?", "What bends least?"]
@@ -132,3 +144,48 @@ def test_rows_that_cannot_be_loaded_end_in_one_line(model, tokenizer, tmp_path, 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(InputError, match=r"tasks=piqa.*Couldn't reach the Hub at all.*--data FOLDER"):
         run_tasks(model, tokenizer, ["piqa"])
+
+
+# One test for each function that reaches into lm-eval: it fails by that function's name when lm-eval changes.
+
+
+def test_stock_task_knows_single_tasks_from_groups_tags_and_code():
+    piqa = _stock_task("piqa")
+    assert piqa["task"] == "piqa" and piqa["dataset_path"] and piqa["validation_split"]
+    manager = harness._task_manager()
+    made_in_code = [name for name, entry in manager.task_index.items() if entry.kind.name == "PY_TASK"]
+    custom = [name for name, entry in manager.task_index.items() if "custom_dataset" in (entry.cfg or {})]
+    assert made_in_code and custom
+    for name in ("mmlu", "lambada", made_in_code[0], custom[0]):
+        assert name in manager.all_tasks and _stock_task(name) is None
+    assert inspect.signature(type(manager)).parameters["include_defaults"].default is True  # the index outside of these tests
+
+
+def test_from_file_overrides_a_stock_tasks_rows(tmp_path):
+    file = write(tmp_path, "piqa", [{"goal": f"cut {n}", "sol1": "saw it", "sol2": "hum", "label": n % 2} for n in range(3)])
+    (task,) = harness._task_manager().load(_from_file("piqa", file, str(tmp_path / "cache")))["tasks"].values()
+    assert task.config.dataset_path == "json" and [row["goal"] for row in task.eval_docs] == ["cut 0", "cut 1", "cut 2"]
+    assert task.config.output_type == _stock_task("piqa")["output_type"]
+
+
+def test_make_zero_shot_sets_a_task_and_refuses_code(tmp_path):
+    file = write(tmp_path, "piqa", [{"goal": "cut", "sol1": "saw it", "sol2": "hum", "label": 0}])
+    spec = _from_file("piqa", file, str(tmp_path / "cache"))
+    (task,) = harness._task_manager().load(spec)["tasks"].values()
+    task.set_config("num_fewshot", 5)
+    _make_zero_shot("piqa", task, seed=0)
+    assert task.config.num_fewshot == 0
+    assert task.fewshot_rnd.random() == random.Random(0).random()
+    spec["task"][0]["unsafe_code"] = True
+    (task,) = harness._task_manager().load(spec)["tasks"].values()
+    with pytest.raises(InputError, match="tasks=piqa: it runs what the model writes as code"):
+        _make_zero_shot("piqa", task, seed=0)
+
+
+def test_no_metric_scripts_refuses_evaluate_load():
+    import evaluate
+
+    load = evaluate.load
+    with pytest.raises(InputError, match="script of metric 'code_eval'"), _no_metric_scripts():
+        evaluate.load("code_eval")
+    assert evaluate.load is load

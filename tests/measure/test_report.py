@@ -1,4 +1,4 @@
-"""`distill-pl report` on a real run, and on copies of it that pretend to be others."""
+"""`distill-pl report` on a real run, and on copies of it with other configurations and results."""
 
 import json
 import shutil
@@ -11,22 +11,25 @@ from scipy.stats import t
 from distill_pl.console import perplexity
 from distill_pl.errors import InputError
 from distill_pl.measure import study
-from distill_pl.measure.report import held_out, report
+from distill_pl.measure.plots import DISTANCES
+from distill_pl.measure.report import baseline, held_out, report
+from distill_pl.mixers import MIXERS
+from distill_pl.stages import STAGES
 
 
-@pytest.fixture(scope="module")
-def run(fitted):
-    """Of all three stages: gla_qkv_mm_h2h."""
-    return fitted(**{"tokens": 1024, "matrix_mixing.tokens": 512, "hidden_align.tokens": 256, "trainer.log_every_n_steps": 1})
+@pytest.fixture(autouse=True)
+def short_appendix_a(monkeypatch) -> None:
+    """Spare the counts of Appendix A, which take seconds; tests/test_experiments.py tests them."""
+    monkeypatch.setattr("distill_pl.measure.report.appendix_a", lambda: [["million parameters"], ["appendix a"]])
 
 
 @pytest.fixture
 def like(run, tmp_path):
-    """`like(name, changes, accuracies)` -> a copy of the run under tmp_path/runs, changed, with results in percent."""
+    """Return `like(name, changes, accuracies)`, which copies the run to tmp_path/runs with other keys and results (percent)."""
 
     def copy(name: str, changes: dict, accuracies: tuple | None = None):
         folder = tmp_path / "runs" / name
-        shutil.copytree(run, folder)
+        shutil.copytree(run, folder, ignore=shutil.ignore_patterns("eval"))
         config = yaml.safe_load((run / "config.yaml").read_text())
         for key, value in changes.items():
             part = config
@@ -44,30 +47,35 @@ def like(run, tmp_path):
     return copy
 
 
-def rows(out) -> dict[str, list[str]]:
-    """The first row of each experiment in a report."""
-    found: dict[str, list[str]] = {}
-    for line in (out / "report.md").read_text().splitlines():
+def rows(out, title: str = "") -> dict[str, list[str]]:
+    """Read the first row of each experiment in a report, or in its tables from the one headed `title` on."""
+    first: dict[str, list[str]] = {}
+    text = (out / "report.md").read_text()
+    for line in text[text.index(f"## {title}") :].splitlines():
         if line.startswith("| "):
             cells = [cell.strip() for cell in line.strip("|").split("|")]
-            found.setdefault(cells[0], cells[1:])
-    return found
+            first.setdefault(cells[0], cells[1:])
+    return first
 
 
-def test_a_run_in_its_row_and_in_pictures(run, tmp_path, capsys):
+@pytest.mark.slow
+def test_a_run_in_its_row_and_in_pictures(like, tmp_path, capsys):
+    run = like("run", {})
     report([str(run)], str(tmp_path))
-    found = rows(tmp_path)
+    row = rows(tmp_path)
     losses = held_out(run)
-    assert found["gla_qkv_mm_h2h"][:2] == ["1", f"{perplexity(losses['student_ce']):.2f}"]
-    assert found["teacher"][:2] == ["1", f"{perplexity(losses['teacher_ce']):.2f}"] and found["teacher"][-1] == "55.04"
-    assert found["gla"][0] == "missing" and found["hgrn2_mm"][-1] == "46.95 (-0.53)"
-    assert found["hedgehog"][0] == "missing" and "1 run of 1024 tokens" in capsys.readouterr().out
+    assert row["gla_qkv_mm_h2h"][:2] == ["1", f"{perplexity(losses['student_ce']):.2f}"]
+    assert row["teacher"][:2] == ["1", f"{perplexity(losses['teacher_ce']):.2f}"] and row["teacher"][-1] == "55.04"
+    assert row["gla"][0] == "missing" and row["hgrn2_mm"][-1] == "46.95 (-0.53)"
+    assert row["hedgehog"][0] == "missing" and "1 run of 1024 tokens" in capsys.readouterr().out
+    assert "appendix a" in row and "Beyond the paper" not in (tmp_path / "report.md").read_text()
     shown = [line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("![")]
     assert shown == ["![losses](losses.png)", "![matrix mixing](matrix_mixing.png)", "![hidden align](hidden_align.png)"]
     for name in ("losses", "matrix_mixing", "hidden_align"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_seeds_share_a_row(like, tmp_path):
     fresh = {"student.init": "fresh", "hidden_align.tokens": 0, "matrix_mixing.tokens": 0}
     values = [40.0, 41.0, 45.0]
@@ -76,19 +84,24 @@ def test_seeds_share_a_row(like, tmp_path):
     like("plain", fresh, (39.0,) * 6)
     report([str(tmp_path / "runs")], str(tmp_path))
     half = t.ppf(0.975, 2) * (sum((x - mean(values)) ** 2 for x in values) / 2 / 3) ** 0.5
-    found = rows(tmp_path)["gla_mm"]
-    assert found[0] == "3" and found[-2] == f"42.00 ± {half:.2f} (+3.00)" and found[-1] == "47.78 (-0.07)"
+    row = rows(tmp_path)["gla_mm"]
+    assert row[0] == "3" and row[-2] == f"42.00 ± {half:.2f} (+3.00)" and row[-1] == "47.78 (-0.07)"
 
 
 def test_runs_of_one_row_differ_in_their_seed_alone(like, tmp_path):
     like("a", {"seed": 1, "trainer.devices": 2})
     like("b", {"seed": 2, "kd.lr": 0.5})
-    with pytest.raises(InputError, match=r"both gla_qkv_mm_h2h, but differ in kd\.lr: report them apart"):
+    with pytest.raises(InputError, match=r"both gla_qkv_mm_h2h, but differ in kd\.lr: make a report of each"):
         report([str(tmp_path / "runs")], str(tmp_path / "report"))
     assert not (tmp_path / "report").exists()
 
 
-def test_ranking_against_the_papers(like, tmp_path):
+@pytest.fixture
+def no_pictures(monkeypatch) -> None:
+    monkeypatch.setattr("distill_pl.measure.report.pictures", lambda runs, folder: [])
+
+
+def test_ranking_against_the_papers(like, tmp_path, no_pictures):
     fresh = {"student.init": "fresh", "hidden_align.tokens": 0, "matrix_mixing.tokens": 0}
     for mixer in ("softmax", "gla", "hedgehog", "metala"):
         like(mixer, fresh | {"student.mixer": mixer}, study.TABLE_2[mixer])
@@ -96,7 +109,30 @@ def test_ranking_against_the_papers(like, tmp_path):
     assert "these 4 rows against the paper's averages: Kendall's tau 1.00" in (tmp_path / "report.md").read_text()
 
 
-def test_unfinished_and_absent_runs(like, tmp_path, capsys):
+def test_mixers_beyond_the_paper_have_a_table_of_their_own(like, tmp_path, monkeypatch, no_pictures):
+    """A mixer is compared with itself, also where its name begins or ends like that of another."""
+    for name in ("gated_delta_net", "gla_2"):
+        monkeypatch.setitem(MIXERS, name, MIXERS["gla"])
+    fresh = {"student.init": "fresh", "hidden_align.tokens": 0, "matrix_mixing.tokens": 0}
+    mixed = fresh | {"matrix_mixing.tokens": 512}
+    for mixer, plain in [("gla", 30.0), ("gla_2", 40.0), ("delta_net", 50.0), ("gated_delta_net", 60.0)]:
+        like(mixer, fresh | {"student.mixer": mixer}, (plain,) * 6)
+        like(f"{mixer}_mm", mixed | {"student.mixer": mixer}, (plain + 1,) * 6)
+    like("other", fresh | {"student.mixer": "retnet", "student.init": "qkv"}, (70.0,) * 6)
+    report([str(tmp_path / "runs")], str(tmp_path))
+    beyond = rows(tmp_path, "Beyond the paper")
+    assert list(beyond)[:5] == ["experiment", "gated_delta_net", "gated_delta_net_mm", "gla_2", "gla_2_mm"]
+    assert beyond["gated_delta_net_mm"][-2:] == ["61.00 (+1.00)", ""] and beyond["gla_2_mm"][-2:] == ["41.00 (+1.00)", ""]
+    assert list(rows(tmp_path, "Not in the paper"))[:3] == ["experiment", "retnet_qkv", "gated_delta_net"]
+    assert rows(tmp_path)["delta_net_mm"][-2:] == ["51.00 (+1.00)", "42.93 (-0.87)"]
+    assert rows(tmp_path)["scratch_mlstm"][-1] == "33.39" and baseline("scratch_mlstm") is None
+
+
+def test_stages_are_those_of_a_run():
+    assert tuple(STAGES) == study.STAGES and set(DISTANCES) < set(STAGES)
+
+
+def test_unfinished_and_absent_runs(like, tmp_path, capsys, no_pictures):
     folder = like("stopped", {})
     shutil.rmtree(folder / "student")
     report([str(folder)], str(tmp_path))
