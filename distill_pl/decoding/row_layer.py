@@ -20,7 +20,7 @@ class RowProducts(nn.Module):
     """Linears that read the same row as one kernel, `ops.gpu.row_products`, with the residual sum and norm before them."""
 
     def __init__(self, linears: list[nn.Linear], norm: nn.Module | None = None, gated: bool = False, heads: int = 1):
-        """Join linears. norm: RMS norm of the row; gated: silu(first product) * second, as in an MLP; heads: parts of the row."""
+        """Join linears. norm: RMS norm of the row; gated: silu(first product) * second, as in MLPs; heads: parts of a row."""
         super().__init__()
         import distill_pl.ops.gpu.row_products  # noqa: F401 (registers the operator; here, because it loads Triton)
 
