@@ -34,12 +34,12 @@ class StepGraphs(Callback):
     def capture(self, stage: Stage, inputs: tuple[Tensor, ...]) -> Callable:
         """Return the stage's losses as CUDA graphs for inputs of these shapes, or as they are where that fails."""
         try:
-            captured = CapturedLosses(stage.losses_given, stage.student, inputs)
+            captured, stage.graph_bytes = capture_losses(stage.losses_given, stage.student, inputs)
         except RuntimeError as error:
             reason = str(error).split("\n")[0]
             stage.print(f"{stage.name}: no CUDA graph of a step can be had, its kernels are launched one by one ({reason})")
             return stage.losses_given
-        stage.graph_bytes, self.is_captured = captured.pool_bytes, True
+        self.is_captured = True
         return captured
 
     def on_train_batch_start(self, trainer: L.Trainer, stage: Stage, batch: Tensor, batch_idx: int) -> None:
@@ -58,26 +58,19 @@ class StepGraphs(Callback):
         stage.graph_bytes, self.is_captured = 0, False
 
 
-class CapturedLosses:
-    """Compute losses of a student's parameters by two CUDA graphs; every call overwrites the results of the last.
+def capture_losses(losses: Callable[..., tuple[Tensor, Tensor]], student: nn.Module,
+                   inputs: tuple[Tensor, ...]) -> tuple[Any, int]:  # fmt: skip
+    """Capture losses of a student's parameters for inputs of these shapes -> a function like `losses`, GPU bytes of its pool.
 
-    Gradients too are written to one place by every backward pass: copy those that must outlive the next one.
+    Every call overwrites the results of the last, and every backward pass the gradients: copy those that must outlive it.
     """
-
-    def __init__(self, losses: Callable[..., tuple[Tensor, Tensor]], student: nn.Module, inputs: tuple[Tensor, ...]):
-        """Capture `losses` for inputs of these shapes, after one run that compiles and tunes, which a graph cannot hold."""
-        pool = torch.cuda.graph_pool_handle()
-        module = _Losses(losses, student)
-        samples = tuple(x.clone() for x in inputs)
-        self.graphs: Any = torch.cuda.make_graphed_callables(
-            module, samples, num_warmup_iters=1, allow_unused_input=True, pool=pool
-        )
-        torch.cuda.reset_peak_memory_stats()  # from now on, what lives within a step lies in the pool
-        self.pool_bytes = pool_bytes(pool)
-
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute what `losses` computes."""
-        return self.graphs(*inputs)
+    pool = torch.cuda.graph_pool_handle()
+    samples = tuple(x.clone() for x in inputs)
+    graphs = torch.cuda.make_graphed_callables(  # one run first: what is compiled or tuned in it cannot be captured
+        _Losses(losses, student), samples, num_warmup_iters=1, allow_unused_input=True, pool=pool
+    )
+    torch.cuda.reset_peak_memory_stats()  # from now on, what lives within a step lies in the pool
+    return graphs, pool_bytes(pool)
 
 
 class _Losses(nn.Module):

@@ -2,7 +2,7 @@
 
 import torch
 
-from distill_pl.compiling.cuda_graphs import StepGraphs, pool_bytes  # noqa: F401
+from distill_pl.compiling.cuda_graphs import StepGraphs
 from distill_pl.stages import Stage
 
 
@@ -32,8 +32,3 @@ def compile_stage(stage: Stage) -> StepGraphs:
     for module in stage.compiled_modules():
         module.compile(dynamic=False)
     return StepGraphs()
-
-
-def launches_early() -> bool:
-    """Return whether kernels may start before the one before them has ended, on the GPU at hand: from Hopper on."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)

@@ -15,8 +15,6 @@ INDUCTOR_OPTIONS = {
     "realize_reads_threshold": 400,
     "realize_acc_reads_threshold": 400,
     "realize_opcount_threshold": 400,
-    # Choose configurations by rule: the fastest of kernels timed alone, a few microseconds each, is not so among others.
-    "deterministic": True,
     # Run independent kernels, such as the short convolutions of q, k and v, as one.
     "combo_kernels": True,
 }

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from distill_pl.compiling.cuda_graphs import pool_bytes
 from distill_pl.decoding.backend import decode_backend, unlimited_recompiles
 from distill_pl.decoding.row_layer import RowLayer, RowProducts, is_llama_layer
 from distill_pl.mixers import Softmax
@@ -155,9 +156,7 @@ class Decoder:
 
     def pool_bytes(self) -> int:
         """Return the GPU bytes that the CUDA graph's private pool holds beyond what the allocator counts as allocated."""
-        pool = None if self.graph is None else tuple(self.graph.pool())
-        segments = [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == pool] if pool else []
-        return sum(segment["total_size"] - segment["allocated_size"] for segment in segments)
+        return 0 if self.graph is None else pool_bytes(self.graph.pool())
 
     def _check_room(self, length: int) -> None:
         if self.max_length is not None and length > self.max_length:
@@ -234,11 +233,8 @@ class Decoder:
 
     def _choose(self, logits: Tensor) -> Tensor:
         """Choose the likeliest token or sample one. logits [B, vocab] -> [B, 1]."""
-        if self.temperature == 0:  # argmax in two steps, because one is a single program for each row: 12 -> 6 us
-            columns = math.gcd(logits.shape[-1], 256)
-            highest, column = logits.unflatten(-1, (-1, columns)).max(-1)
-            row = highest.argmax(-1, keepdim=True)
-            return row * columns + column.gather(-1, row)
+        if self.temperature == 0:
+            return logits.argmax(-1, keepdim=True)
         logits, tokens = logits.float().topk(min(self.top_k or logits.shape[-1], logits.shape[-1]))
         # the first of exponential clocks whose rates are the probabilities: unlike multinomial, it never waits for the GPU
         clocks = torch.empty_like(logits).exponential_() / (logits / self.temperature).softmax(-1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distill_pl.compiling import compile_stage
-from distill_pl.compiling.cuda_graphs import CapturedLosses
+from distill_pl.compiling.cuda_graphs import capture_losses
 from distill_pl.measure.report import scalars
 from distill_pl.stages import STAGES
 from distill_pl.stages.matrix_mixing import mixing_parameters
@@ -57,7 +57,7 @@ def test_compiled_is_plain(small, name, stage_name):
     assert off < 5e-2  # two roundings to bf16 of the same
 
     with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-        captured = CapturedLosses(stage.losses_given, student, (tokens.flip(1), *stage.draw(tokens, seed=1)))
+        captured, _ = capture_losses(stage.losses_given, student, (tokens.flip(1), *stage.draw(tokens, seed=1)))
     again, same = loss_and_gradients(stage, tokens, captured)
     torch.testing.assert_close([again, *same], [found, *others], rtol=1e-3, atol=1e-5)  # sums in another order
 
@@ -80,7 +80,7 @@ def test_what_waits_for_the_gpu_cannot_be_captured_and_runs_as_ever(small):
     compile_stage(stage)
     expected, _ = loss_and_gradients(stage, tokens)
     with pytest.raises(RuntimeError), torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-        CapturedLosses(waiting, stage.student, (tokens,))
+        capture_losses(waiting, stage.student, (tokens,))
     found, _ = loss_and_gradients(stage, tokens)
     torch.testing.assert_close(found, expected)
 
@@ -102,7 +102,7 @@ def test_steps_of_graphs_are_those_of_kernels(options, fitted, monkeypatch, caps
     def refuse(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("distill_pl.compiling.cuda_graphs.CapturedLosses", refuse)
+    monkeypatch.setattr("distill_pl.compiling.cuda_graphs.capture_losses", refuse)
     expected = steps(fitted(**options))
     refused = "kd: no CUDA graph of a step can be had, its kernels are launched one by one (out of memory)"
     assert refused in capsys.readouterr().out

@@ -27,6 +27,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
+from distill_pl.ops.gpu import contiguous
+
 CHUNK = 16
 LOG2_E = tl.constexpr(math.log2(math.e))  # e^x is computed as 2^(x log2 e), which is one instruction
 LOWEST = tl.constexpr(-9 * LOG2_E.value)  # g = -9
@@ -260,10 +262,6 @@ def _options(k: Tensor, v: Tensor) -> dict[str, int | None]:
     return {"num_warps": warps, "num_stages": 3 if fits else 1, "maxnreg": 168 if fits else None}
 
 
-def _contiguous(*tensors: Tensor | None) -> list:
-    return [None if x is None else x.contiguous() for x in tensors]
-
-
 @torch.library.custom_op("distill_pl::channel_decay", mutates_args=())
 def fused(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tensor | None = None,
           temperature: float | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -272,7 +270,7 @@ def fused(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tenso
     q, k and v have one dtype, bf16 or fp32; g has any, the state is fp32; K and V are powers of two from 16 to 128.
     Differentiable, also by and through the state; one operator to torch.compile.
     """
-    q, k, v, g, state = _contiguous(q, k, v, g, state)
+    q, k, v, g, state = contiguous(q, k, v, g, state)
     (batch, length, heads, key), value, cut = k.shape, v.shape[-1], _cut(k)
     y, final = v.new_empty(v.shape), k.new_empty(batch, heads, key, value, dtype=torch.float32)
     with torch.cuda.device_of(q):
@@ -286,7 +284,7 @@ def fused(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tenso
 def _backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tensor | None, temperature: float | None,
               dy: Tensor, d_final: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the gradients of q, k, v, g and, unless it is None, of the initial state."""
-    q, k, v, g, state, dy, d_final = _contiguous(q, k, v, g, state, dy, d_final)
+    q, k, v, g, state, dy, d_final = contiguous(q, k, v, g, state, dy, d_final)
     (batch, length, heads, key), value, cut = k.shape, v.shape[-1], _cut(k)
     dq, dk, dv, dg, d_initial = gradients = _gradients(q, k, v, g, state)
     inner = k.new_empty(k.shape, dtype=torch.float32)

@@ -31,6 +31,8 @@ from torch.nn.functional import pad
 from triton import Config, cdiv, next_power_of_2
 from triton.runtime.autotuner import Autotuner
 
+from distill_pl.ops.gpu import contiguous
+
 __all__ = ["chunk_gla", "delta_rule", "scalar_decay", "squared"]
 
 TUNED = json.loads(Path(__file__).with_name("tuned.json").read_text())
@@ -94,10 +96,6 @@ def _blocks(k: Tensor, v: Tensor) -> tuple[int, int, int, int, int]:
     return chunk, key, value, cdiv(k.shape[-1], key), cdiv(v.shape[-1], value)
 
 
-def _contiguous(*tensors: Tensor | None) -> list:
-    return [None if x is None else x.contiguous() for x in tensors]
-
-
 def _add_up(parts: Tensor) -> Tensor:
     """Add up what the programs that share a head computed [parts, ...], in its own dtype also under autocast."""
     return parts[0] if len(parts) == 1 else parts.sum(0, dtype=parts.dtype)
@@ -107,7 +105,7 @@ def _add_up(parts: Tensor) -> Tensor:
 def _scalar_decay(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float,
                   state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute y, the state, and the sums of g that the backward pass needs."""
-    q, k, v, g, state = _contiguous(q, k, v, g, state)
+    q, k, v, g, state = contiguous(q, k, v, g, state)
     (batch, length, heads, key), value = k.shape, v.shape[-1]
     chunk, of_key, _, parts, _ = _blocks(k, v)
     y, final = v.new_empty(parts, *v.shape), _new(v, batch, heads, key, value)
@@ -140,7 +138,7 @@ def _allocate_gradients(q: Tensor, k: Tensor, v: Tensor, sums: Tensor,
 def _scalar_decay_backward(q: Tensor, k: Tensor, v: Tensor, sums: Tensor, scale: float, state: Tensor | None, dy: Tensor,
                            d_final: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the gradients of q, k, v, g and the state; all but the last are still to be added up over their parts."""
-    q, k, v, state, dy, d_final = _contiguous(q, k, v, state, dy, d_final)
+    q, k, v, state, dy, d_final = contiguous(q, k, v, state, dy, d_final)
     (batch, length, heads, key), value = k.shape, v.shape[-1]
     chunk, of_key, of_value, key_parts, value_parts = _blocks(k, v)
     gradients = dq, dk, dv, dg, d_state = _allocate_gradients(q, k, v, sums, state)
@@ -162,7 +160,7 @@ def _(q, k, v, sums, scale, state, dy, d_final):
 def _delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float,
                 state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute y, the state, and the inverses [B, T, H, CHUNK] that the backward pass needs."""
-    q, k, v, beta, state = _contiguous(q, k, v, beta, state)
+    q, k, v, beta, state = contiguous(q, k, v, beta, state)
     with torch.cuda.device_of(q):
         y, inverse, final = chunk_delta_rule_fwd(q, k, v, beta, scale, state, output_final_state=True)
     return y, final, inverse
@@ -177,7 +175,7 @@ def _(q, k, v, beta, scale, state):
 def _delta_rule_backward(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, inverse: Tensor, scale: float, state: Tensor | None,
                          dy: Tensor, d_final: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the gradients of q, k, v, beta and, unless it is None, of the initial state."""
-    q, k, v, beta, state, dy, d_final = _contiguous(q, k, v, beta, state, dy, d_final)
+    q, k, v, beta, state, dy, d_final = contiguous(q, k, v, beta, state, dy, d_final)
     with torch.cuda.device_of(q):
         *gradients, d_state = chunk_delta_rule_bwd(q, k, v, beta, inverse, scale, state, dy, d_final)
     return *gradients, q.new_empty(0) if state is None else d_state
