@@ -4,7 +4,7 @@ BIN := .venv/bin
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-fast constraints test-gpu test-slurm bench-gpu tensorboard clean-quickstart
 
-help:  ## what can be made
+help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(BIN)/.installed: pyproject.toml constraints.txt
@@ -22,7 +22,7 @@ quickstart: $(BIN)/.installed  ## set up, train a tiny teacher, distil it into G
 	@echo; echo "the student writes:"
 	@$(BIN)/distill-pl generate runs/quickstart/gla --prompt "The following functions are"
 
-clean-quickstart:  ## forget the quickstart's runs, to do it again
+clean-quickstart:  ## delete the quickstart's runs, so that it starts over
 	rm -rf runs/quickstart
 
 test: $(BIN)/.installed  ## set up, then check style (ruff) and types (mypy) and run all tests (pytest)
@@ -30,27 +30,27 @@ test: $(BIN)/.installed  ## set up, then check style (ruff) and types (mypy) and
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q
 
-test-fast: $(BIN)/.installed  ## the tests that take no more than a second or so each, in under a minute
+test-fast: $(BIN)/.installed  ## set up and run the tests that take about a second or less each (under a minute)
 	$(BIN)/python -m pytest -q -m "not slow and not slurm"
 
-test-gpu: $(BIN)/.installed  ## the kernels against their matrices, on a GPU (first time: minutes of tuning)
+test-gpu: $(BIN)/.installed  ## on a GPU: compare kernels with their mixing matrices, and compiled steps with plain ones
 	$(BIN)/python -m pytest -q tests/gpu
 
-test-slurm: $(BIN)/.installed  ## the batch scripts on a Slurm set up for it (apt install slurmctld slurmd slurm-client munge)
+test-slurm: $(BIN)/.installed  ## test the batch scripts on a local Slurm (apt install slurmctld slurmd slurm-client munge)
 	$(BIN)/python -m pytest -q -m slurm tests/run/test_slurm.py
 
-bench-gpu: $(BIN)/.installed  ## on a GPU: every mixer's op, every stage's step beside one by hand, the start, generation
+bench-gpu: $(BIN)/.installed  ## on a GPU: measure every mixer's op, every stage's step, start-up and generation
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,bench]'
 	$(BIN)/python benchmarks/mixing.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/distill-pl bench gla mlstm softmax
 
-constraints:  ## the newest versions of everything into constraints.txt, from a fresh environment: then make test
+constraints:  ## write the newest versions of all packages to constraints.txt; then run make test
 	rm -rf .venv && $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@sed -n '/^#/p' constraints.txt > constraints.new
 	@$(BIN)/pip freeze --exclude-editable --exclude triton | sed -E 's/[+][^ ]*//; s/$$/ ; python_version >= "3.11"/' >> constraints.new
 	@mv constraints.new constraints.txt
 
-tensorboard: $(BIN)/.installed  ## the curves of all runs
+tensorboard: $(BIN)/.installed  ## show the curves of all runs
 	$(BIN)/tensorboard --logdir runs

@@ -1,9 +1,9 @@
-"""Every mixer's op at the study's shape, by fla's kernels and by torch: errors, time and memory of forward and backward.
+"""Measure every mixer's op at the study's shape, by GPU kernels and by torch: errors, time and memory, forward and backward.
 
     python benchmarks/mixing.py [--mixers gla,hedgehog] [--batch 48]
 
-Prints a Markdown table. The inputs are those that a fresh mixer of SmolLM-360M makes of random hidden states, in bf16 with
-fp32 gates; errors are of the norm, against the op's own matrix in float64. Needs a GPU and fla-core.
+Prints a Markdown table. The inputs are what a fresh mixer of SmolLM-360M's shape computes from random hidden states, in bf16
+with fp32 gates. Errors are relative, in norm, to the op's own matrix in float64. Needs a GPU and fla-core.
 """
 
 import argparse
@@ -23,7 +23,7 @@ Run = Callable[..., Tensor]
 
 
 def inputs_of(mixer: str, batch: int) -> dict:
-    """The op's keyword arguments, tensors [batch, LENGTH, H, ...]."""
+    """Compute a mixer's arguments of its op from random hidden states: tensors [batch, LENGTH, H, ...]."""
     torch.manual_seed(0)
     config = StudentFactory(mixer).config(smollm_360m())
     config.num_hidden_layers = config.teacher["num_hidden_layers"] = 1
@@ -35,7 +35,7 @@ def inputs_of(mixer: str, batch: int) -> dict:
 
 
 def gradients(run: Run, inputs: dict, weight: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """y, and by name the gradients of sum(weight * y)."""
+    """Run the op: return y and, by name, the gradients of sum(weight * y) by its inputs."""
     leaves = {name: x.detach().requires_grad_(True) for name, x in inputs.items() if isinstance(x, Tensor)}
     y = run(**(inputs | leaves))
     weight = torch.ones_like(y) if weight is None else weight.to(y.dtype)
@@ -43,7 +43,7 @@ def gradients(run: Run, inputs: dict, weight: Tensor | None = None) -> tuple[Ten
 
 
 def errors(op, run: Run, inputs: dict) -> tuple[float, str]:
-    """||y - expected|| / ||expected|| of y, and the worst of the gradients with its name; of the first two sequences."""
+    """Return |y - expected| / |expected| for y, and that of the worst gradient with its name, over the first two sequences."""
     inputs = {name: x[:2] if isinstance(x, Tensor) else x for name, x in inputs.items()}
     exact = {name: x.double() if isinstance(x, Tensor) else x for name, x in inputs.items()}
 
@@ -62,7 +62,7 @@ def errors(op, run: Run, inputs: dict) -> tuple[float, str]:
 
 
 def speed(run: Run, inputs: dict, repeats: int = 10) -> tuple[str, float]:
-    """Milliseconds of forward and backward (median, and the range of all), GiB on top of the inputs at their peak."""
+    """Time forward and backward: return milliseconds as a median with its range, and the peak GiB on top of the inputs."""
     for _ in range(3):
         gradients(run, inputs)
     torch.cuda.synchronize()
@@ -81,7 +81,7 @@ def speed(run: Run, inputs: dict, repeats: int = 10) -> tuple[str, float]:
 
 
 def row(name: str, label: str, op, run: Run, inputs: dict) -> None:
-    """Measure and print one line of the table."""
+    """Measure one op and print its line of the table."""
     forward, backward = errors(op, run, inputs)
     time, memory = speed(run, inputs)
     print(f"| {name} | {label} | {forward:.1e} | {backward} | {time} | {memory:.2f} |", flush=True)

@@ -1,9 +1,10 @@
-"""Does a long run grow? A tiny `distill-pl fit` on the CPU or a GPU with a checkpoint after every step, all three stages.
+"""Measure whether a long run grows: a tiny `distill-pl fit` of all three stages with a checkpoint after every step.
 
     python benchmarks/soak.py [--checkpoints 450] [--every 50]
 
-Makes its own teacher and text, downloads nothing. Prints memory of the process and bytes of the run folder as it goes, and
-for each stage how fast they grow by a straight line, its first third left out: a stage begins by allocating.
+Runs on a CPU or a GPU, makes its own teacher and text, and downloads nothing. Prints the memory of the process and the bytes
+of the run folder as it goes. In the end it prints for each stage how fast they grow, by a straight line through all samples but
+the first third, in which a stage still allocates.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from distill_pl.cli import main as distill_pl
 
 
 def make_inputs(folder: Path) -> None:
-    """A random Llama of two layers with its tokenizer, and a text."""
+    """Write a random Llama of two layers with its tokenizer, and a text, into the folder."""
     texts = ["".join(random.Random(i).choices("abcdefgh ", k=400)) for i in range(600)]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     backend = Tokenizer(models.BPE())
@@ -38,12 +39,12 @@ def make_inputs(folder: Path) -> None:
 
 
 def main() -> None:
-    """Run, sample after every checkpoint, print."""
+    """Run all stages, sample memory and disk after every checkpoint, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoints", type=int, default=450)
     parser.add_argument("--every", type=int, default=50)
     args = parser.parse_args()
-    rows: dict[str, list[tuple[float, float, float]]] = {}  # of each stage: RSS MiB, GPU MiB, bytes of the run folder
+    rows: dict[str, list[tuple[float, float, float]]] = {}  # by stage: RSS MiB, GPU MiB, bytes of the run folder
     save, process, console = ModelCheckpoint._save_checkpoint, psutil.Process(), sys.stdout
 
     def counted(self, trainer, path) -> None:

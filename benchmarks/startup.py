@@ -1,9 +1,9 @@
-"""From the start of `distill-pl fit` to its first finished step, with nothing compiled or cached before, and once more.
+"""Measure the time from the start of `distill-pl fit` to its first finished step, with cold caches and with warm ones.
 
     python benchmarks/startup.py [--mixers gla,mlstm] [--stages kd,matrix_mixing,hidden_align]
 
-Each run distils SmolLM-360M's shape, random weights, at the study's batch. Cold: Triton's and Inductor's caches are empty and
-no text is packed; warm: both are left from the run before. Prints a Markdown table. Meant for a GPU.
+Each run distils a teacher of SmolLM-360M's shape with random weights, in the study's batches. Cold: Triton's and Inductor's
+caches are empty and no text is packed. Warm: both are there from the cold run. Prints a Markdown table. Meant for a GPU.
 """
 
 import argparse
@@ -23,7 +23,7 @@ TOKENS = 48 * 512 * 2
 
 
 def seconds(command: list[str], env: dict[str, str], line: str) -> float:
-    """Until the command prints a line with `line` in it; then it is stopped."""
+    """Run a command until it prints a line that contains `line`, stop it, and return the seconds this took."""
     start, output = time.monotonic(), []
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         for printed in process.stdout:

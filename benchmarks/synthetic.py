@@ -1,4 +1,4 @@
-"""What the benchmarks of training run on, made up on the spot: a teacher of SmolLM-360M's shape, and text of random words."""
+"""Make the inputs of the training benchmarks: a teacher of SmolLM-360M's shape with random weights, and random text."""
 
 import json
 import random
@@ -10,13 +10,13 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from distill_pl.measure.params import smollm_360m
 
-DOCUMENT = 600  # words, about as long as FineWeb's
+DOCUMENT = 600  # words, about as many as FineWeb's documents have
 
 
 def teacher(folder: Path) -> Path:
-    """A folder with random weights in bf16, as SmolLM-360M's are, and a tokenizer that knows the words w1 to w49151."""
+    """Write random weights in bf16, as SmolLM-360M's are, and a tokenizer of the words w1 to w49151; return the folder."""
     config = smollm_360m().config
-    config.max_position_embeddings = 2**16  # for texts of any length: nobody reads what it writes
+    config.max_position_embeddings = 2**16  # so that any sequence length can be measured
     words = {"<eos>": config.eos_token_id} | {f"w{i}": i for i in range(1, config.vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -27,7 +27,7 @@ def teacher(folder: Path) -> Path:
 
 
 def text(file: Path, tokens: int) -> Path:
-    """A .jsonl file of at least so many tokens; small numbers are frequent words, as by Zipf's law."""
+    """Write a .jsonl file of at least `tokens` tokens and return it; words of small numbers are frequent, by Zipf's law."""
     made = random.Random(0)
     with open(file, "w") as out:
         for _ in range(-(-tokens // DOCUMENT)):

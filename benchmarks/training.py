@@ -1,12 +1,13 @@
-"""Every stage's training step at the study's shape, beside the same step written by hand: speed, memory, share of the peak.
+"""Measure every stage's training step at the study's shape, and the same step written by hand: speed, memory, share of peak.
 
     python benchmarks/training.py [--stages kd,exact] [--length 512] [--mixers gla,mlstm] [--steps 40]
 
-Ours is `distill-pl fit` itself (Lightning, fp32 weights, bf16 compute, clipping, TensorBoard), to which all other options go;
-printed is what it logs. By hand is what one would write with transformers and fla.layers: the whole logits, torch's own losses,
-nothing compiled (for a mixer that fla.layers has not, or not without further packages, this package's, not compiled). The peaks
-are those of a large bf16 matrix product in the same process: alone, and without a pause, where a GPU's power limit may slow it
-down, as it may a step. Prints Markdown. Needs a GPU and `pip install -e '.[gpu,bench]'`.
+The step of this package is `distill-pl fit` itself (Lightning, fp32 weights, bf16 compute, clipping, TensorBoard); all options
+not listed here are passed to it, and the speed printed is the one it logs. The step by hand is what one would write with
+transformers and fla.layers: whole logits, torch's own losses, nothing compiled. For a mixer that fla.layers does not have, or
+not without further packages, this package's mixer stands in, not compiled. The peaks are those of a large bf16 matrix product
+in the same process: one at a time, and many without a pause, which a GPU's power limit may slow down as it may a step. Prints
+Markdown. Needs a GPU and `pip install -e '.[gpu,bench]'`.
 """
 
 import argparse
@@ -38,10 +39,10 @@ GIB = 2**30
 
 
 def attention_by_hand(mixer: str, layer_idx: int) -> nn.Module | None:
-    """fla's layer with heads like SmolLM-360M's; None where there is none that runs on fla alone."""
+    """Build fla's layer with heads like SmolLM-360M's; return None where no layer runs on fla alone."""
     import fla.layers as layers
 
-    import distill_pl.ops.gpu.fla_kernels  # noqa: F401 (fla's kernels tuned ahead, as far as they are: else it takes minutes)
+    import distill_pl.ops.gpu.fla_kernels  # noqa: F401 (uses the kernels tuned ahead: tuning takes minutes)
 
     shape = {"hidden_size": 960, "num_heads": 15, "layer_idx": layer_idx}
     made: dict[str, Callable[[], nn.Module]] = {
@@ -55,20 +56,20 @@ def attention_by_hand(mixer: str, layer_idx: int) -> nn.Module | None:
 
 
 class ByHand(nn.Module):
-    """fla's layer in place of a Llama's attention."""
+    """Stand in for a Llama's attention with a layer of fla."""
 
     def __init__(self, attention: nn.Module):
         super().__init__()
         self.attention = attention
 
     def forward(self, hidden_states: Tensor, **unused) -> tuple[Tensor, None]:
-        """[B, T, D] -> [B, T, D], None."""
+        """Mix hidden_states [B, T, D] -> [B, T, D] and None, as transformers' attention does."""
         found = self.attention(hidden_states)
         return (found[0] if isinstance(found, tuple) else found), None
 
 
 def student_by_hand(mixer: str) -> nn.Module:
-    """SmolLM-360M's shape with other attention, random, in fp32."""
+    """Build a random fp32 model of SmolLM-360M's shape with the mixer as attention, on the GPU."""
     config = smollm_360m().config
     with torch.device("cuda"):
         if attention_by_hand(mixer, 0) is None:
@@ -80,7 +81,7 @@ def student_by_hand(mixer: str) -> nn.Module:
 
 
 def kd_by_hand(student: nn.Module, teacher: nn.Module, tokens: Tensor) -> Tensor:
-    """Eq. 5 from whole logits."""
+    """Compute Eq. 5 from whole logits for tokens [B, T]."""
     with torch.no_grad():
         expected = teacher(tokens, use_cache=False).logits[:, :-1]
     logits = student(tokens, use_cache=False).logits[:, :-1].flatten(0, 1).float()
@@ -89,7 +90,7 @@ def kd_by_hand(student: nn.Module, teacher: nn.Module, tokens: Tensor) -> Tensor
 
 
 def align_by_hand(student: nn.Module, teacher: nn.Module, tokens: Tensor) -> Tensor:
-    """Eq. 8, every block on the teacher's input."""
+    """Compute Eq. 8 for tokens [B, T], each block on the teacher's input of that block."""
     with torch.no_grad():
         states = teacher.model(tokens, use_cache=False, output_hidden_states=True).hidden_states
         position = teacher.model.rotary_emb(states[0], torch.arange(tokens.shape[1], device="cuda")[None])
@@ -98,7 +99,7 @@ def align_by_hand(student: nn.Module, teacher: nn.Module, tokens: Tensor) -> Ten
 
 
 def speed_by_hand(stage: str, mixer: str, shape: tuple[int, int], repeats: int = 8) -> tuple[float, float]:
-    """Tokens a second and GiB of a whole step."""
+    """Measure a whole step by hand: return tokens a second and peak GiB."""
     student, teacher = student_by_hand(mixer), LlamaForCausalLM(smollm_360m().config).bfloat16().cuda()
     if stage == "hidden_align":
         student.requires_grad_(False)
@@ -120,7 +121,7 @@ def speed_by_hand(stage: str, mixer: str, shape: tuple[int, int], repeats: int =
 
 
 def timed(run: Callable[[], object], repeats: int, warm_up: int = 3) -> float:
-    """Seconds of a call, the median; the GPU is waited for each time."""
+    """Return the median seconds of a call, waiting for the GPU each time."""
     times = []
     for _ in range(warm_up + repeats):
         torch.cuda.synchronize()
@@ -132,7 +133,7 @@ def timed(run: Callable[[], object], repeats: int, warm_up: int = 3) -> float:
 
 
 def peak_of_products(at_once: int, repeats: int) -> float:
-    """FLOP/s of so many bf16 products of two random 8192 x 8192 matrices, one after the other."""
+    """Return the FLOP/s of `at_once` consecutive bf16 products of two random 8192 x 8192 matrices."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
 
     def multiply() -> None:
@@ -144,23 +145,23 @@ def peak_of_products(at_once: int, repeats: int) -> float:
 
 @torch.no_grad()
 def speed_of_teacher(shape: tuple[int, int]) -> float:
-    """Tokens a second of the teacher's own forward pass, logits included."""
+    """Return the tokens a second of the teacher's own forward pass, logits included."""
     teacher = LlamaForCausalLM(smollm_360m().config).bfloat16().cuda()
     tokens = torch.randint(49152, shape, device="cuda")
     return math.prod(shape) / timed(lambda: teacher(tokens, use_cache=False), 10)
 
 
 class Trained(Exception):
-    """A stage has taken its last step."""
+    """Signal that a stage has taken its last step."""
 
 
 def stop(*args) -> None:
-    """In place of what saves a student."""
+    """Raise Trained; this replaces the function that saves a student, which is not to be measured."""
     raise Trained
 
 
 def fitted(stage: str, mixer: str, folder: Path, args: argparse.Namespace) -> tuple[Sequence[float], float, float]:
-    """Of `distill-pl fit`: tokens a second between its log lines, GiB at the peak, the last training loss."""
+    """Run `distill-pl fit`: return the tokens a second between its log lines, the peak GiB and the last training loss."""
     name = "matrix_mixing" if stage == "exact" else stage
     tokens = args.steps * args.batch * args.length
     out = Path(tempfile.mkdtemp(dir=folder))
@@ -179,7 +180,7 @@ def fitted(stage: str, mixer: str, folder: Path, args: argparse.Namespace) -> tu
 
 
 def clear() -> None:
-    """Forget what was measured before."""
+    """Free what earlier measurements compiled and allocated."""
     torch.compiler.reset()
     gc.collect()
     torch.cuda.empty_cache()
@@ -192,7 +193,7 @@ def main() -> None:
     parser.add_argument("--stages", default="kd,hidden_align,matrix_mixing,exact")
     parser.add_argument("--mixers", default=",".join(name for name in MIXERS if name != "softmax"))
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--hand", default="kd,hidden_align", help="the stages that are also measured by hand")
+    parser.add_argument("--hand", default="kd,hidden_align", help="stages to measure by hand as well")
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--length", type=int, default=512)
     args, args.options = parser.parse_known_args()
@@ -218,7 +219,7 @@ def main() -> None:
                 speed = statistics.median(speeds)
                 spread = f"{speed / 1e3:.1f} ({min(speeds) / 1e3:.1f} to {max(speeds) / 1e3:.1f})"
                 cells = [spread, "", f"{memory:.1f}", f"{loss:.4f}"]
-                print(f"{stage}, {mixer}: {spread}, {memory:.1f} GiB", flush=True)  # by hand, fla may tune for minutes yet
+                print(f"{stage}, {mixer}: {spread}, {memory:.1f} GiB", flush=True)  # at once: by hand, fla may tune for minutes
                 clear()
                 if stage in args.hand.split(","):
                     try:

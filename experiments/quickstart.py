@@ -1,5 +1,6 @@
-"""What the quickstart starts from, without a download: English text that every CPython carries, a tokenizer trained on
-it, and a small Llama with random weights. Writes runs/quickstart/text.jsonl and runs/quickstart/untrained/.
+"""Make what the quickstart starts from, without a download: text, a tokenizer trained on it, and a small random Llama.
+
+The text is English that every CPython carries. Writes runs/quickstart/text.jsonl and runs/quickstart/untrained/.
 """
 
 import ast
@@ -20,7 +21,7 @@ END = "<|endoftext|>"
 
 
 def documents() -> list[str]:
-    """The reference manual's topics and the docstrings of the standard library, in a fixed random order."""
+    """Collect the reference manual's topics and the standard library's docstrings, in a fixed random order."""
     found = dict.fromkeys(topics.values())
     for file in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
         if {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3"} & set(file.parts):
@@ -28,7 +29,7 @@ def documents() -> list[str]:
         try:
             tree = ast.parse(file.read_text())
         except (SyntaxError, UnicodeDecodeError):
-            continue  # files that are there to be broken
+            continue  # some files are broken on purpose, to test tools
         kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
         docstrings = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
         text = "\n\n".join(text for text in docstrings if text)
@@ -39,7 +40,7 @@ def documents() -> list[str]:
 
 
 def main() -> None:
-    """Write the files, unless they are there: a run that is under way must find the same bytes."""
+    """Write the files, unless they exist: a run that is resumed must read the same bytes."""
     untrained = FOLDER / "untrained"
     if untrained.is_dir():
         return
