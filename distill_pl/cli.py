@@ -1,5 +1,6 @@
-"""`distill-pl`: the command line. Parses, delegates, prints; every default is in a signature, every help text a docstring."""
+"""The command line `distill-pl`: its keys and their help are the signatures and docstrings of what they configure."""
 
+import argparse
 import difflib
 import inspect
 import os
@@ -20,12 +21,13 @@ from distill_pl.measure.bench import bench
 from distill_pl.measure.evaluate import evaluate, generate
 from distill_pl.measure.params import params
 from distill_pl.measure.report import report
+from distill_pl.mixers import MIXERS
 from distill_pl.run.fit import fit
 from distill_pl.stages import STAGES
 from distill_pl.student.factory import StudentFactory
 from distill_pl.tokens import Tokens
 
-BASE = Path(__file__).parent.parent / "configs" / "base.yaml"  # under every experiment, where there is a checkout
+BASE = Path(__file__).parent.parent / "configs" / "base.yaml"  # exists only in a checkout of the repository
 TRAINER_KEYS = {
     "accelerator", "devices", "num_nodes", "strategy", "precision", "log_every_n_steps", "limit_val_batches",
     "deterministic", "benchmark", "detect_anomaly", "profiler", "sync_batchnorm",
@@ -33,7 +35,11 @@ TRAINER_KEYS = {
 
 
 class DistillCLI(LightningCLI):
-    """LightningCLI with one slot for each stage instead of one model, and commands that need no Trainer."""
+    """LightningCLI with a group of keys for each stage instead of one model, and with commands that need no Trainer.
+
+    Lightning calls `_add_subcommands`, `_run_subcommand` and `_set_seed` private, and may change them in a minor version;
+    tests/test_private_apis.py checks them.
+    """
 
     def __init__(self, args: Sequence[str] | None = None):
         super().__init__(
@@ -45,7 +51,7 @@ class DistillCLI(LightningCLI):
         )
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs) -> None:
-        self._subcommand_parsers = {}
+        self.parsers: dict[str, ArgumentParser] = {}
         self.commands: dict[str, Callable] = {
             "fit": fit, "evaluate": evaluate, "generate": generate, "params": params, "report": report,
             "bench": bench,
@@ -53,49 +59,53 @@ class DistillCLI(LightningCLI):
         subcommands = parser.add_subcommands()
         for name, command in self.commands.items():
             summary = inspect.getdoc(command).splitlines()[0]
-            own: ArgumentParser
+            subparser: ArgumentParser
             if command is fit:
-                own = self.init_parser(description=summary, exit_on_error=False, default_config_files=[str(BASE)])
-                self._add_arguments(own)
+                subparser = self.init_parser(description=summary, exit_on_error=False, default_config_files=[str(BASE)])
+                self.add_default_arguments_to_parser(subparser)
+                self.add_core_arguments_to_parser(subparser)
             else:
-                own = LightningArgumentParser(description=summary, exit_on_error=False)
-                if "models" in inspect.signature(command).parameters:
+                subparser = LightningArgumentParser(description=summary, exit_on_error=False)
+                if "models" in inspect.signature(command).parameters:  # jsonargparse would want a list: [a, b]
                     documented = docstring_parser.parse(inspect.getdoc(command) or "").params
                     text = next(param.description for param in documented if param.arg_name == "models")
-                    own.add_argument("models", nargs="+", help=text)
-                own.add_function_arguments(command, as_positional=True, skip={"models"})
-            self._subcommand_parsers[name] = own
-            subcommands.add_subcommand(name, own, help=summary)
+                    subparser.add_argument("models", nargs="+", help=text)
+                subparser.add_function_arguments(command, as_positional=True, skip={"models"})
+            self.parsers[name] = subparser
+            subcommands.add_subcommand(name, subparser, help=summary)
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The keys of the run itself."""
-        parser.add_argument("--out", type=str, required=True, help="run folder; the same command resumes what is in it")
+        """Add the keys that concern the whole run."""
+        text = "run folder; the same command resumes the run that was begun in it"
+        parser.add_argument("--out", type=str, required=True, help=text)
         parser.add_argument("--teacher", type=str, required=True, help="hub id or folder of a Llama-like model")
-        parser.add_argument("--tokens", type=Tokens, default=Tokens("1B"), help="budget of all stages, e.g. 80M, 1B")
-        parser.add_argument("--seed", type=int, default=0, help="of the student's new weights")
-        text = "on a GPU, compile the layers and make a step a CUDA graph (not under fsdp)"
+        parser.add_argument("--tokens", type=Tokens, default=Tokens("1B"), help="tokens of all stages together, e.g. 80M, 1B")
+        parser.add_argument("--seed", type=int, default=0, help="seed of the student's randomly initialised weights")
+        text = "on a GPU, compile the layers and capture each training step as a CUDA graph (ignored with fsdp)"
         parser.add_argument("--compile", type=bool, default=True, help=text)
         parser.add_argument("--checkpoint_every", type=Tokens, default=Tokens("20M"), help="tokens between checkpoints")
         parser.add_argument("--validate_every", type=Tokens, default=Tokens("20M"), help="tokens between validations")
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """One group for each part of a run."""
+        """Add a group of keys for each part of a run: student, stages, data and trainer."""
         parser.add_class_arguments(StudentFactory, "student", instantiate=False)
+        mixer = next(action for action in actions(parser) if action.dest == "student.mixer")
+        mixer.help = f"{str(mixer.help).rstrip('.')}: one of {', '.join(MIXERS)}."
         for name, stage in STAGES.items():
             parser.add_class_arguments(stage, name, skip={"student", "teacher"}, instantiate=False)
         parser.add_class_arguments(ChunkDataModule, "data", instantiate=False)
-        ours = set(inspect.signature(Trainer).parameters) - TRAINER_KEYS
-        parser.add_class_arguments(Trainer, "trainer", skip=ours, instantiate=False, fail_untyped=False)
+        not_offered = set(inspect.signature(Trainer).parameters) - TRAINER_KEYS
+        parser.add_class_arguments(Trainer, "trainer", skip=not_offered, instantiate=False, fail_untyped=False)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str] | None) -> None:
-        """Parse, with the parser's complaints in one line and the nearest key where one was misspelt."""
+        """Parse `args` into `self.config`. Raises InputError in one line, with the nearest key where a key is unknown."""
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
             text = " ".join(str(error).split())
             unknown = re.search(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)", text)
             if unknown:
-                keys = {action.dest for own in self._subcommand_parsers.values() for action in own._actions}
+                keys = {action.dest for subparser in self.parsers.values() for action in actions(subparser)}
                 near = difflib.get_close_matches(unknown[1], keys, n=1)
                 hint = f"did you mean {near[0]}?" if near else "see distill-pl fit --help"
                 raise InputError(f"unknown key {unknown[1]}: {hint}") from error
@@ -105,29 +115,34 @@ class DistillCLI(LightningCLI):
             raise InputError(text) from error
 
     def _set_seed(self) -> None:
-        """Nothing global is random: whatever needs a seed is given `seed`."""
+        """Leave the global random state alone: each function that draws random numbers is given a seed."""
 
     def instantiate_classes(self) -> None:
-        """Left to the commands: a stage is made when the one before it is done."""
+        """Instantiate nothing: the commands do it, as a stage starts from the student that the stage before it trained."""
 
     def _run_subcommand(self, subcommand: str) -> None:
+        """Call the function of the chosen command: `fit` with the configuration, the others with their keys."""
         config = self.config[subcommand]
         command = self.commands[subcommand]
         if command is fit:
-            for where_from in ("config", "__default_config__"):
-                config.pop(where_from, None)
-            fit(config)
+            config.pop("config", None)  # the files that the keys came from
+            fit(config.clone(with_meta=False))
         else:
             command(**config.as_dict())
 
 
+def actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Return the parser's arguments, which argparse lists in a private attribute alone."""
+    return parser._actions
+
+
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point: bad input is one line and exit code 2."""
+    """Run the command in `args` (default: sys.argv); print an InputError or Diverged in one line and exit with its code."""
     try:
         DistillCLI(args)
     except (InputError, Diverged) as error:
         if int(os.environ.get("SLURM_PROCID", 0)):
-            time.sleep(5)  # what every rank trips over is rank 0's to say: srun ends the others as soon as one has failed
+            time.sleep(5)  # rank 0 must print first: srun ends all ranks as soon as one has failed
         print(f"distill-pl: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 

@@ -1,7 +1,7 @@
-"""What a student remembers while it generates: one op state a layer, of constant size for every mixer but softmax.
+"""The cache of a student while it generates: one op state per layer, of constant size for every mixer but softmax.
 
-transformers' own DynamicCache measures a sequence by its keys, which a recurrent state has not; so this is a `Cache` of
-our own layers, which count their tokens.
+transformers' DynamicCache reads the number of tokens off its keys, which a recurrent state does not have, so these layers
+count tokens themselves.
 """
 
 from torch import LongTensor, Tensor
@@ -10,9 +10,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class MixerState(CacheLayerMixin):
-    """One layer's memory: `op`, the state its op returned last, and by name the `tails` of its short convolutions.
+    """The state of one layer: the last state its op returned (`op`) and, by name, the inputs its short convolutions keep.
 
-    Every tensor is [B, ...]; there is nothing before the first token.
+    `op` is None before the first token. Every tensor of `op` and of `tails`, the convolutions' dict, is [B, ...].
     """
 
     is_compileable = False
@@ -23,77 +23,77 @@ class MixerState(CacheLayerMixin):
         super().__init__()
         self.op = None
         self.tails: dict[str, Tensor] = {}
-        self.seen = 0  # tokens of each row, padding included
+        self.seen = 0
 
     def update(self, op, tokens: int) -> None:
-        """Take the state that the op returned after `tokens` more tokens."""
+        """Replace the op's state by `op`, the one after `tokens` more tokens of each row (padding included)."""
         self.op = op
         self.seen += tokens
         self.is_initialized = True
 
     def lazy_initialization(self, *args) -> None:
-        """Nothing to prepare: ops start from None."""
+        """Do nothing: an op allocates its state when it is called with None."""
 
     def get_seq_length(self) -> int:
-        """Tokens seen so far."""
+        """Return the number of tokens seen in each row, padding included."""
         return self.seen
 
     def get_max_length(self) -> int:
-        """-1: there is no limit."""
+        """Return -1, transformers' value for a cache without a maximum length."""
         return -1
 
     get_max_cache_shape = get_max_length  # its name before transformers 5.2x
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of a mask over all tokens seen."""
+        """Return length and offset of an attention mask over the tokens seen and `query_length` new ones."""
         return self.seen + query_length, 0
 
     def _map(self, change) -> None:
         self.op, self.tails = tree_map(lambda x: change(x) if isinstance(x, Tensor) else x, (self.op, self.tails))
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Return to the state before the first token."""
         self.op, self.tails, self.seen, self.is_initialized = None, {}, 0, False
 
     def crop(self, *args) -> None:
-        """Refused: a recurrent state cannot be wound back."""
-        raise NotImplementedError("a recurrent state cannot be wound back: assisted decoding needs a softmax model")
+        """Raise NotImplementedError: a recurrent state does not hold what it was some tokens ago."""
+        raise NotImplementedError("a recurrent state cannot be cropped: assisted decoding needs a softmax model")
 
     def offload(self) -> None:
         """Move the state to the CPU."""
         self._map(lambda x: x.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        """The state stays where it is: constant-size states are not worth offloading."""
+        """Do nothing: a state of constant size is too small to be worth moving ahead of its use."""
 
     def reorder_cache(self, beam_idx: LongTensor) -> None:
-        """Row b becomes what row beam_idx[b] was (beam search)."""
+        """Replace row b by row beam_idx[b], as beam search asks. beam_idx [B]."""
         self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times."""
+        """Repeat each row `repeats` times, copies next to each other."""
         self._map(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only these rows."""
+        """Keep only the rows at `indices`."""
         self._map(lambda x: x[indices])
 
 
 class StudentCache(Cache):
-    """The memory of all layers; what a student's `generate` passes from token to token."""
+    """The cache of all layers of a student, which `generate` passes from token to token."""
 
     def __init__(self, layers: int):
         super().__init__(layers=[MixerState() for _ in range(layers)])
 
     def nbytes(self) -> int:
-        """Bytes of all states: independent of the tokens seen, for every mixer but softmax."""
+        """Return the bytes of all layers' states, the same after any number of tokens for every mixer but softmax."""
         return state_bytes(self)
 
 
 def state_bytes(cache: Cache) -> int:
-    """What the tensors of a StudentCache, or of transformers' DynamicCache, keep from being freed, in bytes.
+    """Return the bytes of memory that the tensors of a StudentCache or a transformers DynamicCache keep allocated.
 
-    A view counts with all that it is a view of.
+    A view counts with the whole storage behind it, which it keeps from being freed.
     """
-    held = (x for layer in cache.layers for x in tree_leaves(vars(layer)) if isinstance(x, Tensor))
-    return sum(x.untyped_storage().nbytes() for x in held)
+    tensors = (x for layer in cache.layers for x in tree_leaves(vars(layer)) if isinstance(x, Tensor))
+    return sum(x.untyped_storage().nbytes() for x in tensors)

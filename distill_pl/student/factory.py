@@ -1,4 +1,4 @@
-"""From a teacher to an initialised student (the paper's Table 1 and section 3.1)."""
+"""Building an initialised student from a teacher (the paper's Table 1 and section 3.1)."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -8,28 +8,32 @@ import torch
 from distill_pl.errors import InputError
 from distill_pl.mixers import MIXERS
 from distill_pl.ops import Backend, use_fla
-from distill_pl.student.modeling import DECODER_PARTS, Student, StudentConfig
+from distill_pl.student.modeling import DECODER_PARTS, Student, StudentConfig, mark_as_loaded
 from distill_pl.student.transfer import copy_weights
 from distill_pl.teacher import Teacher
 
 
 class StudentFactory:
-    """The student: what stands in place of the teacher's attention, and what it starts from.
+    """The student: the mixer in place of the teacher's attention, its sizes, and the weights it starts from.
 
     Args:
-        mixer: the sequence mixer, one of the paper's Table 1: softmax, mlstm (xLSTM), gla, hgrn2, retnet, mamba2, metala,
-            delta_net, rebased, hedgehog.
-        init: `qkv`: embeddings, norms, MLPs and head are the teacher's, and of attention the projections (q, k, v, output)
-            that the mixer can take; `fresh`: the same with all of attention new; `scratch`: nothing is the teacher's.
-        shape: `copyable`: heads like the teacher's, so that a mixer can take its projections; `paper`: the sizes behind the
-            paper's Appendix A (`distill-pl params`), with a head that is not tied to the embeddings.
-        kv_heads: `grouped`: as few k and v heads as the teacher has, each serving several query heads; `expanded`: one for
-            every query head, started as copies. Default: grouped for softmax, expanded for all others; shape paper has
-            its own.
-        rope: whether the teacher's RoPE turns q and k. Default: where the mixer's original has it, softmax and retnet.
-        softmax_layers: layers, counted from 0, that keep the teacher's attention: a hybrid, whose state grows again.
-        retention: share of the state that a fresh decay gate keeps from token to token (section 3.1).
-        backend: what runs the mixing: fla's Triton kernels, torch alone, or (auto) fla on a GPU that has it.
+        mixer: sequence mixer that replaces softmax attention (the paper's Table 1).
+        init: start values. `qkv` copies the teacher's embeddings, norms, MLPs and output head, and those of the q, k, v and
+            output projections that the mixer can take (Table 1); `fresh` copies the same except attention, which is drawn at
+            random; `scratch` draws everything at random.
+        shape: sizes of the mixer. `copyable` has the teacher's heads, so that the mixer can take its projections; `paper` has
+            the sizes behind the paper's Appendix A (see `distill-pl params`) and an output head not tied to the embeddings.
+        kv_heads: number of k and v heads. `grouped` has as many as the teacher, each shared by several query heads;
+            `expanded` has one for each query head, initialised as copies. Default: grouped for softmax, expanded for the other
+            mixers of Table 1. Leave it out with shape paper, which has numbers of its own.
+        rope: whether q and k are rotated by the teacher's rotary position embedding. Default: as in the mixer's own paper,
+            which of Table 1 is true for softmax and retnet.
+        softmax_layers: layers, counted from 0, that keep the teacher's softmax attention and its weights: a hybrid model,
+            whose cache grows with the sequence.
+        retention: share of the state that a newly initialised decay gate keeps from one token to the next (section 3.1),
+            between 0 and 1.
+        backend: implementation of the mixing: `fla` for Triton kernels, `torch` for plain PyTorch, `auto` for fla on a GPU
+            where fla-core is installed and torch elsewhere.
     """
 
     def __init__(
@@ -52,15 +56,15 @@ class StudentFactory:
         paper = MIXERS[mixer].paper
         if shape == "paper":
             if kv_heads is not None:
-                raise InputError(f"student.kv_heads {kv_heads} cannot be chosen in shape paper: leave it out")
+                raise InputError(f"student.kv_heads {kv_heads} cannot be chosen with student.shape paper: leave it out")
             if init == "qkv" and not paper.fits:
                 raise InputError(
-                    f"student.shape paper: a {mixer} of that shape cannot take the teacher's projections, as student.init qkv "
-                    "would have it: choose init fresh, or shape copyable"
+                    f"student.shape paper: a {mixer} of that shape cannot take the teacher's projections, which student.init "
+                    "qkv copies: choose init fresh, or shape copyable"
                 )
             if rope and (paper.heads, paper.key) != (None, 1):
                 raise InputError(
-                    f"student.rope true needs keys as wide as the teacher's, which a {mixer} of student.shape paper has not: "
+                    f"student.rope true needs keys as wide as the teacher's, unlike those of a {mixer} of student.shape paper: "
                     "leave rope out, or choose shape copyable"
                 )
         self.mixer, self.init, self.shape, self.rope = mixer, init, shape, rope
@@ -69,19 +73,19 @@ class StudentFactory:
         self.kv_heads = kv_heads or (paper if shape == "paper" else MIXERS[mixer]).kv_heads
 
     def config(self, teacher: Teacher) -> StudentConfig:
-        """The student's configuration, its heads shaped like the teacher's."""
+        """Return the configuration of this factory's student of `teacher`. Raises InputError for layers it does not have."""
         base = teacher.config
-        beyond = [layer for layer in self.softmax_layers if not 0 <= layer < base.num_hidden_layers]
-        if beyond:
+        missing = [layer for layer in self.softmax_layers if not 0 <= layer < base.num_hidden_layers]
+        if missing:
             raise InputError(
-                f"student.softmax_layers {beyond} do not exist: the teacher's are 0 to {base.num_hidden_layers - 1}"
+                f"student.softmax_layers {missing} do not exist: the teacher's layers are 0 to {base.num_hidden_layers - 1}"
             )
         attention = teacher.model.model.layers[0].self_attn
         heads = base.num_attention_heads
-        own = base.to_diff_dict() | {"model_type": base.model_type}
-        own.pop("dtype", None)  # of the teacher's weights; the student's are its own affair
+        teacher_json = base.to_diff_dict() | {"model_type": base.model_type}
+        teacher_json.pop("dtype", None)  # the student's weights need not have the dtype of the teacher's
         return StudentConfig(
-            teacher=own,
+            teacher=teacher_json,
             mixer=self.mixer,
             softmax_layers=self.softmax_layers,
             shape=self.shape,
@@ -107,14 +111,14 @@ class StudentFactory:
         )
 
     def build(self, teacher: Teacher, seed: int) -> Student:
-        """A student in fp32 on the CPU, the same for the same seed."""
-        with torch.device("meta"):  # random numbers for what is copied anyway would take seconds
+        """Build a student of `teacher` with fp32 weights on the CPU; equal seeds draw equal weights."""
+        with torch.device("meta"):  # drawing random numbers for weights that are then copied would take seconds
             student = Student(self.config(teacher))
         student.to_empty(device="cpu")
         student.tie_weights()
         if self.init != "scratch":
             for name in copy_weights(teacher.model, student, attention=self.init == "qkv"):
-                setattr(student.get_parameter(name), "_is_hf_initialized", True)  # noqa: B010 (transformers' mark: it stays)
+                mark_as_loaded(student.get_parameter(name))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             student.initialize_weights()
@@ -122,43 +126,44 @@ class StudentFactory:
 
     @property
     def is_teacher(self) -> bool:
-        """Whether a student fresh from this factory computes what its teacher does."""
+        """Return whether a student computes its teacher's logits before training."""
         return self.mixer == "softmax" and self.init == "qkv" and self.rope is not False
 
 
 def check_teacher(teacher: Teacher) -> None:
     """Raise InputError, naming the architecture, unless the teacher is built like Llama.
 
-    First its parts must have Llama's names; then the proof: the softmax student on the teacher's own tensors must give
-    the teacher's logits. That refuses what differs elsewhere (scaled embeddings, layers without RoPE, soft-capped logits).
+    The teacher's modules must have the names of Llama's, and a softmax student that holds the teacher's own tensors must give
+    its logits. The comparison of logits refuses scaled embeddings, layers without RoPE and soft-capped logits, for example.
     """
     name = type(teacher.model).__name__
-    refusal = f"teacher {teacher.path!r} ({name}) is not a supported decoder: its layers are not built like Llama's"
+    message = f"teacher {teacher.path!r} ({name}) is not a supported decoder: its layers are not built like Llama's"
     for module, parts in [
         (teacher.model, ["model", "lm_head"]),
         (getattr(teacher.model, "model", None), DECODER_PARTS),
     ]:
         missing = [part for part in parts if not hasattr(module, part)]
         if missing:
-            raise InputError(f"{refusal} (no {', '.join(missing)})")
+            raise InputError(f"{message} (no {', '.join(missing)})")
     layer = teacher.model.model.layers[0]
     parts = ["input_layernorm", "self_attn", "post_attention_layernorm", "mlp"]
     if sorted(n for n, _ in layer.named_children()) != sorted(parts):
-        raise InputError(f"{refusal} (parts {', '.join(n for n, _ in layer.named_children())})")
+        raise InputError(f"{message} (a layer has {', '.join(n for n, _ in layer.named_children())})")
     missing = [part for part in ("q_proj", "k_proj", "v_proj", "o_proj") if not hasattr(layer.self_attn, part)]
     if missing:
-        raise InputError(f"{refusal} (attention without {', '.join(missing)})")
+        raise InputError(f"{message} (attention without {', '.join(missing)})")
 
     try:
         with torch.device("meta"):
             student = Student(StudentFactory("softmax").config(teacher))
         student.load_state_dict(teacher.model.state_dict(), assign=True)
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"{refusal} ({' '.join(str(error).split())[:160]})") from error
-    student.model.rotary_emb = teacher.model.model.rotary_emb  # its tables are no part of the state
+        raise InputError(f"{message} ({' '.join(str(error).split())[:160]})") from error
+    student.model.rotary_emb = teacher.model.model.rotary_emb  # its buffers are not in the state dict
     tokens = torch.arange(16, device=teacher.model.device)[None] % teacher.config.vocab_size
     with torch.no_grad():
         expected = teacher.model(tokens, use_cache=False).logits.float()
-        off = (student.eval()(tokens, use_cache=False).logits.float() - expected).abs().max() / expected.abs().max()
-    if not off < (1e-3 if teacher.model.dtype == torch.float32 else 5e-2):
-        raise InputError(f"{refusal} (the softmax student's logits are off by {off:.2g} of the largest)")
+        logits = student.eval()(tokens, use_cache=False).logits.float()
+    error_of_logits = (logits - expected).abs().max() / expected.abs().max()
+    if not error_of_logits < (1e-3 if teacher.model.dtype == torch.float32 else 5e-2):  # `not <` also refuses nan
+        raise InputError(f"{message} (a softmax student's logits differ by {error_of_logits:.2g} of the largest)")

@@ -1,8 +1,8 @@
-"""The student as a Hugging Face model: the teacher's own architecture with a mixer where each layer had its attention.
+"""The student as a Hugging Face model: the teacher's architecture with a mixer in place of each layer's attention.
 
-Embeddings, norms, MLPs, rotary tables and the layers' residual wiring are the teacher's classes from transformers, so any
-decoder whose layers are built like Llama's makes a student, and weight names are the teacher's. `import distill_pl` makes
-`AutoModelForCausalLM.from_pretrained(folder)` know it.
+Embeddings, norms, MLPs, rotary embedding and the layers' residual connections are the teacher's classes from transformers, so
+any decoder whose layers are built like Llama's can become a student, and weights keep the teacher's names. `import distill_pl`
+registers the model with `AutoModelForCausalLM.from_pretrained(folder)`.
 """
 
 import copy
@@ -21,19 +21,19 @@ DECODER_PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
 
 
 class StudentConfig(PreTrainedConfig):
-    """A teacher's configuration and what stands in place of its attention."""
+    """The configuration of a student: the teacher's, the mixer in place of its attention, and the mixer's sizes."""
 
     model_type = "distill_pl"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
-    teacher: dict | None = None  # the teacher's own config.json
+    teacher: dict | None = None  # the teacher's config.json
     mixer: str = "gla"
-    softmax_layers: list[int] = field(default_factory=list)  # keep softmax attention: a hybrid
+    softmax_layers: list[int] = field(default_factory=list)  # layers that keep softmax attention
     shape: str = "copyable"
     rope: bool | None = None
     retention: float = 0.982
     backend: str = "auto"
-    # the heads a mixer is shaped after: the teacher's, but for kv heads when they are expanded
+    # the sizes from which mixers are built: the teacher's, except that num_key_value_heads may be expanded to all heads
     hidden_size: int = 0
     num_hidden_layers: int = 0
     num_attention_heads: int = 0
@@ -43,7 +43,7 @@ class StudentConfig(PreTrainedConfig):
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: bool = False
-    # what generation and training code of others asks a config for
+    # read by transformers' generation and by training code outside this package
     vocab_size: int = 0
     max_position_embeddings: int = 0
     initializer_range: float = 0.02
@@ -55,54 +55,61 @@ class StudentConfig(PreTrainedConfig):
 
 
 class Student(PreTrainedModel, GenerationMixin):
-    """A causal language model: tokens [B, T] -> logits [B, T, vocab]."""
+    """A causal language model of the teacher's architecture with mixers as attention: tokens [B, T] -> logits [B, T, vocab].
+
+    Names that transformers calls private stand here and in `mark_as_loaded` alone; tests/test_private_apis.py checks them.
+    """
 
     config: StudentConfig
     config_class = StudentConfig
     base_model_prefix = "model"
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """Return False, lest `generate` makes a DynamicCache: `forward` makes a StudentCache."""
+        return False
+
     def __init__(self, config: StudentConfig):
         super().__init__(config)
         decoder = AutoModel.from_config(teacher_config(config), trust_remote_code=False)
-        kept = copy.copy(config)
-        kept.shape, kept.rope = "copyable", None
+        softmax_config = copy.copy(config)
+        softmax_config.shape, softmax_config.rope = "copyable", None
         for index, layer in enumerate(decoder.layers):
-            keeps = index in config.softmax_layers
-            layer.self_attn = MIXERS["softmax"](kept, index) if keeps else MIXERS[config.mixer](config, index)
-        # its parts, not the decoder itself, whose own forward knows nothing of padding masks and states for mixers
+            keeps_softmax = index in config.softmax_layers
+            layer.self_attn = MIXERS["softmax"](softmax_config, index) if keeps_softmax else MIXERS[config.mixer](config, index)
+        # the decoder's parts and not the decoder, whose forward would build attention masks and a cache that mixers do not take
         self.model = nn.ModuleDict({part: getattr(decoder, part) for part in DECODER_PARTS})
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # `forward` makes a StudentCache
-
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Random linears, then each mixer's own start. What was loaded stays: `start` sets through transformers' init."""
+        """Draw linears and embeddings at random, then set each mixer's start values; leave loaded weights as they are."""
         super().initialize_weights()
         for mixer in self.mixers:
             mixer.start(self.config)
 
     @property
     def mixers(self) -> list[SequenceMixer]:
-        """The mixer of each layer."""
+        """Return the mixers, one for each layer."""
         return [layer.self_attn for layer in self.model.layers]
 
     def position(self, hidden: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """RoPE's (cos, sin) [B, T, K] for hidden [B, T, D] at position_ids [B, T], from 0 if not given."""
+        """Compute RoPE's cos and sin [B, T, K] for hidden [B, T, D] at position_ids [B, T], by default 0 to T - 1."""
         if position_ids is None:
             position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
         return self.model.rotary_emb(hidden, position_ids)
 
     def hidden_states(self, input_ids: Tensor | None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
                       cache: StudentCache | None = None, inputs_embeds: Tensor | None = None) -> Tensor:  # fmt: skip
-        """[B, T] -> [B, T, D] after the final norm: what the head reads. attention_mask bool [B, T]."""
+        """Compute the output of the final norm, which lm_head reads: input_ids [B, T] -> [B, T, D].
+
+        attention_mask bool [B, T] is False where padded; inputs_embeds [B, T, D] replaces input_ids; cache is updated.
+        """
         hidden = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         position = self.position(hidden, position_ids)
-        if torch.is_autocast_enabled(hidden.device.type):  # what all layers add to is half of the bytes that are moved
+        if torch.is_autocast_enabled(hidden.device.type):  # a residual stream in bf16 moves half the bytes
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         for layer in self.model.layers:
             hidden = layer(hidden, attention_mask=attention_mask, position_embeddings=position, past_key_values=cache)
@@ -112,10 +119,11 @@ class Student(PreTrainedModel, GenerationMixin):
                 position_ids: Tensor | None = None, past_key_values: StudentCache | None = None,
                 inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
                 logits_to_keep: int | Tensor = 0, **kwargs: Any) -> CausalLMOutputWithPast:  # fmt: skip
-        """The interface of every causal language model in transformers.
+        """Compute logits [B, T, vocab] and, if labels are given, the loss, by the interface of transformers' causal models.
 
-        input_ids [B, T]; attention_mask [B, S], S = tokens in the cache + T, 0 where padded (on the left when generating);
-        labels [B, T], shifted inside, -100 ignored; logits_to_keep: only the last so many positions (0: all).
+        input_ids [B, T] or inputs_embeds [B, T, D]; attention_mask [B, S], where S counts the tokens in the cache and these T,
+        is 0 where padded (on the left when generating); labels [B, T] are shifted here, and -100 is ignored; logits_to_keep
+        is the number of last positions to compute logits for (0: all), or an index of positions.
         """
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         if use_cache and past_key_values is None:
@@ -136,8 +144,13 @@ class Student(PreTrainedModel, GenerationMixin):
 
 
 def teacher_config(config: StudentConfig) -> PreTrainedConfig:
-    """The teacher's configuration that a student's carries."""
+    """Return the teacher's configuration, which is stored in the student's."""
     return AutoConfig.for_model(**(config.teacher or {}))
+
+
+def mark_as_loaded(parameter: nn.Parameter) -> None:
+    """Mark a parameter so that `initialize_weights` keeps its values; transformers reads the mark in `initialization`."""
+    setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 (mypy knows no such attribute)
 
 
 AutoConfig.register(StudentConfig.model_type, StudentConfig)

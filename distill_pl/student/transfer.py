@@ -1,4 +1,4 @@
-"""Weights from teacher to student: everything outside attention, and of attention what Table 1 says the mixer can take."""
+"""Copying weights from teacher to student: all outside attention, and the projections that a mixer can take (Table 1)."""
 
 import torch
 from torch import Tensor
@@ -11,21 +11,20 @@ ATTENTION = ".self_attn."
 
 
 def expand_kv(weight: Tensor, heads: int, kv_heads: int) -> Tensor:
-    """A k or v projection of `kv_heads` heads for `heads`: [kv_heads * K, ...] -> [heads * K, ...].
+    """Repeat the heads of a k or v projection, weight or bias: [kv_heads * K, ...] -> [heads * K, ...].
 
-    Whole heads are repeated, so the rows are cut into heads first: query head h reads kv head h * kv_heads // heads.
+    Whole heads are repeated, not rows: query head h gets kv head h * kv_heads // heads, as grouped-query attention reads it.
     """
     return weight.unflatten(0, (kv_heads, -1)).repeat_interleave(heads // kv_heads, dim=0).flatten(0, 1)
 
 
 @torch.no_grad()
 def copy_weights(teacher: PreTrainedModel, student: Student, attention: bool) -> list[str]:
-    """Copy the teacher's weights in place -> the names of the student's tensors that received some.
+    """Copy the teacher's weights into the student in place and return the names of the student's tensors that were set.
 
-    Outside attention every tensor is copied by its name, which the two share. With `attention`, and in the layers that a
-    hybrid keeps (`softmax_layers`) in any case, each mixer also gets the
-    projections in its `copies`, with the q and k norms that go with them, kv heads repeated where the student has more.
-    A tensor that is missing, or has another shape, is an error: nothing is left out silently.
+    Outside attention all tensors are copied by name (section 4). With `attention`, a mixer also gets the projections in its
+    `copies` (Table 1) with their q and k norms, kv heads repeated where the student has more; layers in `softmax_layers` get
+    them always. Raises KeyError for a tensor that the teacher lacks and ValueError for one of another shape.
     """
     source, target = teacher.state_dict(), student.state_dict()
     wanted = [name for name in target if ATTENTION not in name]
@@ -47,7 +46,7 @@ def copy_weights(teacher: PreTrainedModel, student: Student, attention: bool) ->
 
 
 def as_transformer(student: Student) -> PreTrainedModel:
-    """A student that is softmax throughout, as its teacher's own class (a Llama, say); any other student as it is."""
+    """Convert a student whose mixers are all softmax with RoPE to its teacher's class, such as Llama; return others as is."""
     if not all(isinstance(mixer, Softmax) and mixer.rope for mixer in student.mixers):
         return student
     config = teacher_config(student.config)
