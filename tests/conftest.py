@@ -1,4 +1,4 @@
-"""A tiny tokenizer, teacher and corpus, and a maker of other small teachers: no test needs a network."""
+"""Fixtures: a tiny tokenizer, teacher, corpus and finished run, and parameters of many tests. No test needs a network."""
 
 import json
 import random
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import fit_command
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -14,7 +15,7 @@ from distill_pl.cli import main
 from distill_pl.mixers import MIXERS
 from distill_pl.teacher import Teacher
 
-torch.set_num_threads(1)  # tiny tensors: threads only wait for each other, ten times slower beside another process
+torch.set_num_threads(1)  # on tensors this small, threads made tests ten times slower beside another process
 
 EOS = "<|endoftext|>"
 SUBJECTS = "a fox|the miller|her aunt|some sailor|the old clock|a lost dog|my teacher|the tall reed".split("|")
@@ -22,7 +23,7 @@ VERBS = "sees|carries|forgets|paints|follows|answers|repairs|hides".split("|")
 OBJECTS = "the river|a red door|seven stones|the last letter|warm bread|a quiet song|the north wind".split("|")
 ENDS = "at dawn|in the rain|without a word|before supper|near the mill|for the third time|as it should".split("|")
 
-# sizes and, by name, what each variant changes; with head_dim 16 all heads together are wider than the hidden state
+# configuration of all teachers and, by name, what each variant changes; heads of 16 are together wider than the hidden state
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -57,7 +58,7 @@ VARIANTS = {
 
 
 def make_documents(count: int, seed: int = 0) -> list[str]:
-    """Short texts of one to nine sentences, no two alike."""
+    """Write `count` different texts of one to nine sentences."""
     rng = random.Random(seed)
 
     def sentence() -> str:
@@ -68,7 +69,7 @@ def make_documents(count: int, seed: int = 0) -> list[str]:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE: any text round-trips."""
+    """Train a byte-level BPE tokenizer, which decodes any text it encoded to the same text."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -80,10 +81,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def save_model(tokenizer, tmp_path_factory) -> Callable[..., Path]:
-    """`save_model(model_type, seed=0, randomise=False, **config)` -> folder of a random model, with the tokenizer.
+    """Return `save_model(model_type, seed=0, randomise=False, **config)`, which saves a random model and the tokenizer.
 
-    Its sizes are SIZES where `config` does not say otherwise.
-    `randomise` also draws biases and norm weights, which transformers starts at 0 and 1: a forgotten copy shows.
+    The function returns the folder. `config` adds to SIZES or replaces them. `randomise` also draws biases and norm weights,
+    which transformers initialises to 0 and 1, so that a test sees whether they were copied.
     """
 
     def save(model_type: str, seed: int = 0, randomise: bool = False, **changes) -> Path:
@@ -111,7 +112,7 @@ def randomise_vectors(model: PreTrainedModel) -> None:
 
 @pytest.fixture(scope="session")
 def teacher_folder(save_model) -> Path:
-    """A Hugging Face folder with a tiny random Llama (grouped kv heads, tied head) and its tokenizer."""
+    """Save a tiny random Llama (grouped kv heads, tied head) and its tokenizer to a Hugging Face folder."""
     return save_model("llama")
 
 
@@ -122,7 +123,7 @@ def teacher(teacher_folder) -> Teacher:
 
 @pytest.fixture(scope="session")
 def variant(save_model) -> Callable[[str], Teacher]:
-    """`variant(name)` -> one of VARIANTS as a teacher, every bias and norm weight random; each is made once."""
+    """Return `variant(name)`, which makes a teacher of one of VARIANTS with random biases and norm weights, once each."""
     made: dict[str, Teacher] = {}
 
     def get(name: str) -> Teacher:
@@ -135,13 +136,13 @@ def variant(save_model) -> Callable[[str], Teacher]:
 
 @pytest.fixture(params=VARIANTS)
 def any_teacher(request, variant) -> Teacher:
-    """Each of VARIANTS in turn."""
+    """Run the test with each of VARIANTS as teacher."""
     return variant(request.param)
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """A folder with train.jsonl: 400 short documents, column `text`."""
+    """Write a folder with train.jsonl: 400 short documents, column `text`."""
     folder = tmp_path_factory.mktemp("corpus")
     rows = [json.dumps({"text": text}) for text in make_documents(400, seed=1)]
     (folder / "train.jsonl").write_text("\n".join(rows) + "\n")
@@ -150,37 +151,60 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def fitted(teacher_folder, corpus, tmp_path_factory) -> Callable[..., Path]:
-    """`fitted(**options)` -> the folder of a finished `distill-pl fit` of the tiny teacher, on the tiny corpus.
+    """Return `fitted(run=main, **keys)`, which passes a `distill-pl fit` command to `run` and returns the run's folder."""
 
-    `run` is given the command's arguments.
-    """
-
-    def fit(run: Callable[[list[str]], object] = main, **options) -> Path:
+    def fit(run: Callable[[list[str]], object] = main, **keys) -> Path:
         folder = tmp_path_factory.mktemp("runs")
-        keys = {
-            "out": folder / "run", "teacher": teacher_folder, "data.dataset": corpus, "data.cache": folder / "cache",
-            "data.sequence_length": 32, "data.batch_size": 4, "data.validation_tokens": 320, "trainer.accelerator": "cpu",
-        }  # fmt: skip
-        run(["fit", *(f"--{key}={value}" for key, value in (keys | options).items())])
+        keys = {"data.validation_tokens": 320} | keys
+        run(fit_command(folder / "run", teacher_folder, corpus, folder / "cache", **keys))
         return folder / "run"
 
     return fit
 
 
+@pytest.fixture(scope="module")
+def chunk_cache(tmp_path_factory) -> Path:
+    """Make the folder in which the runs of a test file share their chunks."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def command(request, teacher_folder, corpus, chunk_cache) -> Callable[..., list[str]]:
+    """Return `command(out, **keys)`, the arguments of a `distill-pl fit` with the test file's KEYS."""
+    return lambda out, **keys: fit_command(out, teacher_folder, corpus, chunk_cache, **(request.module.KEYS | keys))
+
+
+@pytest.fixture
+def arguments(command, tmp_path) -> Callable[..., list[str]]:
+    """Return `arguments(out="run", **keys)`, a `command` whose run is in the test's own folder."""
+    return lambda out="run", **keys: command(tmp_path / out, **keys)
+
+
 @pytest.fixture(params=MIXERS)
 def name(request) -> str:
-    """Each mixer of Table 1 in turn."""
+    """Run the test with each mixer."""
     return request.param
 
 
 @pytest.fixture(params=["grouped", "expanded", "rope", "paper"])
 def layout(request, name) -> dict:
-    """How a StudentFactory lays out the heads of a student with new attention; rope: where it is not the default, else not."""
+    """Run the test with each layout of heads that a StudentFactory offers; `rope` is the opposite of the mixer's default."""
     layouts = {"rope": {"rope": not MIXERS[name].rotates}, "paper": {"shape": "paper"}}
     return layouts.get(request.param) or {"kv_heads": request.param}
 
 
 @pytest.fixture(params=["grouped", "expanded"])
 def kv_heads(request) -> str:
-    """Each layout of k and v heads in turn."""
+    """Run the test with grouped and with expanded k and v heads."""
     return request.param
+
+
+# every teacher with one mixer, and every mixer with the teachers that have biases or norms of q and k
+PAIRS = [(variant, "gla") for variant in VARIANTS]
+PAIRS += [(variant, mixer) for mixer in MIXERS if mixer != "gla" for variant in ("llama_bias", "qwen3")]
+
+
+@pytest.fixture(params=PAIRS, ids="-".join)
+def teacher_and_name(request, variant) -> tuple[Teacher, str]:
+    """Run the test with PAIRS of a teacher and a mixer's name: all of both, though not each with each."""
+    return variant(request.param[0]), request.param[1]

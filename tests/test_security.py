@@ -1,14 +1,13 @@
-"""Nothing that comes from outside is run, and no name leads out of the folder that the user named."""
+"""Code in models, checkpoints, texts and configurations is never run, and no name leads out of the folders given."""
 
-import io
 import json
 import os
 import pickle
-from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import fit_command, refused
 from transformers import AutoModelForCausalLM
 
 from distill_pl.cli import main
@@ -20,18 +19,21 @@ from distill_pl.teacher import Teacher
 
 @pytest.fixture
 def trap(tmp_path, monkeypatch) -> Path:
-    """A file that every piece of foreign code below makes when it runs; the current folder is a fresh one beside it."""
+    """Return the path of a file that all code of these tests' inputs makes when run, and fail if it exists after the test.
+
+    The current folder is a new one beside it.
+    """
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # must not open the door that is shut
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # these variables must not permit code either
     monkeypatch.setenv("HF_DATASETS_TRUST_REMOTE_CODE", "1")
-    monkeypatch.setattr("builtins.input", lambda *args: "y")  # nobody is asked whether to trust
+    monkeypatch.setattr("builtins.input", lambda *args: "y")  # a question whether to run code would be answered yes
     yield tmp_path / "sprung"
     assert not (tmp_path / "sprung").exists()
 
 
 class Evil:
-    """Makes a folder when unpickled."""
+    """An object that makes the folder `trap` when it is unpickled."""
 
     def __init__(self, trap: Path):
         self.trap = trap
@@ -41,7 +43,7 @@ class Evil:
 
 
 def poison(file: Path, trap: Path, form: str) -> None:
-    """A pickle that springs the trap, bare or as torch saves it."""
+    """Write a pickle that makes the folder `trap` when read: form `bare`, or `torch` for a file of torch.save."""
     file.write_bytes(pickle.dumps({"global_step": Evil(trap)}))
     if form == "torch":
         torch.save({"global_step": Evil(trap)}, file)
@@ -54,28 +56,15 @@ def copy(folder: Path, to: Path) -> Path:
     return to
 
 
-def refused(*args: str | Path) -> str:
-    """The one line that `distill-pl` ends with, exit code 2."""
-    with redirect_stderr(io.StringIO()) as error, pytest.raises(SystemExit) as exit:
-        main([str(arg) for arg in args])
-    lines = [line for line in error.getvalue().strip().splitlines() if not line.startswith("chunks: ")]
-    assert exit.value.code == 2 and len(lines) == 1, lines
-    return lines[0]
-
-
 @pytest.fixture
 def fit(teacher_folder, corpus, tmp_path):
-    """`fit(**keys)` -> the command line of a run of two steps in tmp_path/run."""
-    keys = {
-        "out": tmp_path / "run", "teacher": teacher_folder, "data.dataset": corpus, "data.cache": tmp_path / "cache",
-        "tokens": 256, "data.sequence_length": 32, "data.batch_size": 4, "data.validation_tokens": 64,
-        "trainer.accelerator": "cpu",
-    }  # fmt: skip
-    return lambda **ours: ["fit", *(f"--{key}={value}" for key, value in (keys | ours).items())]
+    """Return `fit(**keys)`, the command line of a run of two steps in tmp_path/run."""
+    short = {"tokens": 256, "data.validation_tokens": 64}
+    return lambda **keys: fit_command(tmp_path / "run", teacher_folder, corpus, tmp_path / "cache", **(short | keys))
 
 
 def test_the_trap_springs(tmp_path):
-    """What the other tests rest on."""
+    """The poisoned files do make the trap when read without care, on which the other tests rest."""
     for form in ("bare", "torch"):
         trap = tmp_path / form
         poison(tmp_path / "file", trap, form)
@@ -84,17 +73,17 @@ def test_the_trap_springs(tmp_path):
         assert trap.exists()
 
 
-@pytest.mark.parametrize("form", ["bare", "torch"])
-def test_checkpoint_with_code(fit, trap, tmp_path, form):
+def test_checkpoint_with_code(fit, trap, tmp_path):
     main(fit())
     for file in (tmp_path / "run" / "student").iterdir():
         file.unlink()
     (tmp_path / "run" / "student").rmdir()
     (tmp_path / "run" / "3_kd" / "student.safetensors").unlink()
     checkpoint = tmp_path / "run" / "3_kd" / "last.ckpt"
-    poison(checkpoint, trap, form)
-    line = refused(*fit())
-    assert str(checkpoint) in line and "delete it" in line
+    for form in ("bare", "torch"):
+        poison(checkpoint, trap, form)
+        line = refused(*fit())
+        assert str(checkpoint) in line and "delete it" in line
 
 
 @pytest.mark.parametrize("form", ["bare", "torch"])
@@ -106,14 +95,14 @@ def test_weights_with_code(teacher_folder, fit, trap, tmp_path, form):
         line = refused(*command)
         assert str(folder / "pytorch_model.bin") in line and "safetensors" in line and "weights_only" not in line
     model = AutoModelForCausalLM.from_pretrained(teacher_folder)
-    torch.save(model.state_dict(), folder / "pytorch_model.bin")  # honest ones are read
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")  # plain tensors are read
     assert torch.equal(Teacher(str(folder)).head.weight, model.lm_head.weight)
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("known", [True, False])
 def test_folder_with_code(teacher_folder, fit, trap, tmp_path, file, known):
-    """Where transformers knows the architecture its own classes serve; elsewhere the folder is refused."""
+    """transformers' own classes are used for an architecture it knows; a folder of any other is refused."""
     folder = copy(teacher_folder, tmp_path / "teacher")
     (folder / "evil.py").write_text(f"import os\nos.mkdir({str(trap)!r})\n")
     config = json.loads((folder / file).read_text())
@@ -133,7 +122,7 @@ def test_folder_with_code(teacher_folder, fit, trap, tmp_path, file, known):
 
 
 def test_student_whose_teacher_has_code(teacher, trap, tmp_path):
-    """A student's config.json carries its teacher's, auto_map and all."""
+    """A student's config.json contains its teacher's, which may have an auto_map."""
     from distill_pl.student.factory import StudentFactory
 
     folder = tmp_path / "student"
@@ -167,8 +156,9 @@ def test_yaml_with_code(fit, trap, tmp_path):
         assert str(tmp_path / "run") in refused(*command)
 
 
+@pytest.mark.slow  # imports lm-eval
 def test_metric_with_code(teacher, trap, tmp_path):
-    """Some tasks of lm-eval fetch their metric as a script, by a name that a folder here may bear as well."""
+    """Some tasks of lm-eval load their metric as a script by a name, which a folder in the current folder may have too."""
     (tmp_path / "here" / "code_eval").mkdir()
     (tmp_path / "here" / "code_eval" / "code_eval.py").write_text(f"import os\nos.mkdir({str(trap)!r})\n")
     (tmp_path / "humaneval.jsonl").write_text('{"prompt": "def f():", "test": "", "entry_point": "f", "task_id": 0}\n')
@@ -177,7 +167,7 @@ def test_metric_with_code(teacher, trap, tmp_path):
 
 
 def test_names_stay_inside(teacher_folder, corpus, fit, tmp_path, monkeypatch):
-    """Whatever a model, task, data set or chat template is called: files are made in the folders named and nowhere else."""
+    """Names of models, tasks, data sets and chat templates make no files outside the folders that the user gave."""
     here = tmp_path / "a" / "b" / "here"
     here.mkdir(parents=True)
     monkeypatch.chdir(here)

@@ -1,8 +1,9 @@
-"""The folder a run exports, as people who have never heard of this package's commands use it."""
+"""The folder that a run exports works with transformers alone, without this package's commands."""
 
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from distill_pl.measure import study
 from distill_pl.run.card import add_results, licence_of
 from distill_pl.student.factory import StudentFactory
+from distill_pl.teacher import Teacher
 
 PROMPTS = ["Story 1. A fox sees", "Her aunt", "At dawn the old clock forgets the river. The miller"]
 
 
 @pytest.fixture(scope="module")
-def folder(fitted):
+def folder(fitted) -> Path:
+    """Return the exported folder of a short run."""
     return fitted(**{"tokens": 512, "matrix_mixing.tokens": 128}) / "student"
 
 
@@ -25,10 +28,11 @@ def test_what_is_in_it(folder, teacher_folder):
     names = {file.name for file in folder.iterdir()}
     assert names >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md"}
     assert not [name for name in names if name.endswith((".bin", ".py", ".pt"))]
-    mine, theirs = (json.loads((f / "generation_config.json").read_text()) for f in (folder, teacher_folder))
-    assert mine == theirs
+    student, teacher = (json.loads((f / "generation_config.json").read_text()) for f in (folder, teacher_folder))
+    assert student == teacher
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_it(folder):
     code = f"""
 import distill_pl
@@ -57,14 +61,21 @@ def test_device_map(folder):
     )
 
 
-def test_compiled_forward_is_the_forward(teacher, name):
-    torch.compiler.reset()  # else the models of the tests before count as recompilations of this one
-    model = StudentFactory(name).build(teacher, 0).eval()
+@pytest.fixture(scope="module")
+def one_layer(save_model) -> Teacher:
+    """Make a teacher of one layer: compiling takes time in proportion to layers, which are alike."""
+    return Teacher(str(save_model("llama", num_hidden_layers=1)))
+
+
+@pytest.mark.slow
+def test_compiled_forward_is_the_forward(one_layer, name):
+    torch.compiler.reset()  # else the models of earlier tests count as recompilations of this one
+    model = StudentFactory(name).build(one_layer, 0).eval()
     tokens = torch.arange(24).reshape(2, 12)
     with torch.no_grad():
         expected = model(tokens, use_cache=False).logits
-        found = torch.compile(model, backend="aot_eager", fullgraph=True)(tokens, use_cache=False).logits
-    assert torch.allclose(found, expected, atol=1e-5)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(tokens, use_cache=False).logits
+    assert torch.allclose(compiled, expected, atol=1e-5)
 
 
 def test_card_says_what_it_is_and_what_it_scored(folder, teacher_folder):
@@ -72,10 +83,10 @@ def test_card_says_what_it_is_and_what_it_scored(folder, teacher_folder):
     assert card.data.library_name == "transformers" and "gla" in card.data.tags
     assert f"`{teacher_folder}`" in card.text and "import distill_pl" in card.text and "Not evaluated yet" in card.text
     assert "| matrix_mixing | 128 | 0.0002 |" in card.text and "| kd | 384 | 0.0003 |" in card.text
-    assert "{" not in card.text.replace("kd: {", "")  # nothing is left to fill in
+    assert "{" not in card.text.replace("kd: {", "")  # no placeholder of the template is left
     (folder / "README.md").write_text((folder / "README.md").read_text() + "\nA note of its owner.\n")
     results = {task: {"acc": 0.5, "acc_stderr": 0.01} for task in study.TASKS}
-    for _ in range(2):  # the second replaces the first
+    for _ in range(2):  # the second call replaces the results of the first
         add_results(folder, results)
     card = ModelCard.load(folder / "README.md")
     assert card.text.count("| piqa | 50.00 ± 1.00 |") == 1 and "Not evaluated yet" not in card.text

@@ -1,15 +1,17 @@
-"""benchmarks/soak.py runs, and a run keeps one checkpoint, not all of them."""
+"""benchmarks/soak.py runs, and shows that a run's folder does not grow by its checkpoints."""
 
 import re
 import runpy
 import sys
 from pathlib import Path
 
+import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 SOAK = Path(__file__).parents[2] / "benchmarks" / "soak.py"
 
 
+@pytest.mark.slow
 def test_disk_is_flat(monkeypatch, capsys):
     monkeypatch.setattr(ModelCheckpoint, "_save_checkpoint", ModelCheckpoint._save_checkpoint)  # the script wraps it
     monkeypatch.setattr(sys, "argv", [str(SOAK), "--checkpoints", "45", "--every", "15"])

@@ -1,7 +1,11 @@
-"""The student is its teacher where it should be, and a model of transformers in every other respect."""
+"""The softmax student computes its teacher's logits, and every student does what transformers asks of its models."""
+
+from pathlib import Path
 
 import pytest
 import torch
+from helpers import some_tokens
+from op_inputs import relative_error
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -16,21 +20,12 @@ from distill_pl.student.transfer import as_transformer
 from distill_pl.teacher import Teacher
 
 ATTENTION = ".self_attn."
+NEW_TOKENS = 8
 
 
 def build(teacher: Teacher, name: str, seed: int = 3, **options) -> Student:
-    """Some seeds' students amplify rounding more than the bounds of these tests allow."""
+    """Build a frozen student; with some other seeds, students amplify rounding beyond the bounds of these tests."""
     return StudentFactory(name, **options).build(teacher, seed).eval().requires_grad_(False)
-
-
-def some_tokens(teacher: Teacher, rows: int = 2, length: int = 20, seed: int = 5) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(1, teacher.config.vocab_size, (rows, length), generator=generator)
-
-
-def relative_error(value: Tensor, expected: Tensor) -> float:
-    assert value.shape == expected.shape
-    return ((value.float() - expected).abs().max() / expected.abs().max()).item()
 
 
 @torch.no_grad()
@@ -41,13 +36,14 @@ def logits_of(model, tokens: Tensor, **options) -> Tensor:
 # ---- the teacher's weights
 
 
-@pytest.mark.parametrize("length", [1, 100])
-def test_softmax_student_is_its_teacher(any_teacher, kv_heads, length):
-    student, tokens = build(any_teacher, "softmax", kv_heads=kv_heads), some_tokens(any_teacher, length=length)
-    expected = logits_of(any_teacher.model, tokens)
-    assert relative_error(logits_of(student, tokens), expected) < 1e-5
+def test_softmax_student_is_its_teacher(any_teacher, kv_heads):
+    student = build(any_teacher, "softmax", kv_heads=kv_heads)
     fresh = build(any_teacher, "softmax", init="fresh", kv_heads=kv_heads)
-    assert relative_error(logits_of(fresh, tokens), expected) > 0.05
+    for length in (1, 100):
+        tokens = some_tokens(any_teacher, length=length)
+        expected = logits_of(any_teacher.model, tokens)
+        assert relative_error(logits_of(student, tokens), expected) < 1e-5
+        assert relative_error(logits_of(fresh, tokens), expected) > 0.05
 
 
 def test_supported_teachers_are_accepted(any_teacher):
@@ -63,7 +59,7 @@ REFUSED = {  # class name -> configuration
     "SmolLM3ForCausalLM": {"model_type": "smollm3", "no_rope_layers": [1, 0]},
     "GraniteForCausalLM": {"model_type": "granite", "attention_multiplier": 8**-0.5, "embedding_multiplier": 3.0},
 }
-ACCEPTED = {  # the same architectures where they compute what Llama does; a layer's own scaling is the teacher's code
+ACCEPTED = {  # the same architectures where they compute what Llama does; residual scaling is in the layer's code, which stays
     "SmolLM3ForCausalLM": {"model_type": "smollm3", "no_rope_layers": [1, 1]},
     "GraniteForCausalLM": {"model_type": "granite", "attention_multiplier": 8**-0.5, "residual_multiplier": 0.5},
 }
@@ -89,7 +85,7 @@ def test_it_is_the_arithmetic_that_is_refused_and_not_the_name(save_model, class
 
 
 def test_within_a_sliding_window_attention_is_plain(save_model):
-    """And one token further it is not: `fit` refuses longer sequences."""
+    """`fit` refuses sequences longer than the window, as attention differs from the first token beyond it."""
     teacher = Teacher(str(save_model("mistral", sliding_window=32)))
     check_teacher(teacher)
     student, tokens = build(teacher, "softmax"), some_tokens(teacher, length=33)
@@ -106,8 +102,11 @@ def test_a_student_that_is_no_transformer_is_refused_as_teacher(teacher, tokeniz
         check_teacher(Teacher(str(tmp_path)))
 
 
-@pytest.mark.parametrize("init", ["qkv", "fresh", "scratch"])
-def test_init_copies_what_it_says(any_teacher, name, kv_heads, init):
+@pytest.mark.parametrize(
+    ("init", "kv_heads"), [("qkv", "grouped"), ("qkv", "expanded"), ("fresh", "expanded"), ("scratch", "grouped")]
+)
+def test_init_copies_what_it_says(teacher_and_name, init, kv_heads):
+    any_teacher, name = teacher_and_name
     student = build(any_teacher, name, init=init, kv_heads=kv_heads)
     teacher = any_teacher.model.state_dict()
     heads, kept = any_teacher.config.num_attention_heads, any_teacher.config.num_key_value_heads
@@ -148,8 +147,8 @@ def test_the_seed_makes_the_student(teacher, name, init):
         assert {key for key in first if key.endswith("proj.weight")} <= drawn
     elif init == "fresh":
         assert {key for key in first if ATTENTION in key and key.endswith("proj.weight")} <= drawn
-    nothing_else = ("softmax", "rebased", "hedgehog")  # than what is copied is random
-    assert (not drawn) == (name in nothing_else and init == "qkv")
+    all_copied = ("softmax", "rebased", "hedgehog")  # with init qkv, no weights of these are random
+    assert (not drawn) == (name in all_copied and init == "qkv")
 
 
 def test_bad_options_are_refused():
@@ -170,12 +169,20 @@ def test_bad_options_are_refused():
 # ---- transformers' interface
 
 
-@pytest.mark.parametrize("shape", ["llama", "llama_untied", "qwen3", "llama_scaled_rope"])
-def test_saved_and_loaded_is_identical(variant, name, layout, shape, tmp_path):
-    teacher = variant(shape)
+def test_saved_and_loaded_is_identical(variant, name, layout, tmp_path):
+    check_saved_and_loaded(variant("qwen3"), name, layout, tmp_path)
+
+
+@pytest.mark.parametrize("shape", ["llama", "llama_untied", "llama_scaled_rope"])
+@pytest.mark.parametrize("mixer", ["softmax", "gla"])
+def test_saved_and_loaded_is_identical_for_other_teachers(variant, mixer, shape, tmp_path):
+    check_saved_and_loaded(variant(shape), mixer, {"kv_heads": "grouped"}, tmp_path)
+
+
+def check_saved_and_loaded(teacher: Teacher, name: str, layout: dict, tmp_path: Path) -> None:
     student, tokens = build(teacher, name, init="fresh", **layout), some_tokens(teacher, length=100)
     generator = torch.Generator().manual_seed(8)
-    for parameter in student.parameters():  # no start value may be taken for a saved one
+    for parameter in student.parameters():  # else a start value could pass for a loaded one
         parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     student.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -203,8 +210,8 @@ def test_bf16_is_fp32_to_rounding(teacher, name, tmp_path):
 def generate(student: Student, tokens: Tensor, mask: Tensor | None = None, **options):
     return student.generate(
         tokens, attention_mask=torch.ones_like(tokens) if mask is None else mask, do_sample=False, pad_token_id=0,
-        max_new_tokens=12, min_new_tokens=12, return_dict_in_generate=True, output_logits=True, output_scores=True,
-        **options,
+        max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, return_dict_in_generate=True, output_logits=True,
+        output_scores=True, **options,
     )  # fmt: skip
 
 
@@ -212,9 +219,9 @@ def test_greedy_generation_with_a_cache_is_that_without(teacher, name, layout):
     student, tokens = build(teacher, name, init="fresh", **layout), some_tokens(teacher, rows=3, length=9)
     cached, uncached = (generate(student, tokens, use_cache=use_cache) for use_cache in (True, False))
     assert isinstance(cached.past_key_values, StudentCache)
-    assert cached.past_key_values.get_seq_length() == 9 + 12 - 1
+    assert cached.past_key_values.get_seq_length() == 9 + NEW_TOKENS - 1
     assert uncached.get("past_key_values") is None
-    assert cached.sequences.shape == (3, 21)
+    assert cached.sequences.shape == (3, 9 + NEW_TOKENS)
     assert torch.equal(cached.sequences, uncached.sequences)
     assert relative_error(torch.stack(cached.logits), torch.stack(uncached.logits)) < 1e-5
     whole = logits_of(student, cached.sequences)[:, 8:-1]
@@ -227,10 +234,10 @@ def test_beam_search_with_a_cache_is_that_without(teacher, name, kv_heads):
     assert torch.equal(cached.sequences, uncached.sequences)
     assert relative_error(cached.sequences_scores, uncached.sequences_scores) < 1e-5
     came_from = cached.beam_indices[cached.beam_indices >= 0].unique()
-    assert len(came_from) > 3  # else no row was ever reordered
+    assert len(came_from) > 3  # rows were reordered
 
 
-@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize(("beams", "kv_heads"), [(1, "grouped"), (3, "expanded")])
 def test_left_padding_changes_nothing(teacher, name, kv_heads, beams):
     student = build(teacher, name, kv_heads=kv_heads)
     rows = [some_tokens(teacher, 1, length, seed=length)[0] for length in (3, 12, 7)]
@@ -244,7 +251,7 @@ def test_left_padding_changes_nothing(teacher, name, kv_heads, beams):
         assert relative_error(logits[index, longest - len(row) :], logits_of(student, row[None])[0]) < 1e-5
         assert torch.equal(together.sequences[index, longest:], alone.sequences[0, len(row) :])
     unmasked = logits_of(student, batch)
-    assert relative_error(unmasked[0, longest - 3 :], logits[0, longest - 3 :]) > 1e-2  # the padding is no empty one
+    assert relative_error(unmasked[0, longest - 3 :], logits[0, longest - 3 :]) > 1e-2  # the mask is needed
 
 
 def test_labels_give_the_shifted_cross_entropy(teacher, name):
@@ -278,7 +285,7 @@ def test_cache_is_made_for_inference_only(teacher, name):
     assert student.train()(tokens).past_key_values is None
 
 
-@pytest.mark.parametrize("shape", ["llama", "qwen3", "llama_bias"])
+@pytest.mark.parametrize(("shape", "kv_heads"), [("llama_bias", "grouped"), ("qwen3", "expanded")])
 def test_distillation_reaches_every_parameter(variant, name, kv_heads, shape):
     teacher = variant(shape)
     student = build(teacher, name, init="fresh", kv_heads=kv_heads).train()
@@ -359,8 +366,9 @@ def test_any_other_student_stays_what_it_is(teacher, name):
 # ---- hybrids
 
 
-def test_a_hybrid_keeps_the_layers_it_names(any_teacher, name, tmp_path):
-    """Their attention is the teacher's, copied where all other attention is new; all of them kept, it is the teacher."""
+def test_a_hybrid_keeps_the_layers_it_names(teacher_and_name, tmp_path):
+    """A layer in `softmax_layers` is the teacher's although all other attention is new; with all layers, so is the student."""
+    any_teacher, name = teacher_and_name
     hybrid = build(any_teacher, name, init="fresh", softmax_layers=[1])
     assert [type(mixer) for mixer in hybrid.mixers] == [MIXERS[name], MIXERS["softmax"]]
     tokens = some_tokens(any_teacher)
