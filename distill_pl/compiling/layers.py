@@ -3,6 +3,7 @@
 import torch
 
 from distill_pl.compiling.cuda_graphs import StepGraphs
+from distill_pl.compiling.joined_products import JoinProducts
 from distill_pl.stages import Stage
 
 
@@ -18,6 +19,7 @@ def configure_compiler(width: int) -> None:
     torch._inductor.config.realize_reads_threshold, torch._inductor.config.realize_opcount_threshold = 12, 100
     if width <= 1024:  # norms' gradients fetch rows ahead; wider rows need more shared memory than there is (before torch 2.13)
         torch._inductor.config.triton.mix_order_reduction_allow_multi_stages = True
+    torch._inductor.config.post_grad_custom_pre_pass = JoinProducts()
 
 
 def compile_stage(stage: Stage) -> StepGraphs:
