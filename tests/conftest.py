@@ -186,7 +186,12 @@ def name(request) -> str:
     return request.param
 
 
-@pytest.fixture(params=["grouped", "expanded", "rope", "paper"])
+def slow(value) -> object:
+    """Mark a value of a parameter, so that `make test-fast` leaves it out."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
+@pytest.fixture(params=["grouped", slow("expanded"), slow("rope"), "paper"])
 def layout(request, name) -> dict:
     """Run the test with each layout of heads that a StudentFactory offers; `rope` is the opposite of the mixer's default."""
     layouts = {"rope": {"rope": not MIXERS[name].rotates}, "paper": {"shape": "paper"}}
@@ -200,8 +205,9 @@ def kv_heads(request) -> str:
 
 
 # every teacher with one mixer, and every mixer with the teachers that have biases or norms of q and k
-PAIRS = [(variant, "gla") for variant in VARIANTS]
-PAIRS += [(variant, mixer) for mixer in MIXERS if mixer != "gla" for variant in ("llama_bias", "qwen3")]
+OTHERS = [mixer for mixer in MIXERS if mixer != "gla"]
+PAIRS = [(variant, "gla") for variant in VARIANTS] + [("qwen3", mixer) for mixer in OTHERS]
+PAIRS += [slow(("llama_bias", mixer)) for mixer in OTHERS]
 
 
 @pytest.fixture(params=PAIRS, ids="-".join)

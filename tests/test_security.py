@@ -166,6 +166,7 @@ def test_metric_with_code(teacher, trap, tmp_path):
         run_tasks(teacher.model, teacher.tokenizer, ["humaneval"], data=tmp_path)
 
 
+@pytest.mark.slow  # imports lm-eval
 def test_names_stay_inside(teacher_folder, corpus, fit, tmp_path, monkeypatch):
     """Names of models, tasks, data sets and chat templates make no files outside the folders that the user gave."""
     here = tmp_path / "a" / "b" / "here"

@@ -280,6 +280,7 @@ def test_second_run_on_the_same_folder_is_refused(begun, arguments, tmp_path):
     fit_here(arguments())
 
 
+@pytest.mark.slow
 def test_clock_and_hostname_may_change(begun, finished, arguments, monkeypatch):
     now, ticks = time.time, time.monotonic
     monkeypatch.setattr(time, "time", lambda: now() - 1e7)

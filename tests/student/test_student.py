@@ -237,7 +237,7 @@ def test_beam_search_with_a_cache_is_that_without(teacher, name, kv_heads):
     assert len(came_from) > 3  # rows were reordered
 
 
-@pytest.mark.parametrize(("beams", "kv_heads"), [(1, "grouped"), (3, "expanded")])
+@pytest.mark.parametrize(("beams", "kv_heads"), [(1, "grouped"), pytest.param(3, "expanded", marks=pytest.mark.slow)])
 def test_left_padding_changes_nothing(teacher, name, kv_heads, beams):
     student = build(teacher, name, kv_heads=kv_heads)
     rows = [some_tokens(teacher, 1, length, seed=length)[0] for length in (3, 12, 7)]
