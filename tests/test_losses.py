@@ -1,4 +1,4 @@
-"""The losses are the paper's equations, computed here from whole tensors at once."""
+"""The losses are the paper's equations, computed here from whole tensors."""
 
 import math
 
@@ -13,7 +13,7 @@ ROWS, LENGTH, HIDDEN, VOCAB = 3, 9, 8, 23
 
 
 def make(seed: int = 0) -> tuple[Tensor, Tensor, nn.Linear, Tensor, nn.Linear]:
-    """Tokens; hidden state and head of a student and of a teacher with another width."""
+    """Make tokens, and hidden states and a head of a student and of a wider teacher."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokens = torch.randint(0, VOCAB, (ROWS, LENGTH))
@@ -91,7 +91,7 @@ def identity(size: int) -> nn.Linear:
 
 
 def distributions(*rows: list[float]) -> Tensor:
-    """Hidden states that are log probabilities already [1, len(rows) + 1, V]; nothing is predicted from the last."""
+    """Make hidden states [1, len(rows) + 1, V] that are log probabilities already; nothing is predicted from the last."""
     return torch.tensor([[*rows, [1 / len(rows[0])] * len(rows[0])]]).log()
 
 

@@ -6,8 +6,9 @@ import shutil
 
 import pytest
 import torch
+from helpers import some_tokens
+from op_inputs import relative_error
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from distill_pl.errors import InputError
@@ -15,20 +16,10 @@ from distill_pl.ops import softmax
 from distill_pl.teacher import Teacher
 
 
-def some_tokens(teacher: Teacher, length: int = 30) -> Tensor:
-    generator = torch.Generator().manual_seed(7)
-    return torch.randint(0, teacher.config.vocab_size, (2, length), generator=generator)
-
-
-def relative_error(value: Tensor, expected: Tensor) -> float:
-    assert value.shape == expected.shape
-    return ((value - expected).abs().max() / expected.abs().max()).item()
-
-
 @pytest.mark.parametrize("length", [1, 30])
 def test_taps_reproduce_eager_attention(any_teacher, length):
     eager = AutoModelForCausalLM.from_pretrained(any_teacher.path, attn_implementation="eager").eval()
-    tokens = some_tokens(any_teacher, length)
+    tokens = some_tokens(any_teacher, length=length)
     with torch.no_grad():
         expected = eager(tokens, output_attentions=True).attentions
     layers = list(any_teacher.layers(tokens))
@@ -44,7 +35,7 @@ def test_taps_reproduce_eager_attention(any_teacher, length):
 
 def test_hidden_states_are_those_of_transformers(any_teacher):
     model = AutoModelForCausalLM.from_pretrained(any_teacher.path).eval()
-    tokens = some_tokens(any_teacher)
+    tokens = some_tokens(any_teacher, length=30)
     with torch.no_grad():
         expected = model.model(tokens, output_hidden_states=True)
         logits = model(tokens).logits
@@ -56,7 +47,7 @@ def test_hidden_states_are_those_of_transformers(any_teacher):
 
 
 def test_a_layer_sees_what_the_one_before_it_made(any_teacher):
-    tokens = some_tokens(any_teacher)
+    tokens = some_tokens(any_teacher, length=30)
     layers = list(any_teacher.layers(tokens))
     assert torch.equal(layers[0].input, any_teacher.model.model.embed_tokens(tokens))
     for before, layer in zip(layers, layers[1:], strict=False):
@@ -65,7 +56,7 @@ def test_a_layer_sees_what_the_one_before_it_made(any_teacher):
 
 
 def test_position_is_ropes_table(teacher):
-    layer = next(teacher.layers(some_tokens(teacher)))
+    layer = next(teacher.layers(some_tokens(teacher, length=30)))
     angle = torch.arange(30)[:, None] * 10000.0 ** -(torch.arange(0, 8, 2) / 8)
     for table, expected in zip(layer.position, (angle.cos(), angle.sin()), strict=True):
         torch.testing.assert_close(table[0], torch.cat([expected, expected], -1), rtol=1e-5, atol=1e-5)
@@ -74,29 +65,29 @@ def test_position_is_ropes_table(teacher):
 def test_nothing_requires_a_gradient(teacher):
     assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
     assert not teacher.model.training
-    for layer in teacher.layers(some_tokens(teacher)):
+    for layer in teacher.layers(some_tokens(teacher, length=30)):
         tensors = (layer.input, layer.output, layer.query, layer.key, *layer.position)
         assert not any(tensor.requires_grad for tensor in tensors)
-    assert not teacher.hidden_states(some_tokens(teacher)).requires_grad
+    assert not teacher.hidden_states(some_tokens(teacher, length=30)).requires_grad
 
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_the_consumers_gradient_mode_is_its_own(teacher, enabled):
     weight = torch.ones(3, requires_grad=True)
     with torch.set_grad_enabled(enabled):
-        for _ in teacher.layers(some_tokens(teacher)):
+        for _ in teacher.layers(some_tokens(teacher, length=30)):
             assert torch.is_grad_enabled() == enabled
             assert (weight * 2).requires_grad == enabled
-        abandoned = teacher.layers(some_tokens(teacher))
+        abandoned = teacher.layers(some_tokens(teacher, length=30))
         next(abandoned)
         del abandoned
         gc.collect()
-        teacher.hidden_states(some_tokens(teacher))
+        teacher.hidden_states(some_tokens(teacher, length=30))
         assert torch.is_grad_enabled() == enabled
 
 
 def test_two_passes_at_once_do_not_mix(teacher):
-    tokens, other = some_tokens(teacher), some_tokens(teacher, length=11)
+    tokens, other = some_tokens(teacher, length=30), some_tokens(teacher, length=11)
     expected = [list(teacher.layers(batch)) for batch in (tokens, other)]
     for index, pair in enumerate(zip(teacher.layers(tokens), teacher.layers(other), strict=True)):
         for layer, alone in zip(pair, (pass_[index] for pass_ in expected), strict=True):
@@ -105,18 +96,18 @@ def test_two_passes_at_once_do_not_mix(teacher):
 
 
 def test_nothing_of_a_pass_stays_with_the_model(teacher):
-    list(teacher.layers(some_tokens(teacher)))
-    teacher.model(some_tokens(teacher))
+    list(teacher.layers(some_tokens(teacher, length=30)))
+    teacher.model(some_tokens(teacher, length=30))
     for module in teacher.model.modules():
         assert getattr(module, "tapped", None) is None
 
 
 def test_the_model_minds_padding_before_and_after_being_tapped(teacher_folder):
     teacher = Teacher(str(teacher_folder))
-    tokens = some_tokens(teacher)
+    tokens = some_tokens(teacher, length=30)
     mask = torch.arange(30).expand(2, 30) >= 4
 
-    def logits() -> Tensor:
+    def logits() -> torch.Tensor:
         with torch.no_grad():
             return teacher.model(tokens, attention_mask=mask.long()).logits[:, 4:]
 
@@ -127,7 +118,7 @@ def test_the_model_minds_padding_before_and_after_being_tapped(teacher_folder):
 
 def test_bf16_teacher(teacher_folder, teacher):
     half = Teacher(str(teacher_folder), torch.bfloat16)
-    tokens = some_tokens(teacher)
+    tokens = some_tokens(teacher, length=30)
     assert half.hidden_states(tokens).dtype == torch.bfloat16
     assert relative_error(half.hidden_states(tokens).float(), teacher.hidden_states(tokens)) < 0.1
 
@@ -137,7 +128,7 @@ def test_bf16_teacher(teacher_folder, teacher):
 
 @pytest.fixture
 def folder(teacher_folder, tmp_path):
-    """A copy to break."""
+    """Copy a teacher folder, to be broken by a test."""
     return shutil.copytree(teacher_folder, tmp_path / "teacher")
 
 
@@ -187,7 +178,7 @@ def test_a_folder_without_weights_is_refused(folder):
 
 
 def test_a_folder_without_one_of_its_weights_is_refused(folder):
-    """transformers would draw it at random and go on."""
+    """transformers itself draws missing weights at random and goes on."""
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -97,17 +97,17 @@ class Chunks:
 
     @property
     def train(self) -> np.ndarray:
-        """The training chunks, [chunks, sequence_length] memory-mapped token ids; no chunks before `prepare`."""
+        """Map the training chunks, [chunks, sequence_length] memory-mapped token ids; no chunks before `prepare`."""
         return self._map("train")
 
     @property
     def validation(self) -> np.ndarray:
-        """The held-out chunks, [validation_chunks, sequence_length] memory-mapped token ids; none before `prepare`."""
+        """Map the held-out chunks, [validation_chunks, sequence_length] memory-mapped token ids; none before `prepare`."""
         return self._map("validation")[: self.validation_chunks]
 
     @cached_property
     def folder(self) -> Path:
-        """The folder of the packed files: a readable name and 16 hex digits that hash all that decides their bytes."""
+        """Name the folder of the packed files: a readable name and 16 hex digits that hash all that decides their bytes."""
         readable, identity = self.source.identity()
         what = {"format": FORMAT, "source": identity, "validation_chunks": self.validation_chunks, **self._packing}
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
@@ -115,7 +115,7 @@ class Chunks:
 
     @cached_property
     def _packing(self) -> dict:
-        """How documents become chunks: part of the key, and written to the sidecar."""
+        """List what decides how documents become chunks: part of the folder's key, and written to the sidecar."""
         if self.tokenizer.eos_token_id is None:
             raise InputError(
                 f"tokenizer {self.tokenizer.name_or_path!r} has no EOS token to put between documents: "
@@ -130,7 +130,7 @@ class Chunks:
 
     @cached_property
     def _backend(self):
-        """A copy of the Rust tokenizer, because a length limit set on the caller's must not cut documents."""
+        """Copy the Rust tokenizer, because a length limit set on the caller's must not cut documents."""
         if not (original := getattr(self.tokenizer, "backend_tokenizer", None)):
             raise InputError(f"tokenizer {self.tokenizer.name_or_path!r} is not a fast one: it needs a tokenizer.json")
         backend = type(original).from_str(original.to_str())

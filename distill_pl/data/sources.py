@@ -104,12 +104,12 @@ class TextSource:
 
     @property
     def _root(self) -> Path:
-        """The folder that the names of local files are relative to."""
+        """Return the folder that the names of local files are relative to."""
         return Path(self._path if self._is_folder else os.path.commonpath([file.parent for file in self._files]))
 
     @cached_property
     def _files(self) -> list[Path]:
-        """The local data files, sorted and all of one kind; empty for a dataset on the hub."""
+        """List the local data files, sorted and all of one kind; empty for a dataset on the hub."""
         looks_local = self.dataset.startswith((".", "/", "~")) or glob.has_magic(self.dataset) or _kind(self._path)
         if not os.path.exists(self._path) and not looks_local:
             return []

@@ -24,7 +24,7 @@ HAS_FLA = importlib.util.find_spec("fla") is not None  # a constant because torc
 def use_fla(backend: Backend, device: torch.device) -> bool:
     """Return whether `mix` calls a Triton kernel on `device`: `auto` does on a GPU where fla-core is installed.
 
-    Kernels have been wrong on some GPUs: tests/gpu compares each with its matrix, benchmarks/README.md has what was measured.
+    Kernels have been wrong on some GPUs: tests/gpu compares each with its matrix, docs/gpu.md has what was measured.
     """
     if backend == "auto":
         return device.type == "cuda" and HAS_FLA

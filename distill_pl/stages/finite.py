@@ -1,16 +1,13 @@
 """Stop a run whose loss or gradient is not finite, and say in which layer it stopped being finite."""
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from distill_pl.errors import Diverged
 from distill_pl.stages.async_copy import AsyncCopy
-
-if TYPE_CHECKING:
-    from distill_pl.stages.stage import Stage
 
 
 class Step(NamedTuple):
@@ -32,8 +29,8 @@ class FiniteCheck:
         """Remember a step, to be checked by the next `verify`."""
         self.pending = step
 
-    def verify(self, stage: "Stage") -> None:
-        """Raise Diverged, naming stage, step and layer, if the recorded step's loss or gradient was not finite."""
+    def verify(self, stage: Any) -> None:
+        """Raise Diverged, naming step and layer, if the loss or gradient of the step recorded of a Stage was not finite."""
         step, self.pending = self.pending, None
         if step is not None and not step.finite.get():
             raise Diverged(
@@ -43,7 +40,7 @@ class FiniteCheck:
 
 
 @torch.no_grad()
-def _first_not_finite(stage: "Stage", step: Step) -> str:
+def _first_not_finite(stage: Any, step: Step) -> str:
     """Run the step again to say where a value first stops being finite: a layer, a part of the loss, or a gradient."""
     hidden = stage.student.model.embed_tokens(step.batch)
     position = stage.student.position(hidden)

@@ -21,7 +21,7 @@ aten = torch.ops.aten
 # softmax: nothing but projections; mlstm: biases and narrow gates; gla: a gate of two matrices; delta_net: convolutions
 @pytest.mark.parametrize("name", ["softmax", "mlstm", "gla", "delta_net"])
 def test_join_products_leaves_a_layers_outputs_and_gradients(teacher, name):
-    """Named after the function: a version of torch whose graphs look otherwise fails here, by the counts."""
+    """Count products before and after `join_products`: a version of torch whose graphs look different fails here."""
     torch.compiler.reset()
     layer = StudentFactory(name, init="fresh").build(teacher, seed=0).model.layers[0]
     tokens = torch.randint(teacher.config.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""What a GPU compiles: a layer is one graph, also around the kernels, and one compilation serves all layers that are alike."""
+"""A layer compiles to one graph, also around the kernels, and one compilation serves all layers of a kind."""
 
 import importlib.util
 
@@ -18,14 +18,14 @@ LENGTH = 32
 
 @pytest.fixture
 def graphs() -> list[torch.fx.GraphModule]:
-    """What `keep` was given to compile."""
+    """Collect the graphs that `keep` is given to compile."""
     torch.compiler.reset()
     return []
 
 
 @pytest.fixture
 def keep(graphs):
-    """A backend that runs a graph as it is."""
+    """Return a backend that runs a graph as it is."""
     return lambda graph, inputs: (graphs.append(graph), graph.forward)[1]
 
 
@@ -65,7 +65,7 @@ def test_a_student_is_one_graph(teacher, tokens, name, graphs, keep, what):
 
 @pytest.mark.skipif(not all(map(importlib.util.find_spec, ("fla", "triton"))), reason="needs fla-core and triton")
 def test_a_graph_goes_around_the_kernels(save_model, name, graphs):
-    """Traced only: there is no GPU to run it on."""
+    """Trace the layer without running it, since there is no GPU here."""
     if name == "softmax":
         pytest.skip("torch's own")
     wide = Teacher(str(save_model("llama", hidden_size=64, head_dim=16)))

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from helpers import some_tokens
 from torch._dynamo.testing import CompileCounter
 from torch.utils._pytree import tree_leaves
 
@@ -23,11 +24,6 @@ STEPS = 12
 def run_uncompiled(graph, inputs):
     """Run the graph that `decode_backend` hands to inductor's code generation."""
     return decode_backend(graph, inputs, inner_compile=lambda graph, inputs, **unused: graph)
-
-
-def some_tokens(teacher, rows: int = 2, length: int = 20, seed: int = 5) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(1, teacher.config.vocab_size, (rows, length), generator=generator)
 
 
 def plain(model, prompt: torch.Tensor) -> torch.Tensor:

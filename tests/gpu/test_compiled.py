@@ -1,4 +1,4 @@
-"""What is compiled on a GPU computes what is not: every stage's loss and gradients, of all mixers."""
+"""Compiled and captured steps compute what plain ones do on a GPU: every stage's loss and gradients, of all mixers."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ BATCH, LENGTH = 8, 128
 
 @pytest.fixture(scope="module")
 def small(save_model) -> Teacher:
-    """Two layers with heads as wide as the study's, for which the kernels are."""
+    """Make a teacher of two layers with heads as wide as SmolLM-360M's, which the kernels are tuned for."""
     sizes = {"hidden_size": 256, "num_attention_heads": 4, "head_dim": 64, "max_position_embeddings": 512}
     sizes["rms_norm_eps"] = 0.03  # else gradients are those of the few tokens whose q . k is almost 0, which head norms amplify
     teacher = Teacher(str(save_model("llama", randomise=True, **sizes, initializer_range=0.05)), torch.bfloat16)
@@ -87,7 +87,7 @@ def test_what_waits_for_the_gpu_cannot_be_captured_and_runs_as_ever(small):
 
 @pytest.fixture
 def options(small) -> dict:
-    """A run of three stages of GLA, four steps each, of several micro-batches, whose gradients a graph writes to one place."""
+    """Configure a run of GLA: three stages of four steps of four micro-batches, whose gradients a graph writes to one place."""
     return {
         "teacher": small.path, "student.mixer": "gla", "student.init": "fresh", "data.micro_batch_size": 1, "tokens": 1536,
         "matrix_mixing.tokens": 512, "hidden_align.tokens": 512, "trainer.accelerator": "gpu", "trainer.log_every_n_steps": 1,
@@ -123,6 +123,6 @@ def test_steps_of_graphs_on_two_gpus_are_those_of_one(options, fitted, capfd):
 
 
 def steps(run) -> list[float]:
-    """Every step's loss and gradient norm in all stages."""
+    """Read every step's loss and gradient norm of all stages."""
     found = [scalars(folder) for folder in sorted(run.glob("[123]_*"))]
     return [value for stage in found for key in ("loss", "grad_norm") for value in stage[f"train/{key}"][1]]

@@ -1,4 +1,4 @@
-"""The kernel of the short convolutions computes what is written in PyTorch."""
+"""fla's convolution kernels compute what ShortConv does in PyTorch."""
 
 import pytest
 import torch

@@ -42,26 +42,26 @@ TOLERANCE = {"delta_rule": 2e-3, "channel_decay, strong pieces": 1e-4, "channel_
 
 
 class Index(int):
-    """A loop counter that can be cast, as in a compiled kernel."""
+    """Count loops in a kernel: an int that can be cast, as Triton's compiled counters can."""
 
     def to(self, dtype) -> "Index":
         return self
 
 
 def indices(*bounds):
-    """`range` in a kernel: its bounds may be tensors."""
+    """Replace `range` in a kernel, where bounds may be tensors."""
     return map(Index, range(*(b if isinstance(b, int) else b.handle.data.item() for b in bounds)))
 
 
 def patch() -> None:
-    """What the interpreter lacks: counters that can be cast, a GPU to choose among configurations with, its instructions."""
+    """Give the interpreter what it lacks: counters that can be cast, GPU instructions, and one configuration a kernel."""
     from triton import language as tl
     from triton.language.extra import libdevice
     from triton.runtime import interpreter
     from triton.runtime.autotuner import Autotuner
 
     def dot(builder, a, b, total, *unused):
-        """bf16 is multiplied as its bits are otherwise."""
+        """Multiply bf16 as fp32, since numpy has no bf16."""
         factors = [x.data if x.dtype != tl.bfloat16 else (x.data.astype(np.uint32) << 16).view(np.float32) for x in (a, b)]
         return interpreter.TensorHandle(np.matmul(*factors, dtype=total.data.dtype) + total.data, total.dtype.scalar)
 
@@ -79,7 +79,7 @@ def patch() -> None:
 
 
 def errors(family: str, length=40, border=0, columns=False, **options) -> dict[str, float]:
-    """||value - expected|| / ||expected|| of y and of each gradient."""
+    """Compute ||value - expected|| / ||expected|| of y and of each gradient of an op."""
     op = FAMILIES[family][0]
     inputs = make(family, length, torch.float32, **({"batch": 1, "heads": 2, "key": 16, "value": 16} | options))
     if family == "squared":
@@ -104,7 +104,7 @@ def errors(family: str, length=40, border=0, columns=False, **options) -> dict[s
 
 
 def row_errors(sizes: tuple[int, ...], width: int, biased: bool, normed: bool, added: bool, gated: bool) -> dict[str, float]:
-    """Of `row_products`, largest error over largest value."""
+    """Compute the largest error of `row_products` over its largest value."""
     from distill_pl.ops.gpu.row_products import launch, plain
 
     numbers = torch.Generator().manual_seed(0)
@@ -118,7 +118,7 @@ def row_errors(sizes: tuple[int, ...], width: int, biased: bool, normed: bool, a
 
 
 def conv_errors(length: int, heads: int, size: int) -> dict[str, float]:
-    """||value - expected|| / ||expected|| of a short convolution of columns of a wider tensor, and of its gradients."""
+    """Compute the errors of a short convolution of columns of a wider tensor, and of its gradients, as `errors` does."""
     from distill_pl.mixers.short_conv import ShortConv
     from distill_pl.ops.gpu.short_conv import short_conv
 

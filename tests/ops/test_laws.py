@@ -120,8 +120,8 @@ def test_matrix_is_zero_above_and_alive_below_the_diagonal(family, length):
     assert (a.diagonal(-1, dim1=-2, dim2=-1) != 0).all()
 
 
-def test_strong_gates_are_finite_at_length_1024(family):
-    op, inputs = op_of(family), make(family, 1024, torch.float32, batch=1, heads=2, strong=True)
+def test_strong_gates_are_finite_at_length_2048(family):
+    op, inputs = op_of(family), make(family, 2048, torch.float32, batch=1, heads=2, strong=True)
     leaves = [leaf.requires_grad_(True) for leaf in tensors_of(inputs).values()]
     for run in (matrix_times_v, mixed):
         y = run(op, inputs)

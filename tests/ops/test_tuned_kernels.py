@@ -1,4 +1,4 @@
-"""What fla's kernels are told to run in place of tuning: that fla still has these kernels, and that Triton takes it."""
+"""tuned.json names kernels that fla has, with arguments they take, and Triton then tries its configurations alone."""
 
 from functools import partial
 from importlib.metadata import version

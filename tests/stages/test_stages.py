@@ -79,7 +79,7 @@ def test_matrix_mixing_is_equation_7(variant, tokens, name, norm, shape):
 
 
 def test_hidden_alignment_is_equation_8(variant, tokens, name):
-    """Blocks from transformers' own hooks: the last hidden_states of a model is after the final norm."""
+    """Compare with blocks tapped by hooks, since the last of transformers' hidden_states is after the final norm."""
     teacher = variant("qwen3")
     stage = make(HiddenAlignStage, teacher, name)
     model = AutoModelForCausalLM.from_pretrained(teacher.path).eval()
@@ -165,7 +165,7 @@ def test_probe_is_an_unbiased_estimate(teacher, tokens, name):
 
 @pytest.mark.parametrize("shape", ["llama", "qwen3"])
 def test_probe_is_exact_where_its_signs_are_orthogonal(variant, tokens, name, shape):
-    """With a Hadamard matrix for z, the mean of z z^T over the columns is the identity."""
+    """Probe with the columns of a Hadamard matrix, over which the mean of z z^T is the identity."""
     teacher = variant(shape)
     student_layer = StudentFactory(name, init="fresh").build(teacher, seed=0).model.layers[0]
     hadamard = torch.ones(1, 1)
@@ -181,7 +181,7 @@ def test_probe_is_exact_where_its_signs_are_orthogonal(variant, tokens, name, sh
 @pytest.mark.parametrize("norm", ["frobenius", "mse"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_exact_matrices_a_sequence_at_a_time_are_those_of_all_at_once(teacher_folder, tokens, name, norm, bf16, monkeypatch):
-    """And the gradient that is made with them is autograd's of the whole."""
+    """Compare losses and gradients, which are made along with them, with autograd's of the whole batch."""
     teacher, found = Teacher(str(teacher_folder), torch.bfloat16 if bf16 else torch.float32), []
     for entries in (2**30, 1, None):
         monkeypatch.setitem(ENTRIES_AT_ONCE, "cpu", entries)
@@ -223,7 +223,7 @@ def test_the_seed_makes_the_probe(teacher, tokens, name):
 
 @pytest.mark.parametrize("estimator", ["exact", "probe"])
 def test_sequences_are_judged_one_by_one(teacher, tokens, name, estimator):
-    """A batch is the mean of its rows: what makes a global batch independent of how many ranks share it."""
+    """Check that a batch's loss is the mean of its rows', so that it does not depend on how many ranks share the batch."""
     for stage in (make(MatrixMixingStage, teacher, name, estimator=estimator), make(HiddenAlignStage, teacher, name),
                   make(KDStage, teacher, name)):  # fmt: skip
         rows = [loss_of(stage, row[None]) for row in tokens]
@@ -371,7 +371,7 @@ def test_a_loss_that_is_not_finite_names_stage_and_layer(teacher, tokens, name, 
 
 
 def fused_adamw(parameters) -> AdamW:
-    """As on a GPU."""
+    """Build AdamW with its fused implementation, which is the default on a GPU only."""
     optimizer = adamw(parameters, 1e-3, 0.0)
     for options in (optimizer.defaults, *optimizer.param_groups):
         options["fused"] = True
@@ -381,7 +381,7 @@ def fused_adamw(parameters) -> AdamW:
 @pytest.mark.parametrize("end", ["configure_gradient_clipping", "on_validation_start", "on_save_checkpoint", "on_train_end"])
 @pytest.mark.parametrize("kind", STAGES.values(), ids=STAGES)
 def test_a_fused_optimizer_takes_no_step_that_is_not_finite(teacher_folder, tokens, kind, end):
-    """Whether the step was finite is asked later."""
+    """Check that a step that is not finite changes nothing and is reported by each of the hooks that ask later."""
     stage = make(kind, Teacher(str(teacher_folder), torch.bfloat16), "gla")
     stage.batch = tokens
     optimizer = fused_adamw(stage.student.parameters())
@@ -442,7 +442,7 @@ def test_bad_distillation_options_are_refused(teacher, option):
 
 @pytest.mark.parametrize("estimator", ["exact", "probe"])
 def test_a_bf16_teacher_and_autocast_change_little(teacher, teacher_folder, tokens, name, estimator):
-    """What a GPU run does: weights of the student in fp32, of the teacher in bf16, autocast around both."""
+    """Compute losses as a GPU run does: student's weights in fp32, teacher's in bf16, autocast around both."""
     half = Teacher(str(teacher_folder), torch.bfloat16)
     for kind, options in [(MatrixMixingStage, {"estimator": estimator}), (HiddenAlignStage, {}), (KDStage, {})]:
         expected = loss_of(make(kind, teacher, name, **options), tokens)
