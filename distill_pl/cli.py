@@ -58,18 +58,19 @@ class DistillCLI(LightningCLI):
         }  # fmt: skip
         subcommands = parser.add_subcommands()
         for name, command in self.commands.items():
-            summary = inspect.getdoc(command).splitlines()[0]
+            doc = docstring_parser.parse(inspect.getdoc(command) or "")
+            summary = doc.short_description
             subparser: ArgumentParser
             if command is fit:
                 subparser = self.init_parser(description=summary, exit_on_error=False, default_config_files=[str(BASE)])
                 self.add_default_arguments_to_parser(subparser)
                 self.add_core_arguments_to_parser(subparser)
             else:
-                subparser = LightningArgumentParser(description=summary, exit_on_error=False)
+                description = " ".join(filter(None, [summary, doc.long_description]))
+                subparser = LightningArgumentParser(description=description, exit_on_error=False)
                 if "models" in inspect.signature(command).parameters:  # jsonargparse would want a list: [a, b]
-                    documented = docstring_parser.parse(inspect.getdoc(command) or "").params
-                    text = next(param.description for param in documented if param.arg_name == "models")
-                    subparser.add_argument("models", nargs="+", help=text)
+                    help_text = next(param.description for param in doc.params if param.arg_name == "models")
+                    subparser.add_argument("models", nargs="+", help=help_text)
                 subparser.add_function_arguments(command, as_positional=True, skip={"models"})
             self.parsers[name] = subparser
             subcommands.add_subcommand(name, subparser, help=summary)

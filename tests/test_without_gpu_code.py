@@ -1,6 +1,7 @@
 """Without ops/gpu, compiling and decoding everything still works on a CPU: they only make a GPU faster."""
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -10,48 +11,49 @@ import pytest
 from block_gpu_code import ROOMS
 
 PACKAGE = Path(__file__).parents[1] / "distill_pl"
-OTHERS = [
-    file
-    for file in sorted(PACKAGE.rglob("*.py"))
-    if not ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).startswith(ROOMS)
-]
+COMMANDS = """
+import block_gpu_code, json, sys
+block_gpu_code.install()
+from distill_pl.cli import main
+for arguments in json.loads(sys.argv[1]):
+    main(arguments)
+"""
 
 
-@pytest.mark.parametrize("file", OTHERS, ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_no_other_module_imports_them_when_it_is_imported(file):
-    tree = ast.parse(file.read_text())
-    in_functions = {
-        node
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef)
-        for node in ast.walk(function)
-        if isinstance(node, ast.Import | ast.ImportFrom)
-    }
+def imports_of(file: Path) -> list[str]:
+    """List what a file imports when it is itself imported, as dotted names."""
+    tree, later = ast.parse(file.read_text()), set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import | ast.ImportFrom) and node not in in_functions:
-            module = getattr(node, "module", "") or ""
-            names = [f"{module}.{alias.name}".strip(".") for alias in node.names]
-            assert not any(name.startswith(ROOMS) for name in names), ast.unparse(node)
+        if isinstance(node, ast.FunctionDef):
+            later |= set(ast.walk(node))
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom) and node not in later]
+    return [f"{getattr(node, 'module', None) or ''}.{alias.name}".strip(".") for node in found for alias in node.names]
 
 
+def test_no_other_module_imports_them_when_it_is_imported():
+    for file in PACKAGE.rglob("*.py"):
+        if not ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).startswith(ROOMS):
+            assert not [name for name in imports_of(file) if name.startswith(ROOMS)], file
+
+
+@pytest.mark.slow
 def test_fit_evaluate_generate_and_bench_run_without_them(fitted, tmp_path):
-    """In a process of its own, in which importing them fails."""
-
-    def run(*arguments: str) -> str:
-        code = "import block_gpu_code; block_gpu_code.install(); from distill_pl.cli import main; main()"
-        path = os.pathsep.join([str(Path(__file__).parent), str(PACKAGE.parent)])
-        done = subprocess.run(
-            [sys.executable, "-c", code, *map(str, arguments)], cwd=tmp_path, capture_output=True, text=True,
-            env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
+    """Run all four in a process of its own, in which importing them fails."""
+    commands = []
     out = fitted(
-        lambda arguments: run(*arguments),
-        **{"student.mixer": "mamba2", "tokens": 6 * 128, "matrix_mixing.tokens": 128, "hidden_align.tokens": 128},
+        commands.append, **{"student.mixer": "mamba2", "tokens": 768, "matrix_mixing.tokens": 128, "hidden_align.tokens": 128}
     )
+    commands += [
+        ["evaluate", str(out)],
+        ["generate", str(out), "--prompt", "Story", "--max_new_tokens", "3"],
+        ["bench", str(out), "--lengths", "8", "--new_tokens", "2", "--repeats", "1", "--out", str(tmp_path / "bench")],
+    ]
+    path = os.pathsep.join([str(Path(__file__).parent), str(PACKAGE.parent)])
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS, json.dumps(commands)], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     assert (out / "student" / "model.safetensors").is_file()
-    assert "perplexity" in run("evaluate", out)
-    assert run("generate", out, "--prompt", "Story", "--max_new_tokens", "3").startswith("Story")
-    assert "plain" in run("bench", out, "--lengths", "8", "--new_tokens", "2", "--repeats", "1", "--out", tmp_path / "bench")
+    for printed in ("done: the student is in", "perplexity", "Story", "plain"):
+        assert printed in done.stdout

@@ -76,7 +76,7 @@ def convolve(convs: dict[str, ShortConv], inputs: Sequence[Tensor], mask: Tensor
         outputs = [short_conv(x.flatten(2), conv.weight) for x, conv in zip(inputs, convs.values(), strict=True)]
     else:
         outputs = [conv(x.flatten(2), state, name) for x, (name, conv) in zip(inputs, convs.items(), strict=True)]
-    outputs = [y.view_as(x) for x, y in zip(inputs, outputs, strict=True)]
+    outputs = [y.unflatten(-1, (x.shape[2], -1)) for x, y in zip(inputs, outputs, strict=True)]
     return [l2_norm(y) if normalise else y for y, normalise in zip(outputs, unit, strict=True)]
 
 
