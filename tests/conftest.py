@@ -57,6 +57,20 @@ VARIANTS = {
 }
 
 
+# for `make test-fast`: a mixer without state, with a decay, with the delta rule, and the newest; two teachers
+QUICK = {"softmax", "gla", "delta_net", list(MIXERS)[-1], "llama", "qwen3"}
+
+
+def slow(value) -> object:
+    """Mark a value of a parameter, so that `make test-fast` leaves it out."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
+def quick(values) -> list:
+    """Mark all values of a parameter but those in QUICK as slow."""
+    return [value if value in QUICK else slow(value) for value in values]
+
+
 def make_documents(count: int, seed: int = 0) -> list[str]:
     """Write `count` different texts of one to nine sentences."""
     rng = random.Random(seed)
@@ -134,7 +148,7 @@ def variant(save_model) -> Callable[[str], Teacher]:
     return get
 
 
-@pytest.fixture(params=VARIANTS)
+@pytest.fixture(params=quick(VARIANTS))
 def any_teacher(request, variant) -> Teacher:
     """Run the test with each of VARIANTS as teacher."""
     return variant(request.param)
@@ -180,15 +194,10 @@ def arguments(command, tmp_path) -> Callable[..., list[str]]:
     return lambda out="run", **keys: command(tmp_path / out, **keys)
 
 
-@pytest.fixture(params=MIXERS)
+@pytest.fixture(params=quick(MIXERS))
 def name(request) -> str:
     """Run the test with each mixer."""
     return request.param
-
-
-def slow(value) -> object:
-    """Mark a value of a parameter, so that `make test-fast` leaves it out."""
-    return pytest.param(value, marks=pytest.mark.slow)
 
 
 @pytest.fixture(params=["grouped", slow("expanded"), slow("rope"), "paper"])
@@ -206,7 +215,8 @@ def kv_heads(request) -> str:
 
 # every teacher with one mixer, and every mixer with the teachers that have biases or norms of q and k
 OTHERS = [mixer for mixer in MIXERS if mixer != "gla"]
-PAIRS = [(variant, "gla") for variant in VARIANTS] + [("qwen3", mixer) for mixer in OTHERS]
+PAIRS = [("llama", "gla"), *(slow((variant, "gla")) for variant in VARIANTS if variant != "llama")]
+PAIRS += [("qwen3", mixer) if mixer in QUICK else slow(("qwen3", mixer)) for mixer in OTHERS]
 PAIRS += [slow(("llama_bias", mixer)) for mixer in OTHERS]
 
 

@@ -53,6 +53,7 @@ def parse(*args):
     return parsed[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", STUDY, ids=lambda file: file.stem)
 def test_experiment_is_what_its_name_says(file):
     config = parse("--config", str(file))
@@ -101,6 +102,7 @@ def test_experiments_build_their_students_of_smollm_360m(smollm):
     assert PARAMETERS.keys() >= set(TABLE_1)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_parameters_are_within_a_million_of_appendix_a(monkeypatch, capsys):
     monkeypatch.setitem(MIXERS, "gla_2", MIXERS["gla"])  # beyond the paper

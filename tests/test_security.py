@@ -16,6 +16,8 @@ from distill_pl.measure import evaluate as evaluation
 from distill_pl.measure.harness import run_tasks
 from distill_pl.teacher import Teacher
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def trap(tmp_path, monkeypatch) -> Path:

@@ -12,6 +12,8 @@ from torch._inductor.utils import run_and_get_code
 from distill_pl.compiling.joined_products import JoinProducts, add_product, join_products
 from distill_pl.student.factory import StudentFactory
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 32
 OPTIONS = {"post_grad_custom_pre_pass": JoinProducts(), "fx_graph_cache": False}
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler")

@@ -13,6 +13,8 @@ from distill_pl.student.factory import StudentFactory
 from distill_pl.student.modeling import Student
 from distill_pl.teacher import Teacher, run_layer
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 32
 
 

@@ -118,6 +118,7 @@ def test_packs_like_the_naive_reference(kind, tokenizer, tmp_path):
     assert isinstance(chunks.train, np.memmap) and chunks.train.dtype == np.dtype("<u2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "txt"])
 def test_resumed_after_failing_at_every_save(kind, tokenizer, tmp_path, monkeypatch):
     """Fail before and after the replacement of the sidecar, and resume from every batch border."""
@@ -190,6 +191,7 @@ print(json.dumps([kills, [exit_code(pid) for pid in together]]))
 """
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_and_many_at_once(tokenizer, tmp_path):
     dataset = write_dataset(tmp_path / "data", "parquet") + "/*.parquet"
     tokenizer.save_pretrained(tmp_path / "tokenizer")

@@ -8,6 +8,8 @@ import torch
 
 from distill_pl.decoding.backend import INDUCTOR_OPTIONS, PDL_OPTION, RECOMPILE_LIMITS, decode_backend, unlimited_recompiles
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("option", [*INDUCTOR_OPTIONS, PDL_OPTION])
 def test_inductor_has_the_option(option):

@@ -18,6 +18,8 @@ from distill_pl.student.factory import StudentFactory
 from distill_pl.student.transfer import as_transformer
 from distill_pl.teacher import Teacher
 
+pytestmark = pytest.mark.slow
+
 STEPS = 12
 
 

@@ -18,6 +18,8 @@ from distill_pl.student.cache import state_bytes
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.transfer import as_transformer
 
+pytestmark = pytest.mark.slow
+
 QUICK = {"lengths": "8,24", "new_tokens": 2, "repeats": 2}
 
 

@@ -15,6 +15,8 @@ from distill_pl.measure import study
 from distill_pl.measure.evaluate import evaluate, generate, recovery, table
 from distill_pl.teacher import Teacher
 
+pytestmark = pytest.mark.slow
+
 
 def test_perplexity_of_both_models_on_the_held_out_text(run, teacher_folder, capsys):
     evaluate([str(run)])

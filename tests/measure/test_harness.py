@@ -23,6 +23,8 @@ from distill_pl.measure.harness import (
     run_tasks,
 )
 
+pytestmark = pytest.mark.slow
+
 LETTERS = ["A", "B", "C"]
 QUESTIONS = ["What melts?", "Which one flies high?", "Who lives in water?", "What bends least?"]
 CHOICES = [["ice", "a stone", "iron"], ["pig", "a small bird", "cow"], ["fish", "an ox", "cats"], ["rod", "ink", "x"]]

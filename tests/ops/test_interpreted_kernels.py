@@ -13,6 +13,8 @@ import pytest
 import torch
 from op_inputs import FAMILIES, KEEP_FP32, cast, make, matrix_times_v, tensors_of
 
+pytestmark = pytest.mark.slow
+
 # name -> family, and how it is not the usual; a border is where the state is handed on, and its gradient back
 KERNELS = {name: (name, {}) for name in FAMILIES if name != "softmax"} | {
     "channel_decay, fla's": ("channel_decay", {"key": 24}),

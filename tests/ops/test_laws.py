@@ -83,6 +83,7 @@ def test_gradients_agree(family, length, dtype):
             assert (value - gradient).abs().max() < tolerance * scale, (run.__name__, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [matrix_times_v, mixed, stepped])
 def test_gradients_are_those_of_finite_differences(family, run):
     op, inputs = op_of(family), make(family, length=3, batch=1, heads=2, key=2, value=1)
@@ -120,6 +121,7 @@ def test_matrix_is_zero_above_and_alive_below_the_diagonal(family, length):
     assert (a.diagonal(-1, dim1=-2, dim2=-1) != 0).all()
 
 
+@pytest.mark.slow
 def test_strong_gates_are_finite_at_length_2048(family):
     op, inputs = op_of(family), make(family, 2048, torch.float32, batch=1, heads=2, strong=True)
     leaves = [leaf.requires_grad_(True) for leaf in tensors_of(inputs).values()]

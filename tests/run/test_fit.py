@@ -323,6 +323,7 @@ def test_full_gpu_names_the_key_to_lower(begun, arguments, tmp_path, monkeypatch
     fit_here(arguments("run", **{"data.micro_batch_size": 2}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGE_FOLDERS)
 def test_not_finite_names_stage_step_and_layer(arguments, tmp_path, monkeypatch, stage, capsys):
     name = stage[2:]

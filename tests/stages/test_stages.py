@@ -22,11 +22,6 @@ from distill_pl.teacher import Teacher
 LENGTH = 16
 
 
-@pytest.fixture(params=MIXERS)
-def name(request) -> str:
-    return request.param
-
-
 @pytest.fixture
 def tokens(teacher) -> Tensor:
     generator = torch.Generator().manual_seed(11)
@@ -154,6 +149,7 @@ def test_a_student_that_is_the_teacher_has_its_cross_entropy(any_teacher, tokens
 # ---- the probe
 
 
+@pytest.mark.slow
 def test_probe_is_an_unbiased_estimate(teacher, tokens, name):
     stage = make(MatrixMixingStage, teacher, name, estimator="probe", norm="mse", probes=8)
     exact = loss_of(make(MatrixMixingStage, teacher, name, estimator="exact", norm="mse"), tokens)
@@ -178,6 +174,7 @@ def test_probe_is_exact_where_its_signs_are_orthogonal(variant, tokens, name, sh
     torch.testing.assert_close(probed, exact, rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["frobenius", "mse"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_exact_matrices_a_sequence_at_a_time_are_those_of_all_at_once(teacher_folder, tokens, name, norm, bf16, monkeypatch):
@@ -292,6 +289,7 @@ TRAINED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", TRAINED)
 def test_training_lowers_the_loss(teacher, tokens, name, objective):
     kind, options = TRAINED[objective]
@@ -352,6 +350,7 @@ def test_validation_reports_both_models(teacher, tokens, name):
 # ---- what is refused
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("kind", STAGES.values(), ids=STAGES)
 def test_a_loss_that_is_not_finite_names_stage_and_layer(teacher, tokens, name, kind, layer):
@@ -378,6 +377,7 @@ def fused_adamw(parameters) -> AdamW:
     return optimizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["configure_gradient_clipping", "on_validation_start", "on_save_checkpoint", "on_train_end"])
 @pytest.mark.parametrize("kind", STAGES.values(), ids=STAGES)
 def test_a_fused_optimizer_takes_no_step_that_is_not_finite(teacher_folder, tokens, kind, end):
@@ -440,6 +440,7 @@ def test_bad_distillation_options_are_refused(teacher, option):
         KDStage(StudentFactory("gla").build(teacher, seed=0), teacher, **option)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["exact", "probe"])
 def test_a_bf16_teacher_and_autocast_change_little(teacher, teacher_folder, tokens, name, estimator):
     """Compute losses as a GPU run does: student's weights in fp32, teacher's in bf16, autocast around both."""
