@@ -44,6 +44,7 @@ def test_the_training_api_trains(teacher_folder, corpus, tmp_path, monkeypatch):
 
 
 def test_what_the_gpu_block_imports_exists():
+    pytest.importorskip("distill_pl.compiling", exc_type=ImportError)  # blocked by tests/block_gpu_code.py
     exec("\n".join(line for line in GPU.splitlines() if line.startswith("from ")), {})
 
 
