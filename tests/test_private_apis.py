@@ -10,6 +10,7 @@ import torch
 import transformers
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedModel, initialization
@@ -83,3 +84,11 @@ def test_pytree():
     first, tails, nothing = tree_map(lambda x: x + 1 if x is not None else None, tree)
     assert first == 2 and tails["tail"] == 2 and nothing is None
     assert [type(x) for x in tree_leaves(tree)] == [torch.Tensor, torch.Tensor, type(None)]
+
+
+# ---- Lightning: distill_pl/stages/sharding.py
+
+
+def test_sizes_of_model_parallel_strategy():
+    source = inspect.getsource(ModelParallelStrategy.setup_environment)
+    assert "self._data_parallel_size" in source and "self._tensor_parallel_size" in source

@@ -19,9 +19,9 @@ class _Graphed(torch.autograd.Function):
     """Write the gradients of every backward pass to the same tensors, as the graphs of make_graphed_callables do."""
 
     @staticmethod
-    def forward(ctx, losses, places, tokens, *parameters):
+    def forward(ctx, losses, places, inputs, *parameters):
         with torch.enable_grad():
-            loss, parts = losses(tokens)
+            loss, parts = losses(*inputs)
             ctx.gradients, ctx.places = torch.autograd.grad(loss, parameters), places
         return loss.detach(), parts
 
@@ -35,7 +35,7 @@ class _Graphed(torch.autograd.Function):
 def imitated(losses: Callable, student, inputs) -> tuple[Callable, int]:
     parameters = [p for p in student.parameters() if p.requires_grad]
     places = [torch.zeros_like(p) for p in parameters]
-    return lambda *given: _Graphed.apply(losses, places, *given, *parameters), 0
+    return lambda *given: _Graphed.apply(losses, places, given, *parameters), 0
 
 
 def refused(*args):

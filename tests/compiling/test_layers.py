@@ -1,11 +1,14 @@
 """A layer compiles to one graph, also around the kernels, and one compilation serves all layers of a kind."""
 
 import importlib.util
+from unittest.mock import ANY
 
 import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
+from distill_pl.compiling.joined_products import JoinProducts
+from distill_pl.compiling.layers import configure_compiler
 from distill_pl.mixers.short_conv import ShortConv
 from distill_pl.stages.hidden_align import block_distance
 from distill_pl.stages.matrix_mixing import probed_distance, squared_distance
@@ -85,3 +88,21 @@ def test_a_graph_goes_around_the_kernels(save_model, name, graphs):
     kernels = [node for node in graphs[0].graph.nodes if "distill_pl" in str(node.target)]
     convolutions = sum(isinstance(module, ShortConv) for module in layer.modules())
     assert len(kernels) == 1 + convolutions
+
+
+def test_configure_compiler(monkeypatch):
+    """Set every flag: torch refuses the name of a flag that a version does not have."""
+    inductor = torch._inductor.config
+    flags = {
+        (torch._dynamo.config, "optimize_ddp"): False,
+        (torch._functorch.config, "ban_recompute_materialized_backward"): False,
+        (inductor, "realize_reads_threshold"): 12,
+        (inductor, "realize_opcount_threshold"): 100,
+        (inductor.triton, "mix_order_reduction_allow_multi_stages"): True,
+        (inductor, "post_grad_custom_pre_pass"): ANY,
+    }
+    for config, flag in flags:
+        monkeypatch.setattr(config, flag, getattr(config, flag))  # to be put back
+    configure_compiler(960)
+    assert all(getattr(config, flag) == value for (config, flag), value in flags.items())
+    assert isinstance(inductor.post_grad_custom_pre_pass, JoinProducts)
