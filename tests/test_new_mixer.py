@@ -1,4 +1,4 @@
-"""What a new mixer costs: its file, here this one, and its line in MIXERS; everything else picks it up."""
+"""A new mixer costs one file, here this one, and one line in MIXERS; everything else picks it up."""
 
 import inspect
 from typing import NamedTuple

@@ -1,7 +1,4 @@
-"""What this package uses of other libraries although they call it private: a new version that changes it fails here by name.
-
-Each name is used in one place of the package.
-"""
+"""Name every private interface of another library that this package uses: a version that changes one fails here."""
 
 import inspect
 

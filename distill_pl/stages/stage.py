@@ -1,4 +1,4 @@
-"""What the three stages share: a student, a frozen teacher, one loss made of named parts, an optimizer and a schedule."""
+"""Train a student against a frozen teacher on one loss made of named parts: the base of the three stages."""
 
 from abc import abstractmethod
 from collections.abc import Callable
