@@ -25,6 +25,7 @@ from distill_pl.measure.evaluate import load, weights_path
 from distill_pl.measure.params import smollm_360m
 from distill_pl.mixers import MIXERS
 from distill_pl.run.folder import write_aside
+from distill_pl.run.values import AT_LEAST_1, SEED, Range, check_numbers
 from distill_pl.student.cache import state_bytes
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.modeling import Student, StudentConfig
@@ -33,7 +34,7 @@ from distill_pl.tokens import short
 RANDOM = "random"  # in place of a path: random weights
 GPU_DEFAULTS, CPU_DEFAULTS = ("1024,4096,16384,65536", 5), ("128,256,512,1024", 3)  # lengths and repeats
 DECODE = ("auto", "graph", "plain")
-LEAST = {"new_tokens": 1, "batch_size": 1, "repeats": 1, "prefill_chunk": 0}
+RANGES = {"new_tokens": AT_LEAST_1, "batch_size": AT_LEAST_1, "repeats": AT_LEAST_1, "prefill_chunk": Range(0), "seed": SEED}
 WIDTHS = {"prompt": 8, "prefill tokens/s": 16, "decode": 6, "ms/token (min to max)": 24, "of limit": 8, "decode tokens/s": 15,
           "prefill GiB": 11, "decode GiB": 10, "state bytes": 14, "state in theory": 15}  # fmt: skip
 
@@ -87,9 +88,7 @@ def bench(
     repeats = default_repeats if repeats is None else repeats
     settings = {"new_tokens": new_tokens, "batch_size": batch_size, "repeats": repeats, "prefill_chunk": prefill_chunk,
                 "decode": check_decode(decode, gpu), "seed": seed} | environment()  # fmt: skip
-    for name, least in LEAST.items():
-        if settings[name] < least:
-            raise InputError(f"{name} {settings[name]} is too small: give at least {least}")
+    check_numbers(settings, RANGES)
     sources = {model: locate(model, prompt_lengths[-1] + new_tokens) for model in dict.fromkeys(models)}
     rows = earlier_rows(Path(out) / "bench.json", settings)
 

@@ -18,6 +18,7 @@ from distill_pl.measure import study
 from distill_pl.measure.harness import check_tasks, run_tasks
 from distill_pl.run.card import add_results
 from distill_pl.run.folder import fingerprint, read_config, write_aside
+from distill_pl.run.values import AT_LEAST_1, SEED, Range, check_numbers
 from distill_pl.teacher import load_model
 
 Results = dict[str, dict[str, Any]]  # by task, and "held-out": a measure's name -> its value
@@ -46,6 +47,8 @@ def evaluate(
         seed: seed of whatever lm-eval draws.
     """
     quiet()
+    numbers = {"limit": limit, "batch_size": batch_size, "seed": seed}
+    check_numbers(numbers, {"limit": AT_LEAST_1, "batch_size": AT_LEAST_1, "seed": SEED})
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     names = [task for name in names for task in (study.TASKS if name == "study" else [name])]
     runs = {model: read_config(Path(model)) for model in models if is_run(model)}
@@ -128,6 +131,9 @@ def generate(
         seed: seed of the sampling.
     """
     quiet()
+    numbers = {"max_new_tokens": max_new_tokens, "temperature": temperature, "beams": beams, "seed": seed}
+    ranges = {"max_new_tokens": AT_LEAST_1, "temperature": Range(0, 1e30), "beams": AT_LEAST_1, "seed": SEED}
+    check_numbers(numbers, ranges)
     network, tokenizer = load(weights_path(model))
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(network.device)
     if inputs["input_ids"].shape[1] == 0:

@@ -27,6 +27,7 @@ from distill_pl.run.folder import (
 )
 from distill_pl.run.monitor import Monitor
 from distill_pl.run.trainer import build_trainer, device, precision
+from distill_pl.run.values import check_validation, check_values
 from distill_pl.stages import STAGES, Stage
 from distill_pl.stages.sharding import unsharded
 from distill_pl.student.factory import StudentFactory, check_teacher
@@ -42,6 +43,7 @@ def fit(config: Namespace) -> None:
     `config` is the parsed command line of `distill-pl fit`. Raises InputError before anything is written.
     """
     quiet()
+    check_values(config)
     plans = plan(config)
     check_run_folder(config)
     exported = Path(config.out) / "student"
@@ -53,6 +55,7 @@ def fit(config: Namespace) -> None:
     data = ChunkDataModule(**config.data)
     probe = build_trainer(config)  # Lightning's own checks, and how many ranks there are
     accumulation = data.accumulation(probe.world_size)
+    check_validation(config, -(-(data.validation_chunks // probe.world_size) // data.chunks_at_once(probe.world_size)))
     check_sharding(config, plans)
 
     factory = StudentFactory(**config.student)
@@ -119,9 +122,9 @@ def plan(config: Namespace) -> list[StageRun]:
     plans: list[StageRun] = []
     first = 0
     for number, (name, tokens) in enumerate(budgets.items(), start=1):
-        if not tokens and config[name].tokens is not None:
+        if not tokens and (name != "kd" or config.kd.tokens is not None):
             continue  # a budget of 0 was asked for
-        steps = tokens // batch
+        steps = (tokens or 0) // batch
         if steps == 0:
             raise InputError(
                 f"{name}.tokens {tokens} is less than one batch of {config.data.batch_size} x {config.data.sequence_length}: "

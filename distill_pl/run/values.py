@@ -1,0 +1,88 @@
+"""Check the values of `distill-pl`'s keys before any work: each number within its range, each precision one that trains."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from jsonargparse import Namespace
+
+from distill_pl.errors import InputError
+from distill_pl.stages import STAGES
+
+PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16")
+
+
+class Range(NamedTuple):
+    """Say which numbers a key may have."""
+
+    least: float
+    most: float = math.inf
+    above: bool = False  # whether `least` itself is too small
+
+    def __contains__(self, number: object) -> bool:
+        """Return whether a number is within the range; nan never is."""
+        assert isinstance(number, int | float)
+        return (self.least < number if self.above else self.least <= number) and number <= self.most
+
+    def __str__(self) -> str:
+        """Format the range as the remedy of an error message."""
+        lower = f"more than {self.least:g}" if self.above else f"at least {self.least:g}"
+        return f"{lower} and at most {self.most:g}" if self.most < math.inf else lower
+
+
+SHARE = Range(0, 1)
+POSITIVE = Range(0, most=1e30, above=True)  # infinity is no learning rate
+AT_LEAST_1 = Range(1)
+SEED = Range(0, 2**32 - 1)  # what numpy takes
+BUDGET = Range(0, 1e15)  # steps and chunks are counted in 64 bits
+RANGES = {
+    "tokens": Range(1, 1e15),
+    "seed": Range(-(2**63), 2**63),  # what torch takes
+    "checkpoint_every": AT_LEAST_1,
+    "validate_every": AT_LEAST_1,
+    "data.sequence_length": Range(2),
+    "data.batch_size": AT_LEAST_1,
+    "data.micro_batch_size": AT_LEAST_1,
+    "data.validation_tokens": AT_LEAST_1,
+    "trainer.num_nodes": AT_LEAST_1,
+    "trainer.log_every_n_steps": AT_LEAST_1,
+    "trainer.limit_val_batches": Range(0, above=True),
+    "matrix_mixing.probes": AT_LEAST_1,
+    "matrix_mixing.decay": SHARE,
+    "hidden_align.decay": SHARE,
+    "kd.alpha": Range(0, 1e30),
+    "kd.temperature": POSITIVE,
+}
+for stage in STAGES:
+    RANGES |= {f"{stage}.tokens": BUDGET, f"{stage}.lr": POSITIVE, f"{stage}.warmup": SHARE,
+               f"{stage}.weight_decay": Range(0, 1e30), f"{stage}.clip": Range(0, above=True)}  # fmt: skip
+
+
+def check_numbers(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
+    """Raise InputError, naming key, value and range, for the first number outside its range; None and text pass."""
+    for key, allowed in ranges.items():
+        value = values.get(key)
+        if isinstance(value, int | float) and not isinstance(value, bool) and value not in allowed:
+            wrong = "no number" if math.isnan(value) else "too large" if value > allowed.most else "too small"
+            raise InputError(f"{key} {value} is {wrong}: give {allowed}")
+
+
+def check_values(config: Namespace) -> None:
+    """Raise InputError for a value of `distill-pl fit` that no run can use, before anything is read or written."""
+    check_numbers({key: config.get(key) for key in RANGES}, RANGES)
+    precision = config.trainer.precision
+    if precision is not None and str(precision) not in PRECISIONS:
+        raise InputError(
+            f"trainer.precision {precision} is not supported: weights and Adam stay fp32 and gradients are not scaled; choose "
+            "32-true or bf16-mixed"
+        )
+
+
+def check_validation(config: Namespace, batches: int) -> None:
+    """Raise InputError where `trainer.limit_val_batches` leaves none of a rank's `batches` of held-out text."""
+    limit = config.trainer.limit_val_batches
+    if isinstance(limit, float) and int(batches * limit) < 1:
+        raise InputError(
+            f"trainer.limit_val_batches {limit} leaves none of the {batches} batches of held-out text: give a number of "
+            f"batches, or a share of at least {1 / batches:.2g}"
+        )
