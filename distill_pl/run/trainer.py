@@ -52,7 +52,8 @@ def precision(config: Namespace) -> str:
     """Return `trainer.precision`; by default bf16-mixed on a GPU that has bf16 (weights and Adam stay fp32), else fp32."""
     if config.trainer.precision is not None:
         return str(config.trainer.precision)
-    return "bf16-mixed" if device(config).type == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
+    gpu_with_bf16 = device(config).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16-mixed" if gpu_with_bf16 else "32-true"
 
 
 def device(config: Namespace) -> torch.device:
