@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
+from distill_pl.data.files import FileStream
 from distill_pl.data.sources import TextSource
 from distill_pl.errors import InputError, one_line
 
@@ -184,6 +185,11 @@ class Chunks:
         """Append to the files until each holds the tokens it needs or the dataset ends. The caller holds the lock."""
         sidecar = self._sidecar() or self._first_sidecar()
         streams, sidecar["commit"] = self.source.open(self._splits, sidecar["commit"])
+        if not all(_can_continue(streams[split], position) for split, position in sidecar["position"].items() if position):
+            # deleted and not truncated: another run may have mapped them
+            for name in ["sidecar.json", *(f"{name}.bin" for name in FILES)]:
+                (self.folder / name).unlink(missing_ok=True)
+            sidecar = self._first_sidecar()
         tokens, position = sidecar["tokens"], sidecar["position"]
         files_of_split = {split: [split] for split in FILES} if "validation" in streams else {"train": FILES}
         start_time = print_time = save_time = time.monotonic()
@@ -283,6 +289,11 @@ class Chunks:
             self._verified[name] = tokens
         chunks = tokens // self.sequence_length
         return ids[: chunks * self.sequence_length].reshape(chunks, self.sequence_length)
+
+
+def _can_continue(stream, position: dict) -> bool:
+    """Return whether a stream understands a position: of local files, `datasets` recorded others until it was replaced."""
+    return not isinstance(stream, FileStream) or position.keys() == stream.state_dict().keys()
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
+from distill_pl.data.files import FileStream
 from distill_pl.errors import InputError, one_line
 
 KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".txt": "text"}
@@ -43,7 +44,7 @@ class TextSource:
         return readable, {"files": files, "splits by name": self._is_folder}
 
     def open(self, splits: Iterable[str], commit: str | None = None) -> tuple[dict, str | None]:
-        """Open those of `splits` that the dataset has, as streams of `datasets`.
+        """Open those of `splits` that the dataset has, as streams with a position.
 
         Returns the streams by split, and the commit that they read (None for local files). Given to the next call, this
         commit makes it read the same text though the hub's branch has moved.
@@ -51,31 +52,46 @@ class TextSource:
         Raises:
             InputError: no such dataset, files of no or of several supported kinds, empty files, or no train split.
         """
-        files = self._files  # outside the `try`: its own errors say more
-        import datasets  # imported here because a finished cache does not need these seconds of imports
+        streams: dict
+        if self._files:
+            by_split = self._files_by_split()
+            kind = str(_kind(self._files[0]))
+            streams = {
+                split: FileStream([Path(file) for file in files], kind, self.text_column, self.dataset, self._root)
+                for split, files in by_split.items()
+            }
+        else:
+            streams, commit = self._open_hub(commit)
+        if "train" not in streams:
+            raise InputError(f"data.dataset {self.dataset!r} has no train split, only {', '.join(streams)}")
+        streams = {split: streams[split] for split in splits if split in streams}
+        for stream in streams.values():
+            if isinstance(stream, FileStream):
+                stream.check()
+        return streams, commit
+
+    def _files_by_split(self) -> dict[str, list[str]]:
+        if self._is_folder:
+            return split_files_by_name(self._root, self._files)
+        return {"train": list(map(str, self._files))}
+
+    def _open_hub(self, commit: str | None) -> tuple[dict, str]:
+        """Open a dataset on the hub at a commit, by default its newest. Returns the streams by split and the commit."""
+        import datasets  # imported here because neither local files nor a finished cache need these seconds of imports
         import huggingface_hub
 
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs the errors that it raises
         huggingface_hub.logging.set_verbosity_error()
         try:
-            if files:
-                options = {"sample_by": "document"} if _kind(files[0]) == "text" else {}
-                by_split = split_files_by_name(self._root, files) if self._is_folder else {"train": list(map(str, files))}
-                streams = datasets.load_dataset(_kind(files[0]), data_files=by_split, streaming=True, **options)
-            else:
-                commit = commit or huggingface_hub.HfApi().dataset_info(self.dataset, revision=self.revision).sha
-                streams = datasets.load_dataset(self.dataset, self.name, revision=commit, streaming=True)
+            commit = commit or huggingface_hub.HfApi().dataset_info(self.dataset, revision=self.revision).sha
+            return datasets.load_dataset(self.dataset, self.name, revision=commit, streaming=True), str(commit)
         except Exception as error:
-            on_hub = (
-                f" on the hub with data.name {self.name!r}, data.revision {self.revision!r}: it does not exist or the hub "
-                "cannot be reached; a local file or folder will do as well"
-            )
-            where = "" if files else on_hub
-            raise InputError(f"data.dataset {self.dataset!r} cannot be opened{where} ({one_line(error)})") from error
-        if "train" not in streams:
-            raise InputError(f"data.dataset {self.dataset!r} has no train split, only {', '.join(streams)}")
-        return {split: streams[split] for split in splits if split in streams}, commit
+            raise InputError(
+                f"data.dataset {self.dataset!r} cannot be opened on the hub with data.name {self.name!r}, data.revision "
+                f"{self.revision!r}: it does not exist or the hub cannot be reached; a local file or folder will do as well "
+                f"({one_line(error)})"
+            ) from error
 
     def texts(self, stream) -> Iterator[str]:
         """Yield the document of each row of a stream, "" for null.
@@ -84,6 +100,9 @@ class TextSource:
             InputError: the text column is missing or holds no text, or a row cannot be read.
         """
         column = self.text_column
+        if isinstance(stream, FileStream):
+            yield from stream
+            return
         try:
             for row in stream:
                 if not isinstance(text := row.get(column, 0), str | None):

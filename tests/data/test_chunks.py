@@ -462,10 +462,43 @@ def test_a_cache_that_cannot_be_is_one_line(tokenizer, tmp_path):
 
 
 def test_a_dataset_that_breaks_on_the_way_keeps_what_was_packed(tokenizer, tmp_path):
-    write(tmp_path / "data" / "a.parquet", DOCUMENTS, "parquet")
-    whole = (tmp_path / "data" / "a.parquet").read_bytes()
-    (tmp_path / "data" / "b.parquet").write_bytes(whole[:100])
+    write(tmp_path / "data" / "a.jsonl.gz", DOCUMENTS, "gz")
+    whole = (tmp_path / "data" / "a.jsonl.gz").read_bytes()
+    (tmp_path / "data" / "b.jsonl.gz").write_bytes(whole[:-100])
     chunks = make(tmp_path / "data", tokenizer, tmp_path / "cache")
-    with pytest.raises(InputError, match="cannot be read .*: run the same command again, it continues"):
-        chunks.prepare(10**6)
-    assert len(chunks.train) > 50
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"cannot be read after row \d+ \(b.jsonl.gz: EOFError.*replace that file"):
+            chunks.prepare(10**6)
+        assert len(chunks.train) > 50
+        assert documents_of(sum(ids_on_disk(chunks).values(), []), tokenizer)[: len(DOCUMENTS)] == DOCUMENTS
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    "first, second",
+    [({"url": None}, {"url": "x"}), ({}, {"id": 1}), ({"id": 1}, {"id": "one"}), ({"meta": {"a": 1}}, {"meta": [1]})],
+)
+def test_files_may_differ_in_all_but_the_text_column(kind, first, second, tokenizer, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name, texts, others in (("a", DOCUMENTS[:20], first), ("b", DOCUMENTS[20:40], second)):
+        rows = [{"text": text, **others} for text in texts]
+        if kind == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data" / f"{name}.parquet")
+        else:
+            (tmp_path / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chunks = make(tmp_path / "data", tokenizer, tmp_path / "cache")
+    chunks.prepare(10**6)
+    assert sum(ids_on_disk(chunks).values(), []) == packed(DOCUMENTS[:40], tokenizer)
+
+
+def test_a_position_of_an_earlier_version_is_packed_anew(tokenizer, tmp_path):
+    dataset = write_dataset(tmp_path / "data", "jsonl")
+    chunks, whole = (make(dataset, tokenizer, tmp_path / name) for name in ("begun", "whole"))
+    chunks.prepare(10)
+    sidecar = json.loads((chunks.folder / "sidecar.json").read_text())
+    sidecar["position"]["train"] = {"examples_iterable": {"shard_idx": 0, "shard_example_idx": 7}, "epoch": 0}
+    (chunks.folder / "sidecar.json").write_text(json.dumps(sidecar))
+    mapped = chunks.train.tolist(), chunks.train
+    chunks.prepare(70)
+    whole.prepare(70)
+    assert bytes_on_disk(chunks) == bytes_on_disk(whole) and mapped[1].tolist() == mapped[0]

@@ -1,0 +1,208 @@
+"""Read the documents of local parquet, json, jsonl and txt files row by row, from an exact position on.
+
+Only the text column is read, so files may differ in all other columns. `datasets` reads every column of every file, casts
+them to the types of the first file and refuses what differs; its errors name neither the file nor the row.
+"""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, cast
+
+from distill_pl.errors import InputError, one_line
+
+HEAD_ROWS = 100  # rows of each file in which `check` looks for the text column
+BATCH_ROWS = 1024  # rows of parquet decoded at a time
+
+
+class FileStream:
+    """The documents of files of one kind, in order, with the position of the next one.
+
+    Args:
+        files: the files, in the order in which they are read.
+        kind: "parquet", "json" (also JSON lines) or "text" (a file is one document).
+        text_column: the column that holds the documents.
+        dataset: how the user named the dataset, for messages.
+        root: the folder that file names in messages are relative to.
+    """
+
+    def __init__(self, files: list[Path], kind: str, text_column: str, dataset: str, root: Path):
+        self.files, self.kind, self.text_column, self.dataset, self.root = files, kind, text_column, dataset, root
+        self._position = {"file": 0, "row": 0}
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the position after the row that was yielded last: a file's index and the rows of it that were read."""
+        return dict(self._position)
+
+    def load_state_dict(self, position: dict[str, int]) -> None:
+        """Continue at a position that `state_dict` returned."""
+        self._position = dict(position)
+
+    def check(self) -> None:
+        """Read the head of every file. Raises InputError if one cannot be opened or lacks the text column."""
+        for file in self.files:
+            head = [value for _, value in islice(self._rows(file, 0), HEAD_ROWS)]
+            if head and all(isinstance(value, _Missing) for value in head):
+                columns = f"{self._name(file)} is none of {', '.join(head[0].columns)}"
+                raise InputError(
+                    f"data.text_column {self.text_column!r} of {self.dataset!r} in {columns}: name a column of text"
+                )
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the document of each row, "" for null. Raises InputError, naming file and row, for one that is not text."""
+        while self._position["file"] < len(self.files):
+            file = self.files[self._position["file"]]
+            for label, value in self._rows(file, self._position["row"]):
+                self._position["row"] += 1
+                if isinstance(value, _Missing):
+                    value = None
+                if isinstance(value, str) and not _is_unicode(value):
+                    value = ValueError("it is not valid UTF-8 text")
+                if not isinstance(value, str | None):
+                    self._refuse(f"{label} of {self._name(file)}", value)
+                yield value or ""
+            self._position = {**self._position, "file": self._position["file"] + 1, "row": 0}
+
+    def _refuse(self, where: str, value: Any) -> None:
+        """Raise InputError for a row whose value is no text or an error."""
+        if isinstance(value, Exception):
+            problem = f"{where} cannot be read ({one_line(value)}): mend or remove that row"
+            raise InputError(f"data.dataset {self.dataset!r}: {problem}")
+        raise InputError(
+            f"data.text_column {self.text_column!r} of {self.dataset!r} holds {type(value).__name__} in {where}: "
+            "name a column of text"
+        )
+
+    def _name(self, file: Path) -> str:
+        return file.relative_to(self.root).as_posix()
+
+    def _rows(self, file: Path, first: int) -> Iterator[tuple[str, Any]]:
+        """Yield a label such as `line 3` and the value of each row from `first` on: what it holds, or why it is unreadable."""
+        read = {"parquet": _parquet_rows, "json": _json_rows, "text": _text_rows}[self.kind]
+        done = first
+        try:
+            with open_decompressed(file) as handle:
+                for row in read(handle, self.text_column, first):
+                    done += 1
+                    yield row
+        except InputError:
+            raise
+        except Exception as error:
+            what = f"{self._name(file)}: {one_line(error)}"
+            if done:
+                raise InputError(
+                    f"data.dataset {self.dataset!r} cannot be read after row {done} ({what}): replace that file"
+                ) from error
+            raise InputError(f"data.dataset {self.dataset!r} cannot be opened ({what})") from error
+
+
+class _Missing:
+    """The value of a row without the text column; it counts as null."""
+
+    def __init__(self, columns: list[str]):
+        self.columns = columns
+
+
+def open_decompressed(file: Path) -> IO[bytes]:
+    """Open a file for reading bytes and decompress gzip, bzip2, xz and zstandard, known by how the file begins."""
+    with open(file, "rb") as plain:
+        head = plain.read(10)
+    if head[:2] == b"\x1f\x8b":
+        return cast("IO[bytes]", gzip.open(file, "rb"))
+    if head[:3] == b"BZh" and head[4:] == b"1AY&SY":
+        return bz2.open(file, "rb")
+    if head[:6] == b"\xfd7zXZ\0":
+        return lzma.open(file, "rb")
+    if head[:4] == b"\x28\xb5\x2f\xfd":
+        try:
+            import zstandard
+        except ImportError as error:
+            raise InputError(f"{file} is compressed with zstandard: install the zstandard package") from error
+        return zstandard.open(file, "rb")
+    return open(file, "rb")
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether a tokenizer can take a text: not so with half a surrogate pair in it."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _parquet_rows(handle: IO[bytes], column: str, first: int) -> Iterator[tuple[str, Any]]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(handle) as file:
+        missing = None if column in file.schema_arrow.names else _Missing(file.schema_arrow.names)
+        row = 0
+        for group in range(file.num_row_groups):
+            count = file.metadata.row_group(group).num_rows
+            if row + count <= first:
+                row += count
+            elif missing:
+                yield from ((f"row {number + 1}", missing) for number in range(max(row, first), row + count))
+                row += count
+            else:
+                for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[column]):
+                    for value in _values(batch.column(0)):
+                        row += 1
+                        if row > first:
+                            yield f"row {row}", value
+
+
+def _values(array) -> list:
+    """Convert an Arrow array to Python values, those that fail to their errors."""
+    try:
+        return array.to_pylist()
+    except UnicodeDecodeError:
+        return [_attempt(scalar.as_py) for scalar in array]
+
+
+def _json_rows(handle: IO[bytes], column: str, first: int) -> Iterator[tuple[str, Any]]:
+    """Read JSON lines, an array of objects or strings, or one object over several lines."""
+    lines = ((number, line) for number, line in enumerate(handle, 1) if line.strip())
+    number, line = next(lines, (0, b""))
+    line = line.removeprefix(b"\xef\xbb\xbf")
+    if not line:
+        return
+    if line.lstrip().startswith(b"[") or (line.strip() == b"{" and isinstance(_attempt(json.loads, line), Exception)):
+        whole = json.loads(line + handle.read())
+        for row, value in enumerate(whole if isinstance(whole, list) else [whole]):
+            if row >= first:
+                yield f"item {row + 1}", value if isinstance(value, str) else _cell(value, column)
+        return
+    row = 0
+    while line:
+        if row >= first:
+            value = _attempt(json.loads, line)
+            yield f"line {number}", value if isinstance(value, Exception) else _cell(value, column)
+        row += 1
+        number, line = next(lines, (0, b""))
+
+
+def _cell(row: Any, column: str) -> Any:
+    if not isinstance(row, dict):
+        return ValueError(f"it is {type(row).__name__}, not an object with a key {column!r}")
+    return row[column] if column in row else _Missing(list(row))
+
+
+def _text_rows(handle: IO[bytes], column: str, first: int) -> Iterator[tuple[str, Any]]:
+    if first == 0:  # surrogateescape: bytes that are not UTF-8 become half surrogate pairs, which are refused by row
+        yield "the text", io.TextIOWrapper(handle, "utf-8", "surrogateescape").read()
+
+
+def _attempt(function, *arguments) -> Any:
+    """Call a function and return its result, or the error that it raised."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        return error
