@@ -119,7 +119,13 @@ class Stage(L.LightningModule):
             shard(self.student, self.teacher.model, self.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
-        """Move the teacher to the student's device: Lightning moves only submodules."""
+        """Move the teacher to the student's device: Lightning moves only submodules.
+
+        Raises InputError for a precision whose gradients are scaled: they would be clipped at many times their size, and an
+        overflow, which a scaler expects, would count as divergence.
+        """
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            raise InputError("precision 16-mixed scales gradients, which no stage expects: choose 32-true or bf16-mixed")
         self.teacher.to(self.device)
 
     def on_validation_start(self) -> None:
