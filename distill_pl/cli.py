@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import docstring_parser
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -32,6 +32,7 @@ TRAINER_KEYS = {
     "accelerator", "devices", "num_nodes", "strategy", "precision", "log_every_n_steps", "limit_val_batches",
     "deterministic", "benchmark", "detect_anomaly", "profiler", "sync_batchnorm",
 }  # fmt: skip
+PATHS = {"out", "teacher", "data", "data.dataset", "data.cache", "model", "models"}  # keys of `fit` and of the other commands
 
 
 class DistillCLI(LightningCLI):
@@ -124,12 +125,23 @@ class DistillCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Call the function of the chosen command: `fit` with the configuration, the others with their keys."""
         config = self.config[subcommand]
+        expand_home(config)
         command = self.commands[subcommand]
         if command is fit:
             config.pop("config", None)  # the files that the keys came from
             fit(config.clone(with_meta=False))
         else:
             command(**config.as_dict())
+
+
+def expand_home(config: Namespace) -> None:
+    """Replace `~` at the beginning of each path in place: in a YAML file, and after the `=` of a flag, no shell does."""
+    for key in PATHS:
+        value = config.get(key)
+        if isinstance(value, str):
+            config[key] = os.path.expanduser(value)
+        elif isinstance(value, list):
+            config[key] = [os.path.expanduser(path) for path in value]
 
 
 def actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:

@@ -1,11 +1,22 @@
 """Every key's edge values either work or are refused in one line before any work."""
 
 import re
+from pathlib import Path
 
+import lightning as L
 import pytest
-from helpers import STEP, refused
+import torch
+import yaml
+from helpers import STEP, refused, some_tokens
+from jsonargparse import Namespace
+from lightning.pytorch.plugins import MixedPrecision
 
+from distill_pl.cli import main
+from distill_pl.errors import InputError
+from distill_pl.run.trainer import precision
 from distill_pl.run.values import RANGES
+from distill_pl.stages import KDStage
+from distill_pl.student.factory import StudentFactory
 
 KEYS = {"tokens": 15 * STEP}
 
@@ -68,3 +79,47 @@ def test_a_budget_of_null_is_none(arguments):
 )
 def test_options_out_of_range(command, says):
     assert re.search(says, refused(*command.split()))
+
+
+@pytest.mark.parametrize(("computes_in_bf16", "chosen"), [(True, "bf16-mixed"), (False, "32-true")])
+def test_precision_of_gpus_that_only_emulate_bf16_is_fp32(monkeypatch, computes_in_bf16, chosen):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    supported = lambda including_emulation=True: including_emulation or computes_in_bf16  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert precision(Namespace(trainer=Namespace(accelerator="auto", precision=None))) == chosen
+
+
+def test_a_stage_refuses_scaled_gradients(teacher):
+    stage = KDStage(StudentFactory("gla").build(teacher, 0), teacher)
+    scaled = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = L.Trainer(max_steps=1, accelerator="cpu", plugins=[scaled], **quiet)
+    with pytest.raises(InputError, match="16-mixed.* choose 32-true or bf16-mixed"):
+        trainer.fit(stage, torch.utils.data.DataLoader(some_tokens(teacher), batch_size=2))
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """Make a home directory with a folder `models`, and work elsewhere."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "home"
+
+
+def test_paths_of_fit_may_begin_with_home(command, home, teacher_folder, corpus):
+    for name, target in {"teacher": teacher_folder, "text": corpus}.items():
+        (home / name).symlink_to(target)
+    keys = {"matrix_mixing.tokens": 0, "hidden_align.tokens": 0, "tokens": 2 * STEP, "data.cache": "~/cache"}
+    flags = command("~/runs/a run", **keys, **{"data.dataset": "~/text"})
+    (home / "keys.yaml").write_text("teacher: ~/teacher\n")
+    main([flags[0], "--config=~/keys.yaml", *(flag for flag in flags[1:] if not flag.startswith("--teacher="))])
+    run = home / "runs" / "a run"
+    assert (run / "student").is_dir() and (home / "cache").is_dir()
+    recorded = yaml.safe_load((run / "config.yaml").read_text())
+    assert [recorded["out"], recorded["teacher"]] == [str(run), str(home / "teacher")]
+    assert not list(Path().iterdir())
+    main(["evaluate", "~/runs/a run"])
+    assert (run / "eval" / "student.json").is_file() and not list(Path().iterdir())
+    main(["generate", "~/runs/a run", "--max_new_tokens=2"])
