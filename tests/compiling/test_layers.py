@@ -1,7 +1,6 @@
 """A layer compiles to one graph, also around the kernels, and one compilation serves all layers of a kind."""
 
 import importlib.util
-from unittest.mock import ANY
 
 import pytest
 import torch
@@ -90,19 +89,16 @@ def test_a_graph_goes_around_the_kernels(save_model, name, graphs):
     assert len(kernels) == 1 + convolutions
 
 
-def test_configure_compiler(monkeypatch):
-    """Set every flag: torch refuses the name of a flag that a version does not have."""
-    inductor = torch._inductor.config
-    flags = {
-        (torch._dynamo.config, "optimize_ddp"): False,
-        (torch._functorch.config, "ban_recompute_materialized_backward"): False,
-        (inductor, "realize_reads_threshold"): 12,
-        (inductor, "realize_opcount_threshold"): 100,
-        (inductor.triton, "mix_order_reduction_allow_multi_stages"): True,
-        (inductor, "post_grad_custom_pre_pass"): ANY,
-    }
-    for config, flag in flags:
-        monkeypatch.setattr(config, flag, getattr(config, flag))  # to be put back
-    configure_compiler(960)
-    assert all(getattr(config, flag) == value for (config, flag), value in flags.items())
-    assert isinstance(inductor.post_grad_custom_pre_pass, JoinProducts)
+def test_configure_compiler():
+    """Set every flag: torch refuses the name of a flag that a version does not have. `patch` puts the flags back."""
+    dynamo, functorch, inductor = torch._dynamo.config, torch._functorch.config, torch._inductor.config
+    flags = ["realize_reads_threshold", "realize_opcount_threshold", "triton.mix_order_reduction_allow_multi_stages"]
+    kept = {flag: inductor.get_config_copy()[flag] for flag in flags} | {"post_grad_custom_pre_pass": None}
+    recompute = {"ban_recompute_materialized_backward": functorch.ban_recompute_materialized_backward}
+    with dynamo.patch(optimize_ddp=True), functorch.patch(recompute), inductor.patch(kept):
+        configure_compiler(960)
+        assert not dynamo.optimize_ddp and not functorch.ban_recompute_materialized_backward
+        assert (inductor.realize_reads_threshold, inductor.realize_opcount_threshold) == (12, 100)
+        assert inductor.triton.mix_order_reduction_allow_multi_stages
+        assert isinstance(inductor.post_grad_custom_pre_pass, JoinProducts)
+    assert inductor.post_grad_custom_pre_pass is None
