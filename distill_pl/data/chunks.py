@@ -3,7 +3,7 @@
 Tokenising inside the training loop is ten times slower than reading packed ids and hard to resume exactly, so the text is
 packed once:
 
-    cache/<name>-<key>/train.bin        documents, EOS after each, concatenated; chunk i is ids [i*T, (i+1)*T)
+    cache/<name>-<key>/train.bin        documents, special tokens around each, concatenated; chunk i is ids [i*T, (i+1)*T)
                        validation.bin   the same, of documents that train.bin never holds
                        sidecar.json     how many of those ids are safely on disk, and where in the dataset they end
 
@@ -28,11 +28,11 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
-from distill_pl.data.files import FileStream
 from distill_pl.data.sources import TextSource
 from distill_pl.errors import InputError, one_line
+from distill_pl.tokenizer import special_tokens, text_encoder
 
-FORMAT = 2  # part of the key: raise it when the same text would be packed differently
+FORMAT = 3  # part of the key: raise it when the same text would be packed differently
 FILES = ["validation", "train"]  # in the order in which they are filled; the dataset's splits have the same names
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 2_000_000  # whichever comes first; batches of thousands were slower
 SAVE_TOKENS, SAVE_SECONDS = 4_000_000, 3.0  # whichever comes first; a kill loses at most this much work
@@ -45,6 +45,10 @@ class Chunks:
 
     Validation chunks are the head of the dataset's `validation` split or, if it has none, its first documents, and training
     starts after them: the held-out text is the same for every token budget and is never trained on.
+
+    A document is packed as the tokenizer encodes a text, with the special tokens that it puts before and after (BOS, SEP),
+    and EOS at the end unless EOS is one of these: EOS stands once between documents, also where it begins them. Special
+    tokens that a document mentions are packed as plain text.
 
     Args:
         source: the dataset; rows whose text is null or empty are skipped.
@@ -64,8 +68,9 @@ class Chunks:
         """Look for what would make `prepare` fail; write nothing and read at most the head of each split.
 
         Raises:
-            InputError: a dataset that does not exist, is empty or lacks the text column, a tokenizer without EOS, or
-                packed files that are cut short or have no readable sidecar.
+            InputError: a dataset that does not exist, is empty or lacks the text column, a tokenizer without EOS or with
+                special tokens that `special_tokens` cannot tell apart, or packed files that are cut short or have no readable
+                sidecar.
         """
         if self._sidecar():
             return  # the dataset itself may be out of reach by now: a compute node without internet trains on the cache
@@ -124,20 +129,22 @@ class Chunks:
             )
         return {
             "text_column": self.source.text_column,
-            "tokenizer": hashlib.sha256(self._backend.to_str().encode()).hexdigest(),
-            "eos": self.tokenizer.eos_token_id,
+            "tokenizer": hashlib.sha256(self._encoder.to_str().encode()).hexdigest(),
+            "before": self._around[0],
+            "after": self._around[1],
             "sequence_length": self.sequence_length,
         }
 
     @cached_property
-    def _backend(self):
-        """Copy the Rust tokenizer, because a length limit set on the caller's must not cut documents."""
-        if not (original := getattr(self.tokenizer, "backend_tokenizer", None)):
-            raise InputError(f"tokenizer {self.tokenizer.name_or_path!r} is not a fast one: it needs a tokenizer.json")
-        backend = type(original).from_str(original.to_str())
-        backend.no_truncation()
-        backend.no_padding()
-        return backend
+    def _encoder(self):
+        return text_encoder(self.tokenizer)
+
+    @cached_property
+    def _around(self) -> tuple[list[int], list[int]]:
+        """Return the ids that are packed before and after each document (see `Chunks`)."""
+        before, after = special_tokens(self.tokenizer)
+        eos = self.tokenizer.eos_token_id
+        return before, after if eos in before + after else [*after, eos]
 
     @cached_property
     def _dtype(self) -> np.dtype:
@@ -163,7 +170,7 @@ class Chunks:
 
     def _encoded(self, stream) -> Iterator[tuple[list, dict]]:
         """Yield the batches of `_batches` tokenised, one ahead: Python reads and writes while Rust works on all cores."""
-        encode = getattr(self._backend, "encode_batch_fast", self._backend.encode_batch)  # fast: computes no offsets
+        encode = getattr(self._encoder, "encode_batch_fast", self._encoder.encode_batch)  # fast: computes no offsets
         with ThreadPoolExecutor(1) as worker:
             ahead = None
             for texts, position in self._batches(stream):
@@ -185,12 +192,8 @@ class Chunks:
         """Append to the files until each holds the tokens it needs or the dataset ends. The caller holds the lock."""
         sidecar = self._sidecar() or self._first_sidecar()
         streams, sidecar["commit"] = self.source.open(self._splits, sidecar["commit"])
-        if not all(_can_continue(streams[split], position) for split, position in sidecar["position"].items() if position):
-            # deleted and not truncated: another run may have mapped them
-            for name in ["sidecar.json", *(f"{name}.bin" for name in FILES)]:
-                (self.folder / name).unlink(missing_ok=True)
-            sidecar = self._first_sidecar()
         tokens, position = sidecar["tokens"], sidecar["position"]
+        before, after = self._around
         files_of_split = {split: [split] for split in FILES} if "validation" in streams else {"train": FILES}
         start_time = print_time = save_time = time.monotonic()
         start_tokens = saved_tokens = sum(tokens.values())
@@ -206,7 +209,7 @@ class Chunks:
                 for encodings, position_after in self._encoded(streams[split]):
                     for encoding in encodings:  # into the first file not full; the rest of a batch into the last
                         name = names[0] if tokens[names[0]] < need[names[0]] else names[-1]
-                        ids = np.array([*encoding.ids, self.tokenizer.eos_token_id], self._dtype)
+                        ids = np.array([*before, *encoding.ids, *after], self._dtype)
                         files[name].write(ids.data)
                         tokens[name] += len(ids)
                         sidecar["crc32"][name] = zlib.crc32(ids.data, sidecar["crc32"][name])
@@ -289,11 +292,6 @@ class Chunks:
             self._verified[name] = tokens
         chunks = tokens // self.sequence_length
         return ids[: chunks * self.sequence_length].reshape(chunks, self.sequence_length)
-
-
-def _can_continue(stream, position: dict) -> bool:
-    """Return whether a stream understands a position: of local files, `datasets` recorded others until it was replaced."""
-    return not isinstance(stream, FileStream) or position.keys() == stream.state_dict().keys()
 
 
 @contextmanager

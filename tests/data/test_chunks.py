@@ -17,13 +17,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import distill_pl.data.chunks as chunks_module
 from distill_pl.data.chunks import Chunks
 from distill_pl.data.sources import TextSource
 from distill_pl.errors import InputError
+from distill_pl.tokenizer import text_encoder
 
 LENGTH = 32
 WORDS = "the quick brown fox jumps over a lazy dog while rain falls on warm grass and nobody minds".split()
@@ -293,6 +294,32 @@ def test_a_length_limit_on_the_tokenizer_cuts_no_document(tokenizer, tmp_path):
     assert sum(ids_on_disk(chunks).values(), []) == packed(DOCUMENTS, tokenizer)
 
 
+@pytest.mark.parametrize(
+    "template, before, after",
+    [
+        ("B $A", ["B"], ["E"]),
+        ("B $A E", ["B"], ["E"]),
+        ("$A S", [], ["S", "E"]),
+        ("B $A E S", ["B"], ["E", "S"]),
+        ("E $A", ["E"], []),  # as OPT, whose BOS is EOS
+    ],
+)
+def test_a_document_begins_and_ends_as_the_tokenizer_has_it(template, before, after, tokenizer, tmp_path):
+    own = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
+    own.add_special_tokens({"bos_token": "B", "eos_token": "E", "sep_token": "S"})
+    ids = {token: own.convert_tokens_to_ids(token) for token in "BES"}
+    own.backend_tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=list(ids.items()))
+    texts = ["a fox", "B E S <|endoftext|> are special", "rain"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    chunks = make(tmp_path / "a.jsonl", own, tmp_path / "cache", validation_chunks=0, sequence_length=2)
+    chunks.prepare(10**6)
+    encoder = text_encoder(own)
+    plain = [encoder.encode(text, add_special_tokens=False).ids for text in texts]
+    expected = [id for text in plain for id in [*(ids[token] for token in before), *text, *(ids[token] for token in after)]]
+    assert ids_on_disk(chunks)["train"] == expected
+    assert expected[: len(own("a fox").input_ids)] == own("a fox").input_ids  # a prompt begins as a document does
+
+
 def test_large_vocabularies_take_four_bytes(tmp_path):
     vocabulary = {"<eos>": 0, "No": 1, ":": 69_999, **{f"w{i}": i for i in range(2, 200)}}  # with a gap
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="No"))
@@ -489,16 +516,3 @@ def test_files_may_differ_in_all_but_the_text_column(kind, first, second, tokeni
     chunks = make(tmp_path / "data", tokenizer, tmp_path / "cache")
     chunks.prepare(10**6)
     assert sum(ids_on_disk(chunks).values(), []) == packed(DOCUMENTS[:40], tokenizer)
-
-
-def test_a_position_of_an_earlier_version_is_packed_anew(tokenizer, tmp_path):
-    dataset = write_dataset(tmp_path / "data", "jsonl")
-    chunks, whole = (make(dataset, tokenizer, tmp_path / name) for name in ("begun", "whole"))
-    chunks.prepare(10)
-    sidecar = json.loads((chunks.folder / "sidecar.json").read_text())
-    sidecar["position"]["train"] = {"examples_iterable": {"shard_idx": 0, "shard_example_idx": 7}, "epoch": 0}
-    (chunks.folder / "sidecar.json").write_text(json.dumps(sidecar))
-    mapped = chunks.train.tolist(), chunks.train
-    chunks.prepare(70)
-    whole.prepare(70)
-    assert bytes_on_disk(chunks) == bytes_on_disk(whole) and mapped[1].tolist() == mapped[0]
