@@ -11,7 +11,7 @@ from distill_pl.errors import InputError
 from distill_pl.measure import study
 from distill_pl.measure.params import appendix_a
 from distill_pl.mixers import MIXERS
-from distill_pl.run.folder import differing, read_config, read_metrics, write_aside
+from distill_pl.run.folder import differing, flat, read_config, read_metrics, write_aside
 from distill_pl.tokens import Tokens
 
 
@@ -108,19 +108,20 @@ def teacher_row(runs: list[Run]) -> list[Run]:
 
 
 def grouped(runs: list[Run]) -> dict[str, list[Run]]:
-    """Group runs by experiment. Raises InputError where two of one experiment differ in more than their seed."""
+    """Group runs that differ in their seed alone, by experiment.
+
+    Of several groups of one experiment, the first has its name, and others are named by what they change, as in
+    `gla_qkv (kd.lr 0.001)`: they belong to no row of the paper's.
+    """
     rows: dict[str, list[Run]] = {}
     for run in runs:
         first = rows.setdefault(run.experiment, [run])[0]
         if run is first:
             continue
+        values = flat(run.config)
         keys = [key for key in differing(first.config, run.config) if key != "seed"]
-        if keys:
-            raise InputError(
-                f"{run.folder} and {first.folder} are both {run.experiment}, but differ in {', '.join(keys)}: "
-                "make a report of each"
-            )
-        rows[run.experiment].append(run)
+        changes = f" ({', '.join(f'{key} {values.get(key)}' for key in keys)})" if keys else ""
+        rows.setdefault(run.experiment + changes, []).append(run)
     return rows
 
 
@@ -159,7 +160,12 @@ def cell(values: list[float]) -> str:
 
 
 def baseline(experiment: str) -> str | None:
-    """Return the experiment to compare with: the same mixer, new attention and KD alone; None for training from scratch."""
+    """Return the experiment to compare with: the same mixer, new attention and KD alone; None for training from scratch.
+
+    None also for a group of runs that changes what the baseline's runs share.
+    """
+    if "(" in experiment:
+        return None
     mixers = [mixer for mixer in MIXERS if f"{experiment}_".startswith(f"{mixer}_")]
     return max(mixers, key=len, default=None)
 

@@ -88,17 +88,19 @@ def test_seeds_share_a_row(like, tmp_path):
     assert row[0] == "3" and row[-2] == f"42.00 ± {half:.2f} (+3.00)" and row[-1] == "47.78 (-0.07)"
 
 
-def test_runs_of_one_row_differ_in_their_seed_alone(like, tmp_path):
-    like("a", {"seed": 1, "trainer.devices": 2})
-    like("b", {"seed": 2, "kd.lr": 0.5})
-    with pytest.raises(InputError, match=r"both gla_qkv_mm_h2h, but differ in kd\.lr: make a report of each"):
-        report([str(tmp_path / "runs")], str(tmp_path / "report"))
-    assert not (tmp_path / "report").exists()
-
-
 @pytest.fixture
 def no_pictures(monkeypatch) -> None:
     monkeypatch.setattr("distill_pl.measure.report.pictures", lambda runs, folder: [])
+
+
+def test_runs_of_one_row_differ_in_their_seed_alone(like, tmp_path, no_pictures):
+    like("a", {"seed": 1, "trainer.devices": 2})
+    like("b", {"seed": 2, "kd.lr": 0.5})
+    like("c", {"seed": 3, "kd.lr": 0.5})
+    report([str(tmp_path / "runs")], str(tmp_path))
+    row = rows(tmp_path)
+    assert row["gla_qkv_mm_h2h"][0] == "1" and row["gla_qkv_mm_h2h (kd.lr 0.5)"][0] == "2"
+    assert "## Not in the paper" in (tmp_path / "report.md").read_text()
 
 
 def test_ranking_against_the_papers(like, tmp_path, no_pictures):
