@@ -37,7 +37,7 @@ FILES = ["validation", "train"]  # in the order in which they are filled; the da
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 2_000_000  # whichever comes first; batches of thousands were slower
 SAVE_TOKENS, SAVE_SECONDS = 4_000_000, 3.0  # whichever comes first; a kill loses at most this much work
 PROGRESS_SECONDS = 5.0
-CRC_TOKENS = 2**24  # checksummed at a time
+BLOCK_TOKENS = 2**24  # read at a time for a checksum
 
 
 class Chunks:
@@ -110,6 +110,17 @@ class Chunks:
     def validation(self) -> np.ndarray:
         """Map the held-out chunks, [validation_chunks, sequence_length] memory-mapped token ids; none before `prepare`."""
         return self._map("validation")[: self.validation_chunks]
+
+    def fingerprint(self, train_chunks: int) -> str:
+        """Hash the ids of the held-out chunks and of the first `train_chunks` training chunks, or of all if there are fewer.
+
+        Returns 32 hex digits. Packing more changes them only where there were fewer.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        for chunks in (self.validation, self.train[:train_chunks]):
+            for block in _blocks(chunks.reshape(-1)):
+                digest.update(block)
+        return digest.hexdigest()
 
     @cached_property
     def folder(self) -> Path:
@@ -285,13 +296,19 @@ class Chunks:
         ids = np.memmap(file, self._dtype, mode="r", shape=(tokens,))
         if self._verified.get(name) != tokens:
             crc = 0
-            for start in range(0, tokens, CRC_TOKENS):
-                crc = zlib.crc32(ids[start : start + CRC_TOKENS].data, crc)
+            for block in _blocks(ids):
+                crc = zlib.crc32(block, crc)
             if crc != sidecar["crc32"][name]:
                 raise InputError(f"{file} is damaged (its checksum is wrong): delete {self.folder} and run again")
             self._verified[name] = tokens
         chunks = tokens // self.sequence_length
         return ids[: chunks * self.sequence_length].reshape(chunks, self.sequence_length)
+
+
+def _blocks(ids: np.ndarray) -> Iterator[memoryview]:
+    """Yield the bytes of a memory-mapped row of ids part by part, which bounds the memory that they take."""
+    for start in range(0, len(ids), BLOCK_TOKENS):
+        yield ids[start : start + BLOCK_TOKENS].data
 
 
 @contextmanager

@@ -102,6 +102,10 @@ class ChunkDataModule(L.LightningDataModule):
                 f"{short(chunks * length)}: lower tokens, or set data.repeat true to go over the text again"
             )
 
+    def fingerprint(self, chunks: int) -> str:
+        """Hash the held-out text and what `prepare(chunks)` packed for training, as 32 hex digits."""
+        return self.chunks.fingerprint(chunks)
+
     def accumulation(self, ranks: int) -> int:
         """Return the micro-batches of a rank in an optimiser step. Raises InputError if the batch does not divide into them."""
         if self.batch_size % ranks:

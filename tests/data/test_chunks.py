@@ -235,6 +235,23 @@ def test_extension_appends(tokenizer, tmp_path):
     assert len(grown.train) < 100  # packing stopped when it had enough
 
 
+def test_the_fingerprint_is_of_the_text_that_is_used(tokenizer, tmp_path, monkeypatch):
+    def pack(name, texts, train_chunks, used):
+        chunks = make(write(tmp_path / name / "a.jsonl", texts, "jsonl"), tokenizer, tmp_path / name)
+        chunks.prepare(train_chunks)
+        return chunks.fingerprint(used)
+
+    longer = [*DOCUMENTS, "one more"]
+    held_out_differs, trained_differs = ["Yes" + DOCUMENTS[0][2:], *DOCUMENTS[1:]], [*DOCUMENTS[:15], "other", *DOCUMENTS[16:]]
+    whole = pack("whole", DOCUMENTS, 10**6, 10)
+    assert pack("part", DOCUMENTS, 10, 10) == pack("longer", longer, 10**6, 10) == whole
+    monkeypatch.setattr(chunks_module, "BLOCK_TOKENS", 7)
+    assert pack("whole", DOCUMENTS, 10**6, 10) == whole
+    others = [pack("held out", held_out_differs, 30, 10), pack("trained", trained_differs, 60, 60),
+              pack("part", DOCUMENTS, 60, 60), pack("part", DOCUMENTS, 60, 11)]  # fmt: skip
+    assert len({whole, *others}) == 5
+
+
 def test_nothing_is_done_twice(tokenizer, tmp_path, monkeypatch, capsys):
     chunks = make(write_dataset(tmp_path / "data", "jsonl"), tokenizer, tmp_path / "cache")
     chunks.prepare(10**6)
