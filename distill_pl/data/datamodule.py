@@ -1,6 +1,7 @@
 """Batch packed chunks for every rank and step, as the number of chunks consumed so far alone determines."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import lightning as L
@@ -14,13 +15,16 @@ from distill_pl.data.sources import TextSource
 from distill_pl.errors import InputError
 from distill_pl.tokens import Tokens, short
 
+MAX_SEED = 2**32 - 1  # numpy takes no greater one
+
 
 class ChunkDataModule(L.LightningDataModule):
     """The training and validation text.
 
-    It is tokenised once, packed into chunks of `sequence_length` tokens and read by memory map. Each stage trains on a span
-    of consecutive chunks, and each rank takes its slice of the `batch_size` chunks of a step: any number of ranks, also
-    after a restart with another number, consumes every chunk once and in the same order.
+    It is tokenised once, packed into chunks of `sequence_length` tokens and read by memory map, in the order of the dataset
+    or shuffled. Each stage trains on a span of consecutive chunks of that order, and each rank takes its slice of the
+    `batch_size` chunks of a step: any number of ranks, also after a restart with another number, consumes every chunk once
+    and in the same order.
 
     Args:
         dataset: Hugging Face hub id; or a local parquet, json, jsonl or txt file (a txt file is one document), a folder of
@@ -35,7 +39,10 @@ class ChunkDataModule(L.LightningDataModule):
             batch. By default the whole share, batch_size / ranks.
         validation_tokens: tokens held out for validation, such as 256k: the head of the dataset's validation split or, if
             it has none, its first documents. They are never trained on.
-        repeat: start over at the first chunk when a budget exceeds the dataset, instead of refusing it.
+        repeat: start over when a budget exceeds the dataset, instead of refusing it.
+        shuffle: seed of the order of the training chunks, of which each comes once before any comes again, and with `repeat`
+            in another order each time; or false for the dataset's order. By default seed 0 for local files, whose rows are
+            often sorted, and false for hub datasets, which come shuffled.
         cache: folder for the packed chunks, shared by all runs.
     """
 
@@ -50,6 +57,7 @@ class ChunkDataModule(L.LightningDataModule):
         micro_batch_size: int | None = None,
         validation_tokens: Tokens = Tokens("256k"),  # noqa: B008 (an int)
         repeat: bool = False,
+        shuffle: int | bool | None = None,
         cache: str = "~/.cache/distill_pl",
     ):
         super().__init__()
@@ -61,12 +69,14 @@ class ChunkDataModule(L.LightningDataModule):
                 raise InputError(f"data.{key} {value} is too small: give at least {least}")
         if validation_tokens < sequence_length:
             raise InputError(f"data.validation_tokens {validation_tokens} is below one chunk: give at least {sequence_length}")
+        if not (isinstance(shuffle, int | None) and 0 <= (shuffle or 0) <= MAX_SEED):
+            raise InputError(f"data.shuffle {shuffle!r} is no seed: give a whole number from 0 to {MAX_SEED}, or false")
         self.dataset, self.name, self.revision, self.text_column = dataset, name, revision, text_column
         self.sequence_length, self.batch_size, self.micro_batch_size = sequence_length, batch_size, micro_batch_size
-        self.repeat = repeat
+        self.repeat, self.shuffle = repeat, shuffle
         self.validation_chunks = validation_tokens // sequence_length
         self.cache = Path(cache).expanduser()
-        self.first, self.steps = 0, 0
+        self.first, self.steps, self.train_chunks = 0, 0, 0
 
     def open(self, tokenizer) -> Chunks:
         """Look up the packed text of this dataset and tokenizer, and check it without packing anything.
@@ -74,8 +84,11 @@ class ChunkDataModule(L.LightningDataModule):
         Raises:
             InputError: the dataset cannot be used (see `Chunks.check`).
         """
+        source = TextSource(self.dataset, self.name, self.revision, self.text_column)
+        shuffle = source.is_local if self.shuffle is None else self.shuffle
+        self.seed = None if shuffle is False else 0 if shuffle is True else shuffle
         self.chunks = Chunks(
-            TextSource(self.dataset, self.name, self.revision, self.text_column),
+            source,
             tokenizer=tokenizer,
             sequence_length=self.sequence_length,
             validation_chunks=self.validation_chunks,
@@ -101,6 +114,7 @@ class ChunkDataModule(L.LightningDataModule):
                 f"data.dataset {self.dataset!r} holds {short(available * length)} training tokens, the budget needs "
                 f"{short(chunks * length)}: lower tokens, or set data.repeat true to go over the text again"
             )
+        self.train_chunks = min(chunks, available)
 
     def fingerprint(self, chunks: int) -> str:
         """Hash the held-out text and what `prepare(chunks)` packed for training, as 32 hex digits."""
@@ -139,7 +153,7 @@ class ChunkDataModule(L.LightningDataModule):
         sampler = SpanSampler(
             self.first, self.steps, self.batch_size, trainer.global_step, trainer.global_rank, ranks, self.accumulation(ranks)
         )
-        return _loader(self.chunks.train, sampler)
+        return _loader(_ChunkDataset(self.chunks.train[: self.train_chunks], self.seed), sampler)
 
     def val_dataloader(self) -> DataLoader:
         """Build the loader of this rank's held-out chunks, in batches [micro_batch_size, T] but for the last.
@@ -151,7 +165,7 @@ class ChunkDataModule(L.LightningDataModule):
         indices = np.arange(self.trainer.global_rank, self.validation_chunks, ranks)
         count = -(-(self.validation_chunks // ranks) // micro)
         batches = np.split(indices, range(micro, count * micro, micro))
-        return _loader(self.chunks.validation, [batch.tolist() for batch in batches])
+        return _loader(_ChunkDataset(self.chunks.validation), [batch.tolist() for batch in batches])
 
 
 class SpanSampler(Sampler[list[int]]):
@@ -177,19 +191,32 @@ class SpanSampler(Sampler[list[int]]):
 
 
 class _ChunkDataset(Dataset[Tensor]):
-    """The packed chunks; an index past the last starts over at the first (data.repeat)."""
+    """The packed chunks, again and again (data.repeat): the `n`-th index of each time is chunk n, or `order(...)[n]`."""
 
-    def __init__(self, chunks: np.ndarray):
-        self.chunks = chunks
+    def __init__(self, chunks: np.ndarray, seed: int | None = None):
+        self.chunks, self.seed = chunks, seed
 
     def __len__(self) -> int:
         return len(self.chunks)
 
     def __getitems__(self, indices: list[int]) -> Tensor:
-        return torch.from_numpy(self.chunks[np.array(indices) % len(self.chunks)].astype(np.int64))
+        times, places = np.divmod(indices, len(self.chunks))
+        if self.seed is not None:
+            orders = {time: order(len(self.chunks), self.seed, time) for time in times.tolist()}
+            places = np.array([orders[time][place] for time, place in zip(times.tolist(), places, strict=True)])
+        return torch.from_numpy(self.chunks[places].astype(np.int64))
 
 
-def _loader(chunks: np.ndarray, batches) -> DataLoader:
+@lru_cache(maxsize=2)  # a step may reach from one time into the next
+def order(count: int, seed: int, time: int) -> np.ndarray:
+    """Return the order [count] in which shuffled chunks come the `time`-th time, 0 for the first: a permutation of the chunks.
+
+    It is the same in every process and under every version of numpy, which keeps the streams of RandomState as they are.
+    """
+    return np.random.RandomState([seed, time]).permutation(count)
+
+
+def _loader(dataset: Dataset, batches) -> DataLoader:
     # no workers: a memory map is read a thousand times faster than any model trains
     pinned = torch.cuda.is_available()  # without pinned memory the CPU waits for the GPU at every batch
-    return DataLoader(_ChunkDataset(chunks), batch_sampler=batches, collate_fn=lambda batch: batch, pin_memory=pinned)
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=lambda batch: batch, pin_memory=pinned)

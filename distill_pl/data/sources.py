@@ -35,7 +35,7 @@ class TextSource:
 
         Local files are identified by relative name, size and modification time: a moved folder is the same dataset.
         """
-        if not self._files:
+        if not self.is_local:
             hub = {"dataset": self.dataset, "name": self.name, "revision": self.revision or "main"}
             return f"{self.dataset}-{self.name or ''}", hub
         stats = [(file.relative_to(self._root).as_posix(), file.stat()) for file in self._files]
@@ -53,7 +53,7 @@ class TextSource:
             InputError: no such dataset, files of no or of several supported kinds, empty files, or no train split.
         """
         streams: dict
-        if self._files:
+        if self.is_local:
             by_split = self._files_by_split()
             kind = str(_kind(self._files[0]))
             streams = {
@@ -116,6 +116,11 @@ class TextSource:
                 f"data.dataset {self.dataset!r} cannot be read ({one_line(error)}): run the same command again, it continues "
                 "from what is done"
             ) from error
+
+    @property
+    def is_local(self) -> bool:
+        """Return whether the dataset is files on this machine and not on the hub."""
+        return bool(self._files)
 
     @property
     def _is_folder(self) -> bool:

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from distill_pl.data.datamodule import ChunkDataModule, SpanSampler
+from distill_pl.data.chunks import Chunks
+from distill_pl.data.datamodule import ChunkDataModule, SpanSampler, order
 from distill_pl.errors import InputError
 
 
@@ -26,12 +27,23 @@ def test_every_chunk_once_in_one_order_whatever_the_ranks_and_restarts():
 
 
 @pytest.fixture
-def data(corpus, tokenizer, tmp_path):
-    module = ChunkDataModule(
-        str(corpus), sequence_length=16, batch_size=4, validation_tokens=160, cache=str(tmp_path), repeat=True
-    )
-    module.open(tokenizer)
-    return module
+def make(corpus, tokenizer, tmp_path):
+    """Return `make(chunks=None, **keys)`, which opens a ChunkDataModule of the corpus and packs that many chunks."""
+
+    def make(chunks=None, dataset=str(corpus), **keys):
+        sizes = {"sequence_length": 16, "batch_size": 4, "validation_tokens": 160}
+        module = ChunkDataModule(dataset, cache=str(tmp_path), **sizes | keys)
+        module.open(tokenizer)
+        if chunks:
+            module.prepare(chunks)
+        return module
+
+    return make
+
+
+@pytest.fixture
+def data(make):
+    return make(repeat=True, shuffle=False)
 
 
 def loaders(data, step=0, rank=0, ranks=1):
@@ -55,15 +67,60 @@ def test_held_out_chunks_are_cut_by_rank_and_complete(data):
     assert torch.equal(torch.stack(by_rank, 1).flatten(0, 1), whole)
 
 
-def test_repeat_goes_over_the_text_again(data, corpus, tokenizer, tmp_path):
+def test_repeat_goes_over_the_text_again(data, make):
     data.prepare(10**6)
     count = len(data.chunks.train)
     data.assign(first=count - 2, steps=1)
     batch = next(iter(loaders(data)[0]))
     expected = [*data.chunks.train[-2:], *data.chunks.train[:2]]
     assert batch.tolist() == [row.tolist() for row in expected]
-    once = ChunkDataModule(str(corpus), sequence_length=16, batch_size=4, validation_tokens=160, cache=str(tmp_path))
-    once.open(tokenizer)
+    once = make()
     with pytest.raises(InputError, match="data.repeat"):
         once.prepare(count + 1)
     once.prepare(count)
+
+
+def read(data, first, steps, done=0, ranks=1) -> list[list[int]]:
+    """Return the chunks of a stage from step `done` on in the order of the steps, all ranks' slices of a step side by side."""
+    data.assign(first, steps)
+    by_rank = [torch.cat(list(loaders(data, done, rank, ranks)[0])).split(data.batch_size // ranks) for rank in range(ranks)]
+    return torch.cat([part for step in zip(*by_rank, strict=True) for part in step]).tolist()
+
+
+def test_shuffled_chunks_come_once_each_whatever_the_ranks_and_restarts(make):
+    data = make(40, shuffle=3)
+    chunks = data.chunks.train[:40].tolist()
+    whole = read(data, 0, 10)
+    assert whole != chunks and sorted(whole) == sorted(chunks)
+    assert read(data, 0, 10, ranks=2) == read(make(40, shuffle=3, micro_batch_size=1), 0, 10) == whole
+    assert read(data, 0, 4) + read(data, 16, 6, done=2, ranks=4) == whole[:16] + whole[24:]  # two stages, one resumed
+    assert read(make(40, shuffle=4), 0, 10) != whole
+    data.chunks.prepare(100)  # another run needs more of the same text
+    assert read(data, 0, 10) == whole
+
+
+def test_repeat_shuffles_in_another_order_each_time(make):
+    data = make(10**6, shuffle=0, repeat=True)
+    count = len(data.chunks.train) // 4 * 4
+    data.train_chunks = count
+    times = [read(data, time * count, count // 4) for time in range(3)]
+    assert all(sorted(time) == sorted(data.chunks.train[:count].tolist()) for time in times)
+    assert times[0] != times[1] != times[2] != times[0]
+    assert read(data, count - 2, 1) == times[0][-2:] + times[1][:2]
+
+
+def test_the_order_never_changes():
+    """Runs that were begun under another version of numpy go on."""
+    assert order(10, seed=7, time=1).tolist() == [9, 8, 5, 6, 2, 3, 7, 0, 1, 4]
+
+
+def test_local_files_are_shuffled_and_hub_datasets_are_not(make, monkeypatch):
+    monkeypatch.setattr(Chunks, "check", lambda self: None)
+    assert [make(shuffle=shuffle).seed for shuffle in (None, False, True, 5)] == [0, None, 0, 5]
+    assert [make(dataset="org/set", shuffle=shuffle).seed for shuffle in (None, False, True, 5)] == [None, None, 0, 5]
+
+
+@pytest.mark.parametrize("shuffle", [-1, 2**32, 1.5, "yes", [1]])
+def test_what_is_no_seed_is_refused(shuffle, make):
+    with pytest.raises(InputError, match="data.shuffle .* is no seed: give a whole number from 0 to 4294967295, or false"):
+        make(shuffle=shuffle)
