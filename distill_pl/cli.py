@@ -8,13 +8,14 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import Literal
 
 import docstring_parser
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+import distill_pl
 from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.errors import Diverged, InputError
 from distill_pl.measure.bench import bench
@@ -22,15 +23,15 @@ from distill_pl.measure.evaluate import evaluate, generate
 from distill_pl.measure.params import params
 from distill_pl.measure.report import report
 from distill_pl.mixers import MIXERS
+from distill_pl.run.experiments import bundled, experiments, with_paths
 from distill_pl.run.fit import fit
 from distill_pl.stages import STAGES
 from distill_pl.student.factory import StudentFactory
 from distill_pl.tokens import Tokens
 
-BASE = Path(__file__).parent.parent / "configs" / "base.yaml"  # exists only in a checkout of the repository
 TRAINER_KEYS = {
     "accelerator", "devices", "num_nodes", "strategy", "precision", "log_every_n_steps", "limit_val_batches",
-    "deterministic", "benchmark", "detect_anomaly", "profiler", "sync_batchnorm",
+    "deterministic", "benchmark", "detect_anomaly", "sync_batchnorm",
 }  # fmt: skip
 PATHS = {"out", "teacher", "data", "data.dataset", "data.cache", "model", "models"}  # keys of `fit` and of the other commands
 
@@ -47,7 +48,12 @@ class DistillCLI(LightningCLI):
             save_config_callback=None,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_kwargs={"prog": "distill-pl", "description": sys.modules["distill_pl"].__doc__, "exit_on_error": False},
+            parser_kwargs={
+                "prog": "distill-pl",
+                "description": distill_pl.__doc__,
+                "version": distill_pl.__version__,
+                "exit_on_error": False,
+            },
             args=None if args is None else list(args),
         )
 
@@ -55,7 +61,7 @@ class DistillCLI(LightningCLI):
         self.parsers: dict[str, ArgumentParser] = {}
         self.commands: dict[str, Callable] = {
             "fit": fit, "evaluate": evaluate, "generate": generate, "params": params, "report": report,
-            "bench": bench,
+            "bench": bench, "experiments": experiments,
         }  # fmt: skip
         subcommands = parser.add_subcommands()
         for name, command in self.commands.items():
@@ -63,7 +69,8 @@ class DistillCLI(LightningCLI):
             summary = doc.short_description
             subparser: ArgumentParser
             if command is fit:
-                subparser = self.init_parser(description=summary, exit_on_error=False, default_config_files=[str(BASE)])
+                base = str(bundled("configs") / "base.yaml")
+                subparser = self.init_parser(description=summary, exit_on_error=False, default_config_files=[base])
                 self.add_default_arguments_to_parser(subparser)
                 self.add_core_arguments_to_parser(subparser)
             else:
@@ -85,6 +92,8 @@ class DistillCLI(LightningCLI):
         parser.add_argument("--seed", type=int, default=0, help="seed of the student's randomly initialised weights")
         text = "on a GPU, compile the layers and capture each training step as a CUDA graph (ignored with fsdp)"
         parser.add_argument("--compile", type=bool, default=True, help=text)
+        text = "print what would be run, with its memory and disk space, and stop"
+        parser.add_argument("--dry_run", action="store_true", help=text)
         parser.add_argument("--checkpoint_every", type=Tokens, default=Tokens("20M"), help="tokens between checkpoints")
         parser.add_argument("--validate_every", type=Tokens, default=Tokens("20M"), help="tokens between validations")
 
@@ -98,18 +107,23 @@ class DistillCLI(LightningCLI):
         parser.add_class_arguments(ChunkDataModule, "data", instantiate=False)
         not_offered = set(inspect.signature(Trainer).parameters) - TRAINER_KEYS
         parser.add_class_arguments(Trainer, "trainer", skip=not_offered, instantiate=False, fail_untyped=False)
+        text = "loggers beside TensorBoard, as in [csv, wandb]; csv writes to <stage folder>/csv"
+        parser.add_argument("--trainer.logger", type=list[Literal["csv", "wandb"]], default=[], help=text)
+        text = "profiler that writes to each stage's folder"
+        parser.add_argument("--trainer.profiler", type=Literal["simple", "advanced", "pytorch"] | None, default=None, help=text)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str] | None) -> None:
         """Parse `args` into `self.config`. Raises InputError in one line, with the nearest key where a key is unknown."""
         try:
-            self.config = parser.parse_args(args)
+            self.config = parser.parse_args(with_paths(sys.argv[1:] if args is None else [*args]))
         except ArgumentError as error:
             text = " ".join(str(error).split())
             unknown = re.search(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)", text)
             if unknown:
-                keys = {action.dest for subparser in self.parsers.values() for action in actions(subparser)}
+                command = next((name for name in self.commands if name in (sys.argv[1:] if args is None else args)), "fit")
+                keys = [action.dest for action in actions(self.parsers[command])]
                 near = difflib.get_close_matches(unknown[1], keys, n=1)
-                hint = f"did you mean {near[0]}?" if near else "see distill-pl fit --help"
+                hint = f"did you mean {near[0]}?" if near else f"see distill-pl {command} --help"
                 raise InputError(f"unknown key {unknown[1]}: {hint}") from error
             text = re.sub(r'^Parser key "([\w.]+)": ', r"\1: ", text)
             text = re.sub(r"(?:a )?<class '(\w+)'>", r"\1", text).replace("typing.", "")
@@ -158,6 +172,9 @@ def main(args: Sequence[str] | None = None) -> None:
             time.sleep(5)  # rank 0 must print first: srun ends all ranks as soon as one has failed
         print(f"distill-pl: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except BrokenPipeError:  # what read the output, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 if __name__ == "__main__":

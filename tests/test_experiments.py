@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import refused
 
 from distill_pl.cli import DistillCLI, main
 from distill_pl.measure import study
@@ -131,3 +132,22 @@ def test_command_line_wins_over_experiment_wins_over_base():
     config = parse("--config", str(FOLDER / "gla_mm.yaml"), "--matrix_mixing.tokens", "1k", "--data.batch_size=7")
     assert (config.matrix_mixing.tokens, config.data.batch_size, config.student.init) == (1000, 7, "fresh")
     assert config.teacher == "HuggingFaceTB/SmolLM-360M" and config.data.name == "sample-10BT"
+
+
+def test_experiments_are_found_by_name_and_listed(capsys):
+    assert parse("--config", "gla_qkv_mm").student == parse("--config", str(FOLDER / "gla_qkv_mm.yaml")).student
+    main(["experiments"])
+    listed = dict(re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()[1:])
+    assert sorted(listed) == [file.stem for file in STUDY]
+    assert listed["gla_qkv_mm"] == "Table 3: Llama-GLA + QKV + Matrix Mixing"
+    line = refused("fit", "--config=glaqkv_mm")
+    assert "config 'glaqkv_mm' is no file and no experiment's name: did you mean gla_qkv_mm?" in line
+
+
+def test_an_installed_package_has_configurations_and_experiments():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    setuptools = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())["tool"]["setuptools"]
+    own = [".".join(file.parent.relative_to(FOLDER.parent).parts) for file in FOLDER.parent.glob("distill_pl/**/__init__.py")]
+    assert sorted(setuptools["packages"]) == sorted([*own, "distill_pl.configs", "distill_pl.experiments"])
+    for package, folder in setuptools["package-dir"].items():
+        assert all(list((FOLDER.parent / folder).glob(pattern)) for pattern in setuptools["package-data"][package])

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load,
 from jsonargparse import Namespace
 from transformers import PreTrainedModel
 
+from distill_pl import __version__
 from distill_pl.console import markdown, percent, perplexity
 from distill_pl.measure import study
 from distill_pl.run.folder import StageRun, plain, read_metrics, write_aside
@@ -54,14 +55,15 @@ RESULTS = "<!-- distill-pl evaluate writes here -->\n{}\n<!-- as far as here -->
 
 
 def model_card(config: Namespace, stages: list[StageRun], model: PreTrainedModel) -> ModelCard:
-    """Write the model card of the student that a finished run exports."""
+    """Write the model card of a run's student; of a stage without weights it says tokens and learning rate alone."""
     teacher, dataset = config.teacher, config.data.dataset
     licence, licence_sentence = licence_of(teacher)
-    metrics = [read_metrics(stage.weights) for stage in stages]
+    metrics = [read_metrics(stage.weights) if stage.weights.is_file() else {} for stage in stages]
     rows = [["stage", "tokens", "learning rate", "perplexity afterwards"]]
     for stage, losses in zip(stages, metrics, strict=True):
         tokens = short(stage.steps * config.data.batch_size * config.data.sequence_length)
-        rows.append([stage.name, tokens, f"{config[stage.name].lr:g}", f"{perplexity(losses['student_ce']):.2f}"])
+        afterwards = f"{perplexity(losses['student_ce']):.2f}" if losses else "not known"  # its weights were deleted
+        rows.append([stage.name, tokens, f"{config[stage.name].lr:g}", afterwards])
     data = ModelCardData(
         base_model=None if Path(teacher).exists() else teacher,
         datasets=None if Path(dataset).exists() else [dataset],
@@ -80,7 +82,7 @@ def model_card(config: Namespace, stages: list[StageRun], model: PreTrainedModel
         stages=markdown(rows),
         of_teacher=f"; the teacher's is {perplexity(metrics[-1]['teacher_ce']):.2f}" if "teacher_ce" in metrics[-1] else "",
         dataset=dataset,
-        version=version("distill_pl"),
+        version=__version__,
         torch=version("torch"),
         transformers=version("transformers"),
         config=yaml.safe_dump(plain(config), sort_keys=False),

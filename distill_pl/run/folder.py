@@ -1,5 +1,6 @@
 """Read and write the run folder, the only state of a run: its files say which stages are done, begun, or yet to do.
 
+    out/fingerprints.json  of the teacher's weights, its tokenizer and the packed text: a run is about one of each
     out/config.yaml
     out/1_matrix_mixing/   last.ckpt while it runs; student.safetensors when it is done
     out/2_hidden_align/    ...
@@ -29,8 +30,9 @@ from safetensors.torch import load_model, save_model
 from transformers import PreTrainedModel
 
 from distill_pl.console import is_first_rank
-from distill_pl.errors import InputError
+from distill_pl.errors import InputError, one_line
 from distill_pl.student.modeling import Student
+from distill_pl.teacher import Teacher
 from distill_pl.tokens import Tokens
 
 # keys that may change between a run's start and its resumption: where and how visibly it runs, not what comes out
@@ -38,7 +40,9 @@ CHANGEABLE_KEYS = {
     "out", "data.cache", "data.micro_batch_size", "student.backend", "compile", "checkpoint_every", "validate_every",
 }  # fmt: skip
 LOCK, HOLDER = ".lock", ".locked_by"
-BEFORE_CONFIG = {LOCK, HOLDER, "config.yaml.new"}  # files of a run folder that appear before config.yaml does
+FINGERPRINTS = "fingerprints.json"
+# files of a run folder that appear before config.yaml does
+BEFORE_CONFIG = {LOCK, HOLDER, FINGERPRINTS, f"{FINGERPRINTS}.new", "config.yaml.new"}
 FIXED_TRAINER_KEYS = {"trainer.precision", "trainer.limit_val_batches"}  # all other trainer keys may change
 
 
@@ -61,22 +65,37 @@ class StageRun(NamedTuple):
         return self.folder / "last.ckpt"
 
 
-def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a file beside `path`, then rename it to `path`. Raises InputError where the disk refuses."""
-    aside = path.with_name(path.name + ".new")
+@contextlib.contextmanager
+def disk_refused(path: Path) -> Iterator[None]:
+    """Turn errors of writing `path`, as on a full or read-only disk, into an InputError that says how much space is free."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(aside)
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors raise their own errors on a full disk
-        aside.unlink(missing_ok=True)
-        home = next(folder for folder in path.absolute().parents if folder.exists())
+        home = existing_folder(path.parent)
         raise InputError(
             f"cannot write {path} ({str(error).splitlines()[0]}; {disk_usage(home).free / 1e6:.0f} MB are free there): free "
             "some space or permit writing; what was there before is intact, run the same command again to go on"
         ) from error
+
+
+def existing_folder(path: Path) -> Path:
+    """Return `path`, or the nearest folder above it that exists."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
+def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a file beside `path`, then rename it to `path`. Raises InputError where the disk refuses."""
+    aside = path.with_name(path.name + ".new")
+    with disk_refused(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(aside)
+            with open(aside, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        except (OSError, RuntimeError, SafetensorError):
+            aside.unlink(missing_ok=True)
+            raise
 
 
 def plain(config: Namespace | dict) -> dict[str, Any]:
@@ -108,7 +127,7 @@ def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def check_run_folder(config: Namespace) -> None:
     """Raise InputError unless `out` can be written to and is new or was begun with this configuration."""
     out = Path(config.out)
-    home = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    home = existing_folder(out)
     if not home.is_dir() or not os.access(home, os.W_OK):
         raise InputError(f"out {str(out)!r} cannot be written: {home} is no folder or not permitted; choose another out")
     saved = out / "config.yaml"
@@ -166,6 +185,41 @@ def read_config(out: Path) -> dict[str, Any]:
         raise InputError(f"{file} is damaged or no plain YAML ({text}): mend it, or choose another folder") from error
 
 
+def next_stage(stages: list[StageRun]) -> int:
+    """Return the index of the stage to run next: the one that was begun, or the one after the last that is done.
+
+    Weights of stages before it are not needed: they may have been deleted.
+    """
+    done = [index + 1 for index, stage in enumerate(stages) if stage.weights.is_file()]
+    begun = [index for index, stage in enumerate(stages) if stage.checkpoint.is_file()]
+    return max([0, *done, *begun])
+
+
+def steps_done(stage: StageRun) -> int:
+    """Return the optimizer step at which the checkpoint of a stage that was begun was saved."""
+    return torch.load(stage.checkpoint, mmap=True, weights_only=True)["global_step"]
+
+
+def room_needed(stages: list[StageRun], parameters: int) -> int:
+    """Return the bytes that the stages that are left and the export may take on disk, for a student of fp32 parameters.
+
+    A checkpoint also has two numbers of Adam's for each parameter, and is written before the one before it is deleted.
+    """
+    left = len(stages) - next_stage(stages)
+    there = sum(stage.checkpoint.stat().st_size for stage in stages if stage.checkpoint.is_file())
+    return 4 * parameters * (left - 1 + 2 * 3 if left else 1) - there  # the largest sum is in the last stage
+
+
+def check_room(out: Path, stages: list[StageRun], parameters: int) -> None:
+    """Raise InputError where the disk has less room than a run with a student of so many parameters needs."""
+    need, free = room_needed(stages, parameters), disk_usage(existing_folder(out)).free
+    if free < need:
+        raise InputError(
+            f"out {str(out)!r} is on a disk with {free / 1e9:.3g} GB free, and checkpoints and weights take up to "
+            f"{need / 1e9:.3g} GB more: free some space, or choose another out"
+        )
+
+
 def check_stage_files(stage: StageRun) -> None:
     """Raise InputError, naming the file and what to delete, where a stage's weights or checkpoint are damaged."""
     if stage.weights.is_file():
@@ -190,13 +244,52 @@ def save_student(student: Student, stage: StageRun, metrics: dict[str, float]) -
     stage.checkpoint.unlink(missing_ok=True)
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """Return the SHA-256 of a model's weights, names included, as they are in memory."""
+def fingerprint(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str:
+    """Return the SHA-256 of a model's weights, names included, as they are in memory or rounded to `dtype`."""
     digest = sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.detach().to("cpu", dtype).contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def teacher_fingerprints(teacher: Teacher) -> dict[str, str]:
+    """Return the fingerprints of a teacher's weights and tokenizer.
+
+    Weights are rounded to bf16, as a GPU with bf16 holds them, so that a run may go on on another kind of machine.
+    """
+    tokenizer: Any = teacher.tokenizer
+    rules = f"{tokenizer.backend_tokenizer.to_str()} {tokenizer.eos_token_id}"
+    return {"teacher": fingerprint(teacher.model, torch.bfloat16), "tokenizer": sha256(rules.encode()).hexdigest()}
+
+
+def check_fingerprints(config: Namespace, found: dict[str, str]) -> None:
+    """Raise InputError where the run was begun with another teacher, tokenizer or text, whose fingerprints are `found`."""
+    out = Path(config.out)
+    file = out / FINGERPRINTS
+    if not (out / "config.yaml").is_file():
+        return
+    try:
+        recorded = json.loads(file.read_text())
+        differing = [key for key, value in found.items() if recorded[key] != value]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{file}, which says what teacher and text the run was begun with, cannot be read ({one_line(error)}): restore it, "
+            "or choose another out"
+        ) from error
+    for key in differing:
+        source = f"data.dataset {config.data.dataset!r}" if key == "text" else f"teacher {config.teacher!r}"
+        raise InputError(
+            f"out {str(out)!r} was begun with another {key} than {source} has now: put the former back, or choose another out"
+        )
+
+
+def write_fingerprints(out: Path, found: dict[str, str]) -> None:
+    """Record what a run is about when it begins; on rank 0."""
+    file, text = out / FINGERPRINTS, json.dumps(found, indent=1)
+    if not is_first_rank() or (out / "config.yaml").is_file() or (file.is_file() and file.read_text() == text):
+        return
+    write_aside(file, lambda aside: aside.write_text(text))
 
 
 def read_metrics(weights: Path) -> dict[str, float]:

@@ -34,6 +34,11 @@ def leave_on_sigterm(trainer: L.Trainer) -> None:
     signal.signal(signal.SIGTERM, leave)
 
 
+def peak_gib(stage: Stage) -> float:
+    """Return the most GPU memory, GiB, that this rank has had allocated so far."""
+    return (torch.cuda.max_memory_allocated() + stage.graph_bytes) / 2**30
+
+
 class Report(NamedTuple):
     """Hold what is to be reported of a finished step, while its numbers are still on their way from the GPU."""
 
@@ -102,7 +107,7 @@ class Monitor(Callback):
             if step > self.logged_step:
                 scalars["train/tokens_per_second"] = self.speed(step - self.logged_step, now - self.logged_at)
             if stage.device.type == "cuda":
-                scalars["train/peak_gib"] = (torch.cuda.max_memory_allocated() + stage.graph_bytes) / 2**30
+                scalars["train/peak_gib"] = peak_gib(stage)
             self.logged_step, self.logged_at = step, now
             self.write(trainer, scalars, step)
         if pending.to_console:
@@ -111,7 +116,8 @@ class Monitor(Callback):
             if step > self.first_step + 1:
                 speed = self.speed(step - self.first_step - 1, now - self.began)
                 left = (steps - step) * self.tokens_per_step / speed
-                line += f"  {short(speed)} tokens/s  {duration(left)} left"
+                memory = f"  {peak_gib(stage):.1f} GiB" if stage.device.type == "cuda" else ""
+                line += f"  {short(speed)} tokens/s{memory}  {duration(left)} left"
             say(line)
 
     def on_save_checkpoint(self, trainer: L.Trainer, stage: Stage, checkpoint: dict) -> None:
@@ -136,8 +142,9 @@ class Monitor(Callback):
         self.paused_at = time.monotonic()
 
     def write(self, trainer: L.Trainer, scalars: dict[str, float], step: int) -> None:
-        """Write scalars to TensorBoard at the number of tokens consumed since the run began."""
-        trainer.logger.log_metrics(scalars, step=self.tokens_before + step * self.tokens_per_step)
+        """Write scalars to all loggers at the number of tokens consumed since the run began."""
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=self.tokens_before + step * self.tokens_per_step)
 
     def on_validation_end(self, trainer: L.Trainer, stage: Stage) -> None:
         """Report held-out loss and perplexities; at step 0, check them against what is expected."""

@@ -1,5 +1,6 @@
 """Build the Lightning Trainer of a stage from a run's configuration."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,20 @@ import torch
 from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.plugins.environments import (
+    LSFEnvironment,
+    MPIEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 
 from distill_pl.errors import InputError
-from distill_pl.run.folder import write_aside
+from distill_pl.run.folder import StageRun, write_aside
 from distill_pl.stages.sharding import FullyShardedStrategy
+
+PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 
 
 class AsideCheckpointIO(TorchCheckpointIO):
@@ -23,15 +33,17 @@ class AsideCheckpointIO(TorchCheckpointIO):
         write_aside(Path(path), lambda aside: torch.save(checkpoint, aside))
 
 
-def build_trainer(config: Namespace, **options) -> L.Trainer:
+def build_trainer(config: Namespace, folder: Path | None = None, **options) -> L.Trainer:
     """Build a Trainer from the configuration's `trainer.*`, with `options` and what this package decides itself on top.
 
-    Raises InputError for values that Lightning refuses.
+    `trainer.profiler` writes to `folder`; without it nothing is profiled. Raises InputError for values that Lightning refuses.
     """
     plugins: list = [AsideCheckpointIO()]
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))  # Lightning's requeueing loses steps; the batch script requeues
-    defaults: dict[str, Any] = {"logger": False, "enable_checkpointing": False}
+    defaults: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "profiler": None}
+    if config.trainer.profiler and folder:
+        defaults["profiler"] = PROFILERS[config.trainer.profiler](dirpath=folder, filename="profile")
     if config.trainer.strategy == "fsdp":
         defaults["strategy"] = FullyShardedStrategy()
     try:
@@ -46,6 +58,36 @@ def build_trainer(config: Namespace, **options) -> L.Trainer:
         )
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise InputError(f"trainer: {' '.join(str(error).split())[:300]}") from error
+
+
+def build_loggers(config: Namespace, stage: StageRun, step: int, tokens: int) -> list[Logger]:
+    """Build the loggers of a stage, TensorBoard and those of `trainer.logger`, from step `step` and `tokens` of the run on.
+
+    TensorBoard drops what was logged beyond `tokens`, by steps that are taken again. A CSV file is never written to twice: each
+    start of a stage has its own. Raises InputError where the wandb package is not installed.
+    """
+    loggers: list[Logger] = [TensorBoardLogger(stage.folder, name="", version="", purge_step=tokens + 1)]
+    names = config.trainer.logger or []
+    if "csv" in names:
+        loggers.append(CSVLogger(stage.folder, name="csv", version=f"from_step_{step}"))
+    if "wandb" in names:
+        run = Path(config.out).resolve()
+        try:
+            loggers.append(WandbLogger(f"{run.name}/{stage.name}", stage.folder, project="distill_pl", group=run.name))
+        except ModuleNotFoundError as error:
+            raise InputError("trainer.logger wandb needs the wandb package: pip install wandb, or leave it out") from error
+    return loggers
+
+
+def check_launcher(config: Namespace) -> None:
+    """Raise InputError for several nodes where nothing tells this process which of them it is on: it would wait for ever."""
+    environments = (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment)
+    by_hand = "MASTER_ADDR" in os.environ and ("NODE_RANK" in os.environ or "GROUP_RANK" in os.environ)
+    if config.trainer.num_nodes > 1 and not by_hand and not any(kind.detect() for kind in environments):
+        raise InputError(
+            f"trainer.num_nodes {config.trainer.num_nodes}, but no launcher started this process: use srun or torchrun, or set "
+            "MASTER_ADDR and NODE_RANK on each node"
+        )
 
 
 def precision(config: Namespace) -> str:

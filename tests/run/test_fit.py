@@ -1,5 +1,6 @@
 """`distill-pl fit` on a tiny model: a killed run ends as an uninterrupted one, bad input is refused in one line."""
 
+import json
 import os
 import platform
 import random
@@ -7,7 +8,9 @@ import re
 import shutil
 import signal
 import socket
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ import yaml
 from helpers import STAGE_FOLDERS, STEP, die_at_replace, forkserver, refused
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import distill_pl.run.folder
 from distill_pl import Student
@@ -83,7 +86,7 @@ def second_stage(command, finished, tmp_path_factory) -> Path:
     `finished` has packed the text, so that the files counted are those of the run.
     """
     out = tmp_path_factory.mktemp("second_stage") / "run"
-    child = forkserver.Process(target=run, args=(command(out), 5))
+    child = forkserver.Process(target=run, args=(command(out), 6))
     child.start()
     child.join()
     assert [(out / file).is_file() for file in (FIRST_WEIGHTS, SECOND_CHECKPOINT)] == [True, True]
@@ -105,12 +108,13 @@ def test_killed_equals_uninterrupted(finished, arguments, tmp_path):
     assert finish(arguments("whole")) == 0
     took = time.monotonic() - began
     assert_same(tmp_path / "whole", finished)
-    # right after, and right before, a file is put in place are the moments at which the folder's meaning changes; a run puts 8
-    # in place: its configuration, a checkpoint in each of the first stages and two in the last, and three stages' weights
+    # right after, and right before, a file is put in place are the moments at which the folder's meaning changes; a run puts 9
+    # in place: its fingerprints, its configuration, a checkpoint in each of the first stages and two in the last, and the
+    # weights of three stages
     keys = {"checkpoint_every": 3 * STEP}
-    assert finish(arguments("after", **keys), number=1) >= 8
+    assert finish(arguments("after", **keys), number=1) >= 9
     assert_same(tmp_path / "after", finished)
-    assert finish(arguments("before", **keys), number=2, before=True) >= 7
+    assert finish(arguments("before", **keys), number=2, before=True) >= 8
     assert_same(tmp_path / "before", finished)
     chance = random.Random(0)
     moments = [chance.uniform(0.2, 1) * took for _ in range(3)]
@@ -269,6 +273,148 @@ def test_damaged_files_are_named(begun, arguments, chunk_cache, tmp_path):
             assert str(path) in refused(*arguments(**keys)), damage
         path.write_bytes(saved)
     fit_here(arguments(**keys))
+
+
+@pytest.fixture
+def model(teacher_folder, tmp_path) -> Path:
+    """Copy the teacher to a folder that a test may change."""
+    return Path(shutil.copytree(teacher_folder, tmp_path / "teacher"))
+
+
+@pytest.fixture
+def text(corpus, tmp_path) -> Path:
+    """Copy the text to a folder that a test may change."""
+    return Path(shutil.copytree(corpus, tmp_path / "text"))
+
+
+@pytest.fixture
+def of_one(begun, model, text, arguments) -> Callable[..., list[str]]:
+    """Return `of_one(**keys)`, a command that goes on with the run `begun` as if it had always had `model` and `text`."""
+    config = (begun / "config.yaml").read_text()
+    for key, path in {"teacher": model, "dataset": text}.items():
+        config = re.sub(rf"{key}: .*", f"{key}: {path}", config, count=1)
+    (begun / "config.yaml").write_text(config)
+    return lambda **keys: arguments(**{"teacher": model, "data.dataset": text} | keys)
+
+
+def change_weights(model: Path) -> None:
+    changed = AutoModelForCausalLM.from_pretrained(model)
+    changed.model.norm.weight.data[3] += 0.1
+    changed.save_pretrained(model)
+
+
+def change_tokenizer(model: Path) -> None:
+    file = model / "tokenizer.json"
+    rules = json.loads(file.read_text())
+    rules["model"]["merges"] = rules["model"]["merges"][:-1]
+    file.write_text(json.dumps(rules))
+
+
+@pytest.mark.parametrize(("change", "what"), [(change_weights, "teacher"), (change_tokenizer, "tokenizer")])
+def test_a_run_has_one_teacher(of_one, model, change, what):
+    change(model)
+    assert f"begun with another {what} than teacher {str(model)!r} has now: put the former back" in refused(*of_one())
+
+
+def test_a_run_has_one_text(of_one, text):
+    file = text / "train.jsonl"
+    file.write_text(file.read_text().replace("Story 7", "Story 8"))
+    assert f"begun with another text than data.dataset {str(text)!r} has now" in refused(*of_one())
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_copies_of_its_teacher_and_text(of_one, text, begun, finished):
+    (text / "train.jsonl").touch()
+    fit_here(of_one())
+    assert_same(begun, finished)
+
+
+def test_a_run_without_fingerprints_is_refused(begun, arguments):
+    (begun / "fingerprints.json").unlink()
+    assert "fingerprints.json, which says what teacher and text" in refused(*arguments())
+
+
+@pytest.mark.slow
+def test_weights_of_finished_stages_may_be_deleted(begun, finished, arguments, capsys):
+    (begun / FIRST_WEIGHTS).unlink()
+    fit_here(arguments())
+    assert "matrix_mixing  " not in capsys.readouterr().out
+    shutil.copy(finished / FIRST_WEIGHTS, begun / FIRST_WEIGHTS)
+    assert_same(begun, finished)
+
+
+def test_files_missing_from_an_exported_student_are_written_again(finished, arguments, tmp_path, capsys):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    (run / "student" / "README.md").write_text("mine")
+    for name in ("model.safetensors", "tokenizer.json"):
+        (run / "student" / name).unlink()
+    fit_here(arguments())
+    printed = capsys.readouterr().out
+    assert "model.safetensors was missing and is written again" in printed and "kd  " not in printed
+    assert_same(run, finished)
+    assert (run / "student" / "README.md").read_text() == "mine" and (run / "student" / "tokenizer.json").is_file()
+
+    (run / "student" / "config.json").unlink()
+    (run / "3_kd" / "student.safetensors").unlink()
+    assert re.search("student lacks config.json, and .*3_kd/student.safetensors.* is gone too", refused(*arguments()))
+
+
+def set_generation(model: Path, **keys) -> None:
+    file = model / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+
+
+def test_a_teacher_that_samples_nothing_may_have_a_temperature(model, arguments, tmp_path):
+    set_generation(model, do_sample=False, temperature=0.9, top_p=0.6, cache_implementation="hybrid", eos_token_id=7)
+    fit_here(arguments(**{"teacher": model}, **KD_ONLY, tokens=STEP))
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")
+    student.generation_config.validate(strict=True)
+    assert student.generation_config.eos_token_id == [7, 0] and student.generation_config.cache_implementation is None
+
+
+def test_what_cannot_be_exported_is_refused_at_the_start(arguments, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("no such\nvocabulary")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", fail)
+    assert "exported at the end of the run (ValueError: no such vocabulary)" in refused(*arguments())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_without_room_is_refused_at_the_start(arguments, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("distill_pl.run.folder.disk_usage", lambda _: usage._replace(free=300_000))
+    assert re.search(r"0.0003 GB free, and checkpoints and weights take up to 0.00\d+ GB more", refused(*arguments()))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(begun, arguments, tmp_path, capsys):
+    stamps = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+    fit_here([*arguments(), "--dry_run"])
+    printed = capsys.readouterr().out
+    assert re.search(
+        r"matrix_mixing +4 +512 .* done\nhidden_align +5 +640 .* to be resumed at step 2\nkd +6 .* to be run", printed
+    )
+    assert "GiB a rank" in printed and "GB are free" in printed
+    assert stamps == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+
+
+def test_loggers_and_profiler_write_beside_tensorboard(arguments, tmp_path, monkeypatch):
+    fit_here(arguments(**KD_ONLY, tokens=2 * STEP, **{"trainer.logger": "[csv]", "trainer.profiler": "simple"}))
+    stage = tmp_path / "run" / "3_kd"
+    lines = (stage / "csv" / "from_step_0" / "metrics.csv").read_text().splitlines()
+    assert "train/loss" in lines[0] and "validation/student_perplexity" in lines[0] and len(lines) > 3
+    assert "run_training_batch" in next(stage.glob("fit-profile*.txt")).read_text()
+    assert list(stage.glob("events.*"))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "pip install wandb" in refused(*arguments("other", **KD_ONLY, tokens=STEP, **{"trainer.logger": "[wandb]"}))
+
+
+def test_several_nodes_need_a_launcher(arguments, monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(("SLURM", "TORCHELASTIC", "MASTER", "NODE_RANK", "GROUP_RANK")):
+            monkeypatch.delenv(name)
+    assert "trainer.num_nodes 2, but no launcher" in refused(*arguments(**{"trainer.num_nodes": 2}))
 
 
 @pytest.mark.slow

@@ -73,6 +73,8 @@ def test_a_budget_of_null_is_none(arguments):
         ("generate /nowhere --temperature .nan", "temperature nan .* at least 0"),
         ("generate /nowhere --beams 0", "beams 0 .* at least 1"),
         ("generate /nowhere --seed 4294967296", "seed 4294967296 .* at most"),
+        ("evaluate /nowhere --out x", "unknown key out: see distill-pl evaluate --help"),
+        ("evaluate /nowhere --limt 1", "unknown key limt: did you mean limit"),
         ("bench gla --repeats 0", "repeats 0 .* at least 1"),
         ("bench gla --seed -1", "seed -1 .* at least 0"),
     ],
