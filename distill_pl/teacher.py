@@ -1,9 +1,11 @@
 """Run the frozen teacher once and yield, layer by layer, what the stages align to."""
 
+import copy
 import pickle
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import NoneType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -40,7 +42,8 @@ class Layer(NamedTuple):
 def _tap(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """Attend as transformers' sdpa does, and leave q, k and the scale in `module.tapped` where that is not None."""
     if getattr(module, "tapped", None) is not None:
-        module.tapped = (query.transpose(1, 2), key.transpose(1, 2), scaling)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        module.tapped = (query.transpose(1, 2), key.transpose(1, 2), scale)
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
@@ -72,18 +75,25 @@ class Teacher:
     def __init__(self, path: str, dtype: torch.dtype = torch.float32):
         """Load model and tokenizer from `path`, a hub id or folder, in `dtype`, without running code that lies there.
 
-        Raises InputError where there is no model, a weight is missing, or the tokenizer is unusable or has no eos token.
+        Raises InputError where there is no model, it is quantised, a weight is missing, or the tokenizer is unusable, has no
+        eos token or has ids that the model has no embeddings for.
         """
         self.path, self.run_layer, self.apply_norm = path, run_layer, apply_norm
         if (Path(path).is_dir() or path[:1] in "./~") and not (Path(path) / "config.json").is_file():
             raise InputError(f"teacher {path!r} is no folder with a config.json: give a Hugging Face model folder or a hub id")
         try:
             self.config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # wrong values in a config.json fail in ways of their own
             raise InputError(
                 f"teacher {path!r} is no model folder and could not be had from the hub: give a folder with config.json, "
                 f"or check the id and the network ({_first_line(error)})"
             ) from error
+        if quantisation := getattr(self.config, "quantization_config", None):
+            method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+            raise InputError(
+                f"teacher {path!r} is quantised ({method or 'quantization_config in config.json'}), but a student copies whole "
+                "weights: give the model that it was quantised from"
+            )
         try:
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except Exception as error:  # transformers has no common error for damaged tokenizer files
@@ -101,7 +111,9 @@ class Teacher:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 loaded: Any = load_model(path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
-        except (OSError, ValueError, KeyError) as error:
+        except InputError:
+            raise
+        except Exception as error:  # architectures fail in ways of their own, and for want of libraries
             raise InputError(
                 f"teacher {path!r} is not a supported decoder, or its weights are missing ({_first_line(error)}): "
                 "give a Llama-like causal language model"
@@ -110,6 +122,12 @@ class Teacher:
         if missing := sorted(loading["missing_keys"]):  # transformers would draw them at random
             raise InputError(f"teacher {path!r} lacks {len(missing)} of its weights ({missing[0]}, ...): get the whole model")
         self.model: PreTrainedModel = model.eval().requires_grad_(False)
+        largest, rows = max(self.tokenizer.get_vocab().values()), len(model.get_input_embeddings().weight)
+        if largest >= rows:
+            raise InputError(
+                f"teacher {path!r}: its tokenizer has ids up to {largest}, but its embedding has {rows} rows: "
+                "give the tokenizer that it was trained with"
+            )
 
     def to(self, device: torch.device) -> "Teacher":
         """Move the weights to `device` and return the teacher."""
@@ -138,6 +156,29 @@ class Teacher:
             hidden = output
 
     @torch.no_grad()
+    def own_layers(self, input_ids: Tensor) -> list[Layer]:
+        """Run input_ids [B, T] through the model's own forward pass, and return what `layers` should yield.
+
+        All layers' tensors are kept.
+        """
+        self.model.set_attn_implementation(TAP)
+        found: list[Layer] = []
+
+        def record(layer, args, kwargs, output):
+            query, key, scale = layer.self_attn.tapped
+            layer.self_attn.tapped = None
+            found.append(Layer(args[0], output, query, key, scale, kwargs["position_embeddings"]))
+
+        hooks = []
+        for layer in self.model.model.layers:
+            layer.self_attn.tapped = ()
+            hooks.append(layer.register_forward_hook(record, with_kwargs=True))
+        self.model(input_ids, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    @torch.no_grad()
     def hidden_states(self, input_ids: Tensor) -> Tensor:
         """Run input_ids [B, T] -> the final hidden states [B, T, D], after the final norm."""
         for layer in self.layers(input_ids):
@@ -159,6 +200,54 @@ def load_model(path: str, **options) -> Any:
             f"{', '.join(files) or path}: weights that are damaged, of other shapes, or no plain tensors but code, which was "
             f"not run ({type(error).__name__}): get them again from a source you trust, best as safetensors"
         ) from error
+
+
+def ties_embeddings(model: PreTrainedModel) -> bool:
+    """Return whether a model's head is its embedding; its configuration may say so although the checkpoint has both."""
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+@torch.no_grad()
+def shallow_copy(teacher: Teacher) -> Teacher:
+    """Copy a teacher to the CPU in fp32, without tokenizer, with few layers and with norm weights and biases changed.
+
+    The copy has the first layers, at least two, up to the one that completes the kinds of layers. Layers are of one kind if
+    they differ in weights alone.
+    """
+    decoder, lists = teacher.model.model, _lists_by_layer(teacher.config)
+    kinds = [(_description(layer), *values) for layer, *values in zip(decoder.layers, *lists.values(), strict=True)]
+    count = max(2, 1 + max(kinds.index(kind) for kind in kinds))
+    layers, decoder.layers = decoder.layers, decoder.layers[:count]
+    try:
+        model: Any = copy.deepcopy(teacher.model)
+    finally:
+        decoder.layers = layers
+    model.config.num_hidden_layers = len(model.model.layers)
+    for name, values in lists.items():
+        setattr(model.config, name, values[:count])
+    generator = torch.Generator().manual_seed(0)
+    for tensor in model.to("cpu", torch.float32).state_dict().values():
+        if tensor.ndim == 1 and tensor.is_floating_point():
+            tensor += 0.3 * torch.randn(tensor.shape, generator=generator)
+    shallow = Teacher.__new__(Teacher)
+    shallow.path, shallow.config, shallow.model = teacher.path, model.config, model
+    shallow.run_layer, shallow.apply_norm = run_layer, apply_norm
+    return shallow
+
+
+def _lists_by_layer(config: Any) -> dict[str, list]:
+    """Return the lists in a configuration that have one value for each layer."""
+    count = config.num_hidden_layers
+    return {name: values for name, values in vars(config).items() if isinstance(values, list) and len(values) == count}
+
+
+def _description(layer: torch.nn.Module) -> list:
+    """Describe a layer but for its weights and number."""
+    plain = (bool, int, float, str, NoneType)
+    return [
+        (name, type(module), {k: v for k, v in vars(module).items() if isinstance(v, plain) and k != "layer_idx"})
+        for name, module in layer.named_modules()
+    ]
 
 
 def _first_line(error: Exception) -> str:

@@ -9,11 +9,16 @@ import torch
 from helpers import some_tokens
 from op_inputs import relative_error
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 
+from distill_pl import teacher as teacher_module
 from distill_pl.errors import InputError
+from distill_pl.mixers import MIXERS
 from distill_pl.ops import softmax
-from distill_pl.teacher import Teacher
+from distill_pl.student import factory as factory_module
+from distill_pl.student.factory import StudentFactory, check_teacher
+from distill_pl.teacher import Teacher, shallow_copy, ties_embeddings
 
 
 @pytest.mark.parametrize("length", [1, 30])
@@ -183,3 +188,164 @@ def test_a_folder_without_one_of_its_weights_is_refused(folder):
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     assert "model.layers.1.mlp.up_proj.weight" in refusal(folder)
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "fp8"])
+def test_a_quantised_teacher_is_refused_with_or_without_its_library(folder, method):
+    change_config(folder, quantization_config={"quant_method": method})
+    assert method in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_attention_heads": 0}, {"hidden_act": "none"}, {"rope_parameters": 3}, {"num_hidden_layers": "two"}],
+    ids=str,
+)
+def test_wrong_values_in_a_configuration_are_refused(folder, changes):
+    change_config(folder, **changes)
+    refusal(folder)
+
+
+def test_token_ids_beyond_the_embedding_are_refused(folder, teacher):
+    """The largest id counts, as ids may have gaps."""
+    rows = teacher.config.vocab_size
+    settings = json.loads((folder / "tokenizer.json").read_text())
+    settings["added_tokens"].append(settings["added_tokens"][0] | {"id": rows + 5, "content": "<|far|>"})
+    settings["model"]["vocab"]["<|far|>"] = rows + 5
+    (folder / "tokenizer.json").write_text(json.dumps(settings))
+    message = refusal(folder)
+    assert f"ids up to {rows + 5}" in message and f"{rows} rows" in message
+
+
+def change_config(folder, **changes) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+# ---- the check that a softmax student computes what its teacher does
+
+
+MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+EXACT = {  # model type -> configuration
+    "arcee": {},
+    "ministral": {},
+    "seed_oss": {},
+    "mixtral": MOE,
+    "qwen3_moe": MOE,
+}
+REFUSED = {
+    "bloom": {},
+    "cohere": {},
+    "deepseek_v3": {"n_group": 1, "topk_group": 1},
+    "falcon_mamba": {},
+    "glm": {},
+    "gpt_neox": {},
+    "helium": {},
+    "ministral3": {},
+    "nemotron": {},
+    "olmo": {},
+    "opt": {},
+    "phi": {},
+    "starcoder2": {},
+}
+
+
+@pytest.mark.parametrize("model_type", EXACT)
+def test_architectures_whose_softmax_student_is_exact(save_model, model_type):
+    teacher = Teacher(str(save_model(model_type, randomise=True, **EXACT[model_type])))
+    check_teacher(teacher)
+    tokens = some_tokens(teacher, length=60)
+    with torch.no_grad():
+        expected = teacher.model(tokens).logits
+        assert relative_error(StudentFactory("softmax").build(teacher, 0).eval()(tokens).logits, expected) < 1e-5
+    assert relative_error(teacher.head(teacher.hidden_states(tokens)), expected) < 1e-5
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_other_architectures_are_refused_by_name(save_model, model_type):
+    folder = save_model(model_type, **REFUSED[model_type])
+    with pytest.raises(InputError) as error:
+        StudentFactory("gla").build(Teacher(str(folder)), 0)
+    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+    assert "\n" not in str(error.value) and architecture in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_check_leaves_the_teacher_as_it_was(teacher_folder, dtype):
+    teacher = Teacher(str(teacher_folder), dtype)
+    before = {name: tensor.clone() for name, tensor in teacher.model.state_dict().items()}
+    config, layers = teacher.model.config.to_dict(), list(teacher.model.model.layers)
+    check_teacher(teacher)
+    assert all(torch.equal(tensor, before.pop(name)) for name, tensor in teacher.model.state_dict().items()) and not before
+    assert teacher.model.config.to_dict() == config and teacher.config.num_hidden_layers == 2
+    assert list(teacher.model.model.layers) == layers
+    assert teacher.model.dtype == dtype and teacher.model.config._attn_implementation == "sdpa"
+
+
+def test_a_check_sees_every_kind_of_layer(save_model):
+    teacher = Teacher(str(save_model("qwen2", num_hidden_layers=6)))
+    assert len(shallow_copy(teacher).model.model.layers) == 2
+    teacher.model.model.layers[3].self_attn.scaling *= 1.1
+    shallow = shallow_copy(teacher)
+    assert len(shallow.model.model.layers) == shallow.config.num_hidden_layers == len(shallow.config.layer_types) == 4
+    with pytest.raises(InputError, match="attention scales"):
+        check_teacher(teacher)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_attention_scale_is_refused(teacher_folder, dtype):
+    teacher = Teacher(str(teacher_folder), dtype)
+    for layer in teacher.model.model.layers:
+        layer.self_attn.scaling *= 1.1
+    with pytest.raises(InputError, match="LlamaForCausalLM.*attention scales"):
+        check_teacher(teacher)
+
+
+def test_a_bias_of_zero_cannot_hide(teacher_folder):
+    teacher = Teacher(str(teacher_folder))
+    teacher.model.lm_head.bias = nn.Parameter(torch.zeros(teacher.config.vocab_size))
+    with pytest.raises(InputError, match="logits"):
+        check_teacher(teacher)
+
+
+def test_a_norm_of_one_cannot_hide(teacher_folder, monkeypatch):
+    copy_weights = factory_module.copy_weights
+    monkeypatch.setattr(factory_module, "copy_weights", lambda *args, **options: [
+        name for name in copy_weights(*args, **options) if "post_attention_layernorm" not in name
+    ])  # fmt: skip
+    with pytest.raises(InputError, match="layer outputs"):
+        check_teacher(Teacher(str(teacher_folder)))
+
+
+def test_taps_that_are_not_the_models_own_are_refused(teacher_folder, monkeypatch):
+    run_layer = teacher_module.run_layer
+
+    def wrong(layer, hidden, position):
+        output, query, key, scale = run_layer(layer, hidden, position)
+        return output, query, 1.01 * key, scale
+
+    monkeypatch.setattr(teacher_module, "run_layer", wrong)
+    with pytest.raises(InputError, match="keys"):
+        check_teacher(Teacher(str(teacher_folder)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(folder, value):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is not finite"):
+        check_teacher(Teacher(str(folder)))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_head_of_its_own_is_not_tied_whatever_the_configuration_says(folder, mixer):
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    teacher = Teacher(str(folder))
+    assert teacher.config.tie_word_embeddings and not ties_embeddings(teacher.model)
+    student = StudentFactory(mixer).build(teacher, 0)
+    assert not student.config.tie_word_embeddings
+    assert torch.equal(student.model.embed_tokens.weight, weights["model.embed_tokens.weight"])
+    assert torch.equal(student.lm_head.weight, weights["lm_head.weight"])

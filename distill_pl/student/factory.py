@@ -1,16 +1,23 @@
 """Building an initialised student from a teacher (the paper's Table 1 and section 3.1)."""
 
+import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from distill_pl.errors import InputError
 from distill_pl.mixers import MIXERS
 from distill_pl.ops import Backend, use_fla
 from distill_pl.student.modeling import DECODER_PARTS, Student, StudentConfig, mark_as_loaded
 from distill_pl.student.transfer import copy_weights
-from distill_pl.teacher import Teacher
+from distill_pl.teacher import Teacher, shallow_copy, ties_embeddings
+
+TOLERANCE = 1e-4  # of the largest value: rounding in fp32 stays below 1e-5, and an attention scale off by 10% far above
+CHECKED: WeakSet[PreTrainedModel] = WeakSet()  # teachers' models that passed `check_teacher`
 
 
 class StudentFactory:
@@ -104,21 +111,30 @@ class StudentFactory:
             vocab_size=base.vocab_size,
             max_position_embeddings=base.max_position_embeddings,
             initializer_range=base.initializer_range,
-            tie_word_embeddings=base.tie_word_embeddings and self.shape == "copyable",
+            tie_word_embeddings=ties_embeddings(teacher.model) and self.shape == "copyable",
             bos_token_id=base.bos_token_id,
             eos_token_id=base.eos_token_id,
             pad_token_id=base.pad_token_id,
         )
 
     def build(self, teacher: Teacher, seed: int) -> Student:
-        """Build a student of `teacher` with fp32 weights on the CPU; equal seeds draw equal weights."""
+        """Build a student of `teacher` with fp32 weights on the CPU; equal seeds draw equal weights.
+
+        Raises InputError for a teacher that is not supported, see `check_teacher`.
+        """
+        check_teacher(teacher)
+        return self.assemble(teacher, seed)
+
+    def assemble(self, teacher: Teacher, seed: int) -> Student:
+        """Build a student as `build` does, of a teacher that may not be supported."""
         with torch.device("meta"):  # drawing random numbers for weights that are then copied would take seconds
             student = Student(self.config(teacher))
         student.to_empty(device="cpu")
         student.tie_weights()
         if self.init != "scratch":
+            tensors = student.state_dict(keep_vars=True)
             for name in copy_weights(teacher.model, student, attention=self.init == "qkv"):
-                mark_as_loaded(student.get_parameter(name))
+                mark_as_loaded(tensors[name])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             student.initialize_weights()
@@ -131,39 +147,68 @@ class StudentFactory:
 
 
 def check_teacher(teacher: Teacher) -> None:
-    """Raise InputError, naming the architecture, unless the teacher is built like Llama.
+    """Raise InputError, naming the architecture, unless a softmax student computes what the teacher does.
 
-    The teacher's modules must have the names of Llama's, and a softmax student that holds the teacher's own tensors must give
-    its logits. The comparison of logits refuses scaled embeddings, layers without RoPE and soft-capped logits, for example.
+    The teacher's weights must be finite, its modules must have the names of Llama's, and in fp32 a softmax student must agree
+    with its own forward pass: in the logits, with eager attention, and layer by layer in what the stages align to. The
+    comparison refuses layers without RoPE and soft-capped logits, for example. It takes a copy of the first layers, at least
+    one of each kind, with other norm weights and biases, since one that is 1 or 0 could be left out unseen. A model that has
+    passed is not compared again.
     """
+    if teacher.model in CHECKED:
+        return
     name = type(teacher.model).__name__
+    for key, tensor in teacher.model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise InputError(f"teacher {teacher.path!r}: its weight {key} is not finite everywhere: get the weights again")
     message = f"teacher {teacher.path!r} ({name}) is not a supported decoder: its layers are not built like Llama's"
-    for module, parts in [
-        (teacher.model, ["model", "lm_head"]),
-        (getattr(teacher.model, "model", None), DECODER_PARTS),
-    ]:
-        missing = [part for part in parts if not hasattr(module, part)]
-        if missing:
-            raise InputError(f"{message} (no {', '.join(missing)})")
-    layer = teacher.model.model.layers[0]
-    parts = ["input_layernorm", "self_attn", "post_attention_layernorm", "mlp"]
-    if sorted(n for n, _ in layer.named_children()) != sorted(parts):
-        raise InputError(f"{message} (a layer has {', '.join(n for n, _ in layer.named_children())})")
-    missing = [part for part in ("q_proj", "k_proj", "v_proj", "o_proj") if not hasattr(layer.self_attn, part)]
-    if missing:
-        raise InputError(f"{message} (attention without {', '.join(missing)})")
-
+    if missing := _missing_parts(teacher.model):
+        raise InputError(f"{message} ({missing})")
     try:
-        with torch.device("meta"):
-            student = Student(StudentFactory("softmax").config(teacher))
-        student.load_state_dict(teacher.model.state_dict(), assign=True)
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"{message} ({' '.join(str(error).split())[:160]})") from error
-    student.model.rotary_emb = teacher.model.model.rotary_emb  # its buffers are not in the state dict
-    tokens = torch.arange(16, device=teacher.model.device)[None] % teacher.config.vocab_size
-    with torch.no_grad():
-        expected = teacher.model(tokens, use_cache=False).logits.float()
-        logits = student.eval()(tokens, use_cache=False).logits.float()
-    error_of_logits = (logits - expected).abs().max() / expected.abs().max()
-    if not error_of_logits < (1e-3 if teacher.model.dtype == torch.float32 else 5e-2):  # `not <` also refuses nan
-        raise InputError(f"{message} (a softmax student's logits differ by {error_of_logits:.2g} of the largest)")
+        errors = _disagreement(shallow_copy(teacher))
+    except Exception as error:  # architectures fail in ways of their own
+        raise InputError(f"{message} ({type(error).__name__}: {' '.join(str(error).split())[:160]})") from error
+    for what, size in errors.items():
+        if not size < TOLERANCE:  # also refuses nan
+            raise InputError(f"{message} (its {what} and a softmax student's differ by {size:.2g} of the largest)")
+    CHECKED.add(teacher.model)
+
+
+def _missing_parts(model: Any) -> str:
+    """Say which modules of Llama's a model lacks, or which its layers have instead; an empty string if it has them all."""
+    for module, parts in [(model, ["model", "lm_head"]), (getattr(model, "model", None), DECODER_PARTS)]:
+        if missing := [part for part in parts if not hasattr(module, part)]:
+            return f"no {', '.join(missing)}"
+    for layer in model.model.layers:
+        children = [name for name, _ in layer.named_children()]
+        if sorted(children) != ["input_layernorm", "mlp", "post_attention_layernorm", "self_attn"]:
+            return f"a layer has {', '.join(children)}"
+        if missing := [part for part in ("q_proj", "k_proj", "v_proj", "o_proj") if not hasattr(layer.self_attn, part)]:
+            return f"attention without {', '.join(missing)}"
+    return ""
+
+
+@torch.no_grad()
+def _disagreement(teacher: Teacher) -> dict[str, float]:
+    """Compare the teacher's own forward pass with a softmax student and `Teacher.layers` -> errors relative to the largest."""
+    student = StudentFactory("softmax").assemble(teacher, seed=0).eval()
+    tokens = torch.arange(16)[None] % teacher.config.vocab_size
+    errors: dict[str, float] = {}
+
+    def compare(what: str, expected: Tensor, *others: Tensor) -> None:
+        for other in others:
+            size = ((other - expected).abs().max() / expected.abs().max()).item() if other.shape == expected.shape else math.inf
+            errors[what] = size if math.isnan(size) else max(errors.get(what, 0.0), size)
+
+    own_layers = teacher.own_layers(tokens)
+    for own, layer, student_layer in zip(own_layers, teacher.layers(tokens), student.model.layers, strict=True):
+        mixer = student_layer.self_attn
+        q, k, _ = mixer.qkv(student_layer.input_layernorm(layer.input), layer.position)
+        compare("attention scales", *(torch.tensor(scale) for scale in (own.scale, layer.scale, mixer.scale)))
+        compare("queries", own.query, layer.query, q)
+        compare("keys", own.key, layer.key, k)
+        compare("layer outputs", own.output, layer.output, student_layer(layer.input, position_embeddings=layer.position))
+    teacher.model.set_attn_implementation("eager")  # sdpa leaves out what it cannot do, such as soft caps
+    logits = teacher.model(tokens, use_cache=False).logits
+    compare("logits", logits, student(tokens, use_cache=False).logits, teacher.head(teacher.hidden_states(tokens)))
+    return errors
