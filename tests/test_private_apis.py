@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
-from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedModel, initialization
+from transformers import LlamaForCausalLM, PreTrainedModel, initialization
 
 # ---- Lightning, argparse and jsonargparse: distill_pl/cli.py
 
@@ -52,9 +52,9 @@ def test_is_hf_initialized():
     assert marked.tolist() == [1, 1] and other.tolist() == [0, 0]
 
 
-def test_supports_default_dynamic_cache():
-    assert not inspect.signature(GenerationMixin._supports_default_dynamic_cache).parameters
-    assert "self._supports_default_dynamic_cache()" in inspect.getsource(transformers.generation.utils)
+def test_no_split_modules(teacher):
+    assert "LlamaDecoderLayer" in teacher.model.model._no_split_modules
+    assert "self._no_split_modules" in inspect.getsource(PreTrainedModel.post_init)
 
 
 def test_tied_weights_keys():

@@ -11,13 +11,27 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
+from distill_pl.errors import InputError
 from distill_pl.mixers import MIXERS, SequenceMixer
 from distill_pl.student.cache import StudentCache
 
 DECODER_PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
+GENERATION_MODES = (
+    GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE,
+)  # fmt: skip
 
 
 class StudentConfig(PreTrainedConfig):
@@ -63,12 +77,8 @@ class Student(PreTrainedModel, GenerationMixin):
     config: StudentConfig
     config_class = StudentConfig
     base_model_prefix = "model"
+    supports_gradient_checkpointing = True
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        """Return False, lest `generate` makes a DynamicCache: `forward` makes a StudentCache."""
-        return False
 
     def __init__(self, config: StudentConfig):
         super().__init__(config)
@@ -81,6 +91,7 @@ class Student(PreTrainedModel, GenerationMixin):
         # the decoder's parts and not the decoder, whose forward would build attention masks and a cache that mixers do not take
         self.model = nn.ModuleDict({part: getattr(decoder, part) for part in DECODER_PARTS})
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._no_split_modules = decoder._no_split_modules  # else device_map="auto" may put halves of a layer on two GPUs
         self.post_init()
 
     @torch.no_grad()
@@ -102,50 +113,172 @@ class Student(PreTrainedModel, GenerationMixin):
         return self.model.rotary_emb(hidden, position_ids)
 
     def hidden_states(self, input_ids: Tensor | None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
-                      cache: StudentCache | None = None, inputs_embeds: Tensor | None = None) -> Tensor:  # fmt: skip
+                      cache: StudentCache | None = None, inputs_embeds: Tensor | None = None,
+                      record: list[Tensor] | None = None) -> Tensor:  # fmt: skip
         """Compute the output of the final norm, which lm_head reads: input_ids [B, T] -> [B, T, D].
 
-        attention_mask bool [B, T] is False where padded; inputs_embeds [B, T, D] replaces input_ids; cache is updated.
+        attention_mask bool [B, T] is False where padded; inputs_embeds [B, T, D] replaces input_ids; cache is updated; the
+        input of each layer [B, T, D] is appended to `record`.
         """
         hidden = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         position = self.position(hidden, position_ids)
         if torch.is_autocast_enabled(hidden.device.type):  # a residual stream in bf16 moves half the bytes
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         for layer in self.model.layers:
+            if record is not None:
+                record.append(hidden)
             hidden = layer(hidden, attention_mask=attention_mask, position_embeddings=position, past_key_values=cache)
         return self.model.norm(hidden)
 
+    def matrices(self, layer_inputs: list[Tensor], attention_mask: Tensor | None, position_ids: Tensor) -> tuple[Tensor, ...]:
+        """Build each layer's mixing matrix A [B, H, T, T] (Eq. 7) from its input [B, T, D]; attention_mask is bool [B, T]."""
+        position = self.position(layer_inputs[0], position_ids)
+        matrices = []
+        for layer, hidden in zip(self.model.layers, layer_inputs, strict=True):
+            inputs, _ = layer.self_attn.inputs(layer.input_layernorm(hidden), position, attention_mask, None)
+            matrices.append(layer.self_attn.op.matrix(**{name: x for name, x in inputs._asdict().items() if name != "v"}))
+        return tuple(matrices)
+
+    @can_return_tuple
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, past_key_values: StudentCache | None = None,
                 inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
-                logits_to_keep: int | Tensor = 0, **kwargs: Any) -> CausalLMOutputWithPast:  # fmt: skip
+                logits_to_keep: int | Tensor = 0, output_hidden_states: bool | None = None,
+                output_attentions: bool | None = None, **kwargs: Any) -> CausalLMOutputWithPast:  # fmt: skip
         """Compute logits [B, T, vocab] and, if labels are given, the loss, by the interface of transformers' causal models.
 
-        input_ids [B, T] or inputs_embeds [B, T, D]; attention_mask [B, S], where S counts the tokens in the cache and these T,
-        is 0 where padded (on the left when generating); labels [B, T] are shifted here, and -100 is ignored; logits_to_keep
-        is the number of last positions to compute logits for (0: all), or an index of positions.
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, S], where S counts the tokens in the cache and these T; 0 where padded (on the left when
+                generating).
+            position_ids: [B, T] or [1, T], for RoPE; by default they count the tokens that are not padded.
+            past_key_values: the cache of an earlier call, which is read and updated.
+            inputs_embeds: [B, T, D], in place of input_ids.
+            labels: [B, T]; they are shifted here, and -100 is ignored.
+            use_cache: whether to return a cache; by default `config.use_cache`, but not in training.
+            logits_to_keep: the number of last positions to compute logits for (0: all), or an index of positions.
+            output_hidden_states: whether to return the embeddings, the output of each layer but the last, and that of the
+                final norm: tensors [B, T, D].
+            output_attentions: whether to return each layer's mixing matrix, fp32 [B, H, T, T], which takes memory of T x T.
+            kwargs: passed to `loss_function`, such as num_items_in_batch.
+
+        Raises:
+            InputError: inputs, mask or cache of another kind or shape; several sequences in a row; output_attentions with
+                tokens in the cache.
         """
+        output_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        check_shapes(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, len(self.model.layers))
+        check_one_sequence(attention_mask, position_ids, kwargs)
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if output_attentions and seen:
+            raise InputError(f"output_attentions: the states of {seen} earlier tokens hold no matrix: give use_cache=False")
+        if past_key_values is not None and self.training and self.model.layers[0].gradient_checkpointing:
+            raise InputError("past_key_values: gradient checkpointing would drop them: call gradient_checkpointing_disable()")
         if use_cache and past_key_values is None:
             past_key_values = StudentCache(len(self.model.layers))
-        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        inputs: Any = input_ids if inputs_embeds is None else inputs_embeds
+        length = inputs.shape[1]
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             if attention_mask is not None:
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-            else:
-                position_ids = torch.arange(seen, seen + length, device=self.device)[None]
+            else:  # not on self.device, which is meta where accelerate keeps the weights on disk
+                position_ids = torch.arange(seen, seen + length, device=inputs.device)[None]
         mask = None if attention_mask is None else attention_mask[:, -length:].bool()
-        hidden = self.hidden_states(input_ids, mask, position_ids, past_key_values if use_cache else None, inputs_embeds)
+        record: list[Tensor] | None = [] if output_hidden_states or output_attentions else None
+        hidden = self.hidden_states(input_ids, mask, position_ids, past_key_values, inputs_embeds, record)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, keep])
-        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)
+        return CausalLMOutputWithPast(
+            loss=None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs),
+            logits=logits,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*record, hidden) if record and output_hidden_states else None,
+            attentions=self.matrices(record, mask, position_ids) if record and output_attentions else None,
+        )
+
+    def generate(self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any) -> Any:
+        """Continue inputs [B, T] as transformers' `generate` does, with a StudentCache: greedily, by sampling or beam search.
+
+        Raises InputError for another way of generating, a `cache_implementation`, or inputs without a token.
+        """
+        config = copy.deepcopy(self.generation_config)
+        options = vars(generation_config) if generation_config is not None else {}
+        for name, value in (options | kwargs).items():
+            if value is not None and hasattr(config, name):
+                setattr(config, name, value)
+        mode = config.get_generation_mode(kwargs.get("assistant_model"))
+        if config.is_assistant:  # set by the model that asks for proposals
+            raise InputError("assistant_model: a student cannot be one, its state does not go back before a wrong token")
+        if mode not in GENERATION_MODES:
+            raise InputError(f"generate: a student does no {mode.value}: search greedily, by num_beams alone, or sample")
+        if config.cache_implementation is not None:
+            raise InputError(f"cache_implementation {config.cache_implementation!r}: a student has its own cache: leave it out")
+        inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
+        embeds = kwargs.get("inputs_embeds") is not None
+        if inputs is not None and inputs.shape[-1] == 0 and not embeds:
+            raise InputError(f"input_ids {list(inputs.shape)} hold no token to continue: give at least one")
+        if embeds and config.prefill_chunk_size is not None:
+            raise InputError(f"prefill_chunk_size {config.prefill_chunk_size}: leave it out, inputs_embeds are read at once")
+        # transformers reads embeddings once and needs a cache after that
+        if (config.use_cache is not False or embeds) and kwargs.get("past_key_values") is None:
+            kwargs["past_key_values"] = StudentCache(len(self.model.layers))
+        return super().generate(inputs, generation_config, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise InputError: continuous batching keeps keys and values in pages, which a recurrent state does not have."""
+        raise InputError("continuous batching needs keys and values, which a student does not keep: generate batch by batch")
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """Return eager, the only name for what mixers compute. Raises ValueError, which transformers expects, for another."""
+        if requested_attention not in (None, "eager"):
+            raise ValueError(f"attn_implementation {requested_attention!r}: a student attends by its mixers: leave it out")
+        return "eager"
+
+
+def check_shapes(input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None,
+                 position_ids: Tensor | None, cache: StudentCache | None, layers: int) -> None:  # fmt: skip
+    """Raise InputError unless arguments of `Student.forward` have the kind and shape that its docstring gives."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise InputError("input_ids and inputs_embeds: give one of them")
+    name, inputs = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
+    shape = list(inputs.shape)  # type: ignore[union-attr]
+    if len(shape) != (2 if inputs_embeds is None else 3):
+        raise InputError(f"{name} {shape}: give {'[B, T]' if inputs_embeds is None else '[B, T, D]'}")
+    if shape[1] == 0:
+        raise InputError(f"{name} {shape} hold no new token: with a cache, generate takes all tokens, or a mask of all tokens")
+    if cache is not None and not (isinstance(cache, StudentCache) and len(cache.layers) == layers):
+        raise InputError(f"past_key_values {type(cache).__name__}: give a StudentCache that this model returned, or none")
+    seen = 0 if cache is None else cache.get_seq_length()
+    expected = [shape[0], seen + shape[1]]
+    if attention_mask is not None and list(attention_mask.shape) != expected:
+        raise InputError(
+            f"attention_mask {list(attention_mask.shape)}: give {expected}, 0 where padded, for {seen} tokens in the cache and "
+            f"{shape[1]} new ones"
+        )
+    if position_ids is not None and list(position_ids.shape) not in ([shape[0], shape[1]], [1, shape[1]]):
+        raise InputError(f"position_ids {list(position_ids.shape)}: give {shape[:2]}, those of the new tokens")
+
+
+def check_one_sequence(attention_mask: Tensor | None, position_ids: Tensor | None, options: dict[str, Any]) -> None:
+    """Raise InputError where a row holds several sequences, as position_ids that start again or flash attention's options say.
+
+    A recurrent state would go on from one to the next. Compiled code, which cannot branch on numbers, is not checked.
+    """
+    packed = any(options.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx"))
+    if position_ids is not None and position_ids.shape[1] > 1 and not packed and not torch.compiler.is_compiling():
+        back = position_ids[:, 1:] < position_ids[:, :-1]
+        if attention_mask is not None:  # whose padding on the right has position 0
+            back = back & attention_mask[:, -back.shape[1] :].bool()
+        packed = bool(back.any())
+    if packed:
+        raise InputError("position_ids start again within a row, over which a student's state goes on: give one sequence a row")
 
 
 def teacher_config(config: StudentConfig) -> PreTrainedConfig:
-    """Return the teacher's configuration, which is stored in the student's."""
-    return AutoConfig.for_model(**(config.teacher or {}))
+    """Return the teacher's configuration, stored in the student's, with the size of the student's vocabulary."""
+    return AutoConfig.for_model(**(config.teacher or {}) | {"vocab_size": config.vocab_size})
 
 
 def mark_as_loaded(parameter: nn.Parameter) -> None:

@@ -1,5 +1,7 @@
 """The softmax student computes its teacher's logits, and every student does what transformers asks of its models."""
 
+import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from helpers import some_tokens
 from op_inputs import relative_error
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
 
 from distill_pl.errors import InputError
 from distill_pl.mixers import MIXERS
@@ -264,6 +266,155 @@ def test_labels_give_the_shifted_cross_entropy(teacher, name):
     assert output.loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
 
 
+def test_the_loss_is_divided_by_the_items_of_the_whole_batch(teacher):
+    """Trainer gives num_items_in_batch where gradients are accumulated; 2 rows of 20 tokens have 38 labels."""
+    student, tokens = build(teacher, "gla"), some_tokens(teacher)
+    loss, share = student(tokens, labels=tokens).loss, student(tokens, labels=tokens, num_items_in_batch=76).loss
+    assert share.item() == pytest.approx(loss.item() / 2, rel=1e-5)
+
+
+def test_hidden_states_and_attentions_are_the_teachers(variant):
+    teacher = variant("qwen3")
+    model, student = AutoModelForCausalLM.from_pretrained(teacher.path, attn_implementation="eager"), build(teacher, "softmax")
+    asked, tokens = {"output_hidden_states": True, "output_attentions": True}, some_tokens(teacher)
+    expected, got, as_tuple = model(tokens, **asked), student(tokens, **asked), student(tokens, return_dict=False, **asked)
+    student.config.output_hidden_states = True
+    configured = student(tokens)
+    for name, count in [("hidden_states", 3), ("attentions", 2)]:
+        assert len(got[name]) == len(expected[name]) == count
+        assert all(relative_error(*pair) < 1e-5 for pair in zip(got[name], expected[name], strict=True))
+    assert torch.equal(configured.hidden_states[2], got.hidden_states[2]) and configured.attentions is None
+    assert torch.equal(student.lm_head(got.hidden_states[-1]), got.logits)
+    assert type(as_tuple) is tuple and torch.equal(as_tuple[0], got.logits) and len(as_tuple) == 4
+    assert student(tokens, output_hidden_states=False).hidden_states is None
+
+
+def test_attentions_are_causal_and_ignore_padding(teacher, name):
+    student, row = build(teacher, name, init="fresh"), some_tokens(teacher, rows=1, length=9)
+    padded, mask = torch.cat([torch.full((1, 3), 9), row], 1), (torch.arange(12) >= 3)[None]
+    alone = student(row, output_attentions=True).attentions
+    for got, expected in zip(student(padded, mask, output_attentions=True).attentions, alone, strict=True):
+        assert expected.shape == (1, teacher.config.num_attention_heads, 9, 9)
+        assert not expected.triu(1).any() and relative_error(got[..., 3:, 3:], expected) < 1e-5
+
+
+def test_a_given_cache_is_used_in_training_too(teacher):
+    student, tokens = build(teacher, "gla", softmax_layers=[1]).train(), some_tokens(teacher)
+    cache = student(tokens[:, :6], use_cache=True).past_key_values
+    output = student(tokens[:, 6:], past_key_values=cache)
+    assert relative_error(output.logits, student(tokens).logits[:, 6:]) < 1e-5
+    assert output.past_key_values is None and cache.get_seq_length() == 20
+
+
+NOT_TAKEN = {  # what a student cannot compute rightly -> (arguments of a call, the line it is refused with)
+    "mask of the new tokens": ({"attention_mask": torch.ones(2, 3), "filled": 6}, r"attention_mask \[2, 3\]: give \[2, 9\]"),
+    "long mask": ({"attention_mask": torch.ones(2, 4)}, r"attention_mask \[2, 4\]: give \[2, 3\]"),
+    "mask of pairs": ({"attention_mask": torch.ones(2, 1, 3, 3)}, r"attention_mask \[2, 1, 3, 3\]: give \[2, 3\]"),
+    "positions": ({"position_ids": torch.arange(9)[None], "filled": 6}, r"position_ids \[1, 9\]: give \[2, 3\]"),
+    "packed": ({"position_ids": torch.tensor([[0, 1, 0]])}, "position_ids start again within a row"),
+    "packed for flash attention": ({"cu_seq_lens_q": torch.tensor([0, 1, 3])}, "position_ids start again within a row"),
+    "keys and values": ({"past_key_values": DynamicCache()}, "past_key_values DynamicCache: give a StudentCache"),
+    "cache of more layers": ({"past_key_values": StudentCache(3)}, "past_key_values StudentCache: .*this model"),
+    "attentions of the past": ({"output_attentions": True, "filled": 6}, "output_attentions: the states of 6 earlier tokens"),
+    "one dimension": ({"input_ids": torch.ones(3).long()}, r"input_ids \[3\]: give \[B, T\]"),
+    "no token": ({"input_ids": torch.ones(2, 0).long()}, r"input_ids \[2, 0\] hold no new token"),
+    "no inputs": ({"input_ids": None}, "input_ids and inputs_embeds: give one"),
+    "both inputs": ({"inputs_embeds": torch.ones(2, 3, 32)}, "input_ids and inputs_embeds: give one"),
+}
+
+
+@pytest.mark.parametrize("what", NOT_TAKEN)
+def test_forward_refuses_what_it_would_compute_wrongly(teacher, what):
+    arguments, message = NOT_TAKEN[what]
+    student, tokens = build(teacher, "gla", softmax_layers=[1]), some_tokens(teacher, length=3)
+    arguments = {"input_ids": tokens} | arguments
+    if filled := arguments.pop("filled", None):
+        arguments["past_key_values"] = student(some_tokens(teacher, length=filled)).past_key_values
+    with pytest.raises(InputError, match=message) as refusal:
+        student(**arguments)
+    assert "\n" not in str(refusal.value)
+
+
+def test_padding_on_the_right_is_no_restart(teacher):
+    student, tokens = build(teacher, "retnet"), some_tokens(teacher, length=4)
+    mask, positions = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]), torch.tensor([[0, 1, 0, 0], [0, 1, 2, 3]])
+    got = logits_of(student, tokens, attention_mask=mask, position_ids=positions)
+    assert relative_error(got[0, :2], logits_of(student, tokens)[0, :2]) < 1e-5
+
+
+def test_positions_that_are_given_are_honoured(teacher):
+    """RetNet's RoPE sees distances alone: shifted positions change nothing, positions twice as far apart do."""
+    student, tokens = build(teacher, "retnet"), some_tokens(teacher, length=6)
+    shifted, spread = (logits_of(student, tokens, position_ids=p[None]) for p in (torch.arange(3, 9), 2 * torch.arange(6)))
+    assert relative_error(shifted, logits_of(student, tokens)) < 1e-4
+    assert relative_error(spread, logits_of(student, tokens)) > 1e-3
+
+
+@pytest.mark.parametrize("options", [
+    {"prefill_chunk_size": 4},
+    {"use_cache": False},
+    {"do_sample": True, "num_return_sequences": 3},
+    {"num_beams": 4, "do_sample": True, "num_return_sequences": 2, "prefill_chunk_size": 5},
+    {"guidance_scale": 1.5, "repetition_penalty": 1.3},
+], ids=str)  # fmt: skip
+def test_options_of_generate_give_the_tokens_of_whole_passes(teacher, options):
+    """A hybrid's tokens from a cache, from tokens or embeddings, are those from the whole sequence anew for each token."""
+    student, tokens = build(teacher, "mamba2", softmax_layers=[1]), some_tokens(teacher, length=9)
+    mask = torch.ones_like(tokens)
+    mask[0, :5] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0} | options
+    whole = options | {"use_cache": False, "prefill_chunk_size": None}
+    given = [{"inputs": tokens}]
+    if not {"guidance_scale", "prefill_chunk_size"} & options.keys():  # which read input_ids
+        given.append({"inputs_embeds": student.get_input_embeddings()(tokens)})
+    results = []
+    for arguments in ({"inputs": tokens} | whole, *(inputs | options for inputs in given)):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            results.append(student.generate(**arguments)[:, -6:])
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_generate_goes_on_from_a_cache(teacher):
+    student, tokens = build(teacher, "delta_net", softmax_layers=[0]), some_tokens(teacher, length=12)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    expected = student.generate(tokens, **options)
+    for inputs, mask in [(tokens, None), (tokens[:, 7:], torch.ones_like(tokens))]:
+        cache = student(tokens[:, :7]).past_key_values
+        got = student.generate(inputs, attention_mask=mask, past_key_values=cache, **options)
+        assert torch.equal(got[:, -4:], expected[:, -4:])
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"prompt_lookup_num_tokens": 2}, "no assisted_generation"),
+    ({"penalty_alpha": 0.6, "top_k": 4}, "no contrastive_search"),
+    ({"num_beams": 4, "num_beam_groups": 2}, "no group_beam_search"),
+    ({"dola_layers": "high"}, "no dola_generation"),
+    ({"cache_implementation": "static"}, "cache_implementation 'static'"),
+    ({"cache_implementation": "paged"}, "cache_implementation 'paged'"),
+    ({"inputs": torch.ones(2, 0).long()}, r"input_ids \[2, 0\] hold no token"),
+    ({"prefill_chunk_size": 4, "inputs_embeds": torch.ones(2, 9, 32)}, "prefill_chunk_size 4: .* inputs_embeds"),
+], ids=str)  # fmt: skip
+def test_generate_refuses_what_a_state_cannot_do(teacher, options, message):
+    student = build(teacher, "gla")
+    with pytest.raises(InputError, match=message):
+        student.generate(**{"inputs": some_tokens(teacher), "max_new_tokens": 2} | options)
+    if not {"inputs", "inputs_embeds"} & options.keys():  # nor where the model's own configuration asks for it
+        vars(student.generation_config).update(options)
+        with pytest.raises(InputError, match=message):
+            student.generate(some_tokens(teacher), max_new_tokens=2)
+
+
+def test_a_student_assists_no_model_and_takes_no_continuous_batches(teacher):
+    student, tokens = build(teacher, "gla"), some_tokens(teacher, rows=1)
+    with pytest.raises(InputError, match="assistant_model: a student cannot be one"):
+        teacher.model.generate(tokens, assistant_model=student, max_new_tokens=4)
+    with pytest.raises(InputError, match="no assisted_generation"):
+        student.generate(tokens, assistant_model=teacher.model, max_new_tokens=4)
+    with pytest.raises(InputError, match="continuous batching"):
+        student.generate_batch(tokens.tolist())
+
+
 def test_logits_to_keep(teacher, name):
     student, tokens = build(teacher, name), some_tokens(teacher)
     whole = logits_of(student, tokens)
@@ -283,6 +434,105 @@ def test_cache_is_made_for_inference_only(teacher, name):
     assert student(tokens).past_key_values.get_seq_length() == 20
     assert student(tokens, use_cache=False).past_key_values is None
     assert student.train()(tokens).past_key_values is None
+
+
+def reloaded(student: Student, folder: Path, save: dict | None = None, **load) -> Student:
+    student.save_pretrained(folder, **save or {})
+    return AutoModelForCausalLM.from_pretrained(folder, **load).eval()
+
+
+def from_its_config(student: Student, folder: Path) -> Student:
+    student.config.save_pretrained(folder)
+    copied = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).eval()
+    torch.save(student.state_dict(), folder / "weights.pt")
+    copied.load_state_dict(torch.load(folder / "weights.pt", weights_only=True))
+    return copied
+
+
+def with_merged_adapter(student: Student, folder: Path) -> Student:
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(student, peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear"))
+    return adapted.merge_and_unload()  # a new adapter adds nothing
+
+
+def partly_on_disk(student: Student, folder: Path) -> Student:
+    pytest.importorskip("accelerate")
+    places = dict.fromkeys(["model.embed_tokens", "lm_head", "model.layers.0", "model.norm", "model.rotary_emb"], "cpu")
+    return reloaded(student, folder, device_map=places | {"model.layers.1": "disk"}, offload_folder=folder / "offloaded")
+
+
+def through_public_setters(student: Student, folder: Path) -> Student:
+    student.set_input_embeddings(student.get_input_embeddings())
+    student.set_output_embeddings(student.get_output_embeddings())
+    student.set_attn_implementation("eager")
+    student.tie_weights()
+    student.gradient_checkpointing_disable()
+    student.resize_token_embeddings(student.config.vocab_size)
+    return student
+
+
+SAME_MODEL = {  # ways from a student to an equal one
+    "sharded": lambda student, folder: reloaded(student, folder, {"max_shard_size": "40KB"}),
+    "dtype auto": lambda student, folder: reloaded(student, folder, dtype="auto"),
+    "fp64 and back": lambda student, folder: student.double().float(),
+    "deepcopy": lambda student, folder: copy.deepcopy(student),
+    "pickle": lambda student, folder: pickle.loads(pickle.dumps(student)),
+    "config and state dict": from_its_config,
+    "adapter": with_merged_adapter,
+    "offloaded": partly_on_disk,
+    "setters": through_public_setters,
+}
+
+
+@pytest.mark.parametrize("way", SAME_MODEL)
+def test_the_student_is_the_same(variant, tmp_path, way):
+    for shape in ("llama", "llama_untied"):
+        student, tokens = build(variant(shape), "mamba2", softmax_layers=[1]), some_tokens(variant(shape))
+        expected, size = logits_of(student, tokens), sum(x.numel() for x in student.parameters())
+        same = SAME_MODEL[way](student, tmp_path / shape)
+        assert type(same) is Student and torch.equal(logits_of(same, tokens), expected)
+        assert same.num_parameters() == size
+
+
+@pytest.mark.parametrize("shape", ["llama", "llama_untied"])
+@pytest.mark.parametrize("size", [260, 310])
+def test_another_vocabulary_is_saved_and_loaded(variant, tmp_path, shape, size):
+    student, tokens = build(variant(shape), "gla"), some_tokens(variant(shape)) % 260
+    expected = logits_of(student, tokens)
+    student.resize_token_embeddings(size)
+    loaded = reloaded(student, tmp_path)
+    assert loaded.config.vocab_size == size and loaded.lm_head.out_features == size
+    assert relative_error(logits_of(loaded, tokens)[..., :260], expected[..., :260]) < 1e-6
+    assert torch.equal(logits_of(loaded, tokens), logits_of(student, tokens))
+    assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == (shape == "llama")
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(teacher, name, reentrant):
+    student, tokens = build(teacher, name, softmax_layers=[1]).train().requires_grad_(True), some_tokens(teacher)
+    student(tokens, labels=tokens).loss.backward()
+    expected = {key: x.grad.clone() for key, x in student.named_parameters()}
+    student.zero_grad()
+    student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    recomputed = []
+    student.mixers[0].register_forward_hook(lambda *unused: recomputed.append(True))
+    student(tokens, labels=tokens).loss.backward()
+    assert len(recomputed) == 2
+    assert all(relative_error(x.grad, expected[key]) < 1e-5 for key, x in student.named_parameters())
+    with pytest.raises(InputError, match="past_key_values: gradient checkpointing"):
+        student(tokens, past_key_values=StudentCache(2))
+
+
+def test_other_implementations_of_attention_are_refused(teacher, tmp_path):
+    student = build(teacher, "gla")
+    student.save_pretrained(tmp_path)
+    for change in (student.set_attn_implementation, lambda x: reloaded(student, tmp_path, attn_implementation=x)):
+        with pytest.raises(ValueError, match="attn_implementation 'sdpa': a student attends by its mixers"):
+            change("sdpa")
+
+
+def test_a_layer_is_not_split_over_devices(teacher):
+    assert build(teacher, "gla")._no_split_modules == {"LlamaDecoderLayer"}
 
 
 @pytest.mark.parametrize(("shape", "kv_heads"), [("llama_bias", "grouped"), ("qwen3", "expanded")])
