@@ -35,6 +35,15 @@ TRAINER_KEYS = {
 }  # fmt: skip
 PATHS = {"out", "teacher", "data", "data.dataset", "data.cache", "model", "models"}  # keys of `fit` and of the other commands
 
+JSONARGPARSE_SAYS = {  # patterns of its messages -> what people can read
+    r'^Parser key "([\w.]+)": ': r"\1: ",
+    r"(?:a )?<class '(?:[\w.]+\.)?(\w+)'>": r"\1",
+    r"typing\.": "",
+    "NoneType": "null",
+    r"Does not validate against any of .* Subtypes: \[(.*)\] Errors: .*Given value: (.*)": r"Expected \1. Got value: \2",
+    r"Unable to load config ('.*?') - .*": r"\1 is no file: give a YAML file, or its keys one by one",
+}
+
 
 class DistillCLI(LightningCLI):
     """LightningCLI with a group of keys for each stage instead of one model, and with commands that need no Trainer.
@@ -125,8 +134,8 @@ class DistillCLI(LightningCLI):
                 near = difflib.get_close_matches(unknown[1], keys, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"see distill-pl {command} --help"
                 raise InputError(f"unknown key {unknown[1]}: {hint}") from error
-            text = re.sub(r'^Parser key "([\w.]+)": ', r"\1: ", text)
-            text = re.sub(r"(?:a )?<class '(\w+)'>", r"\1", text).replace("typing.", "")
+            for pattern, words in JSONARGPARSE_SAYS.items():
+                text = re.sub(pattern, words, text)
             text = re.sub(rf"arguments are required: (?:{'|'.join(self.commands)})\.", "arguments are required: ", text)
             raise InputError(text) from error
 

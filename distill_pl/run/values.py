@@ -31,7 +31,7 @@ class Range(NamedTuple):
 
 
 SHARE = Range(0, 1)
-POSITIVE = Range(0, most=1e30, above=True)  # infinity is no learning rate
+POSITIVE = Range(0, most=1e6, above=True)  # far beyond all sense: what is larger makes numbers that are not finite
 AT_LEAST_1 = Range(1)
 SEED = Range(0, 2**32 - 1)  # what numpy takes
 BUDGET = Range(0, 1e15)  # steps and chunks are counted in 64 bits
@@ -47,15 +47,15 @@ RANGES = {
     "trainer.num_nodes": AT_LEAST_1,
     "trainer.log_every_n_steps": AT_LEAST_1,
     "trainer.limit_val_batches": Range(0, above=True),
-    "matrix_mixing.probes": AT_LEAST_1,
+    "matrix_mixing.probes": Range(1, 1e4),
     "matrix_mixing.decay": SHARE,
     "hidden_align.decay": SHARE,
-    "kd.alpha": Range(0, 1e30),
+    "kd.alpha": Range(0, 1e6),
     "kd.temperature": POSITIVE,
 }
 for stage in STAGES:
     RANGES |= {f"{stage}.tokens": BUDGET, f"{stage}.lr": POSITIVE, f"{stage}.warmup": SHARE,
-               f"{stage}.weight_decay": Range(0, 1e30), f"{stage}.clip": Range(0, above=True)}  # fmt: skip
+               f"{stage}.weight_decay": Range(0, 1e6), f"{stage}.clip": Range(0, above=True)}  # fmt: skip
 
 
 def check_numbers(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
