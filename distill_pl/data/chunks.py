@@ -24,13 +24,15 @@ from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
 
-from distill_pl.data.sources import TextSource
+from distill_pl.data.sources import TextSource, count
 from distill_pl.errors import InputError, one_line
 from distill_pl.tokenizer import special_tokens, text_encoder
+from distill_pl.tokens import short
 
 FORMAT = 3  # part of the key: raise it when the same text would be packed differently
 FILES = ["validation", "train"]  # in the order in which they are filled; the dataset's splits have the same names
@@ -96,10 +98,28 @@ class Chunks:
                 if not self._done(need):
                     self._pack(need)
         except OSError as error:  # from writing only: TextSource turns errors of reading into InputErrors
+            saved = os.path.isfile(self.folder / "sidecar.json")
             raise InputError(
                 f"cannot write packed text to {self.folder} ({one_line(error)}): free space, allow writing or choose another "
-                "data.cache; what is packed is kept, the same command continues from it"
+                "data.cache" + ("; what is packed is kept, the same command continues from it" if saved else "")
             ) from error
+
+    def describe(self) -> str:
+        """Say in one line, after `prepare`, what was found, what of it is held out, and what is left out and why."""
+        sidecar = self._sidecar() or self._first_sidecar()
+        rows, bad_rows, documents, tokens = (sum(sidecar[key].values()) for key in ("rows", "bad_rows", "documents", "tokens"))
+        files, left_out = self.source.describe()
+        share = "all" if sidecar["exhausted"] else "the first"
+        held_out = count(sidecar["documents"]["validation"], "document")
+        parts = [
+            f"{share} {count(rows, 'row')} of {files}: {count(documents, 'document')}, {short(tokens)} tokens",
+            f"held out: {held_out} of its validation split"
+            if sidecar["rows"]["validation"]
+            else f"held out: the first {held_out}",
+            f"skipped: {count(bad_rows, 'unreadable row')}" if bad_rows else "",
+            f"left out: {left_out}" if left_out else "",
+        ]
+        return "; ".join(filter(None, parts))
 
     @property
     def train(self) -> np.ndarray:
@@ -163,29 +183,30 @@ class Chunks:
         ids = max(len(self.tokenizer), 1 + max(self.tokenizer.get_vocab().values()))
         return np.dtype("<u2" if ids <= 2**16 else "<u4")
 
-    def _batches(self, stream) -> Iterator[tuple[list[str], dict]]:
-        """Yield batches of non-empty documents, each with the stream's position just after it.
+    def _batches(self, stream) -> Iterator["_Batch"]:
+        """Yield the rows of a stream in batches, each with the stream's position just after it.
 
         Rows are read one by one because `datasets` counts a row as it hands it out, so the position is exact; its own
         batches read ahead, and its versions differ in how they count what is held back.
         """
-        texts, rows, characters = [], 0, 0
+        texts: list[str | None] = []
+        characters = 0
         for text in self.source.texts(stream):
-            rows, characters = rows + 1, characters + len(text)
-            texts += [text] if text else []
-            if rows == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-                yield texts, stream.state_dict()
-                texts, rows, characters = [], 0, 0
-        if rows:
-            yield texts, stream.state_dict()
+            texts.append(text)
+            characters += len(text or "")
+            if len(texts) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+                yield _Batch([text for text in texts if text], len(texts), texts.count(None), stream.state_dict())
+                texts, characters = [], 0
+        if texts:
+            yield _Batch([text for text in texts if text], len(texts), texts.count(None), stream.state_dict())
 
-    def _encoded(self, stream) -> Iterator[tuple[list, dict]]:
+    def _encoded(self, stream) -> Iterator[tuple[list, "_Batch"]]:
         """Yield the batches of `_batches` tokenised, one ahead: Python reads and writes while Rust works on all cores."""
         encode = getattr(self._encoder, "encode_batch_fast", self._encoder.encode_batch)  # fast: computes no offsets
         with ThreadPoolExecutor(1) as worker:
             ahead = None
-            for texts, position in self._batches(stream):
-                ready, ahead = ahead, (worker.submit(encode, texts, add_special_tokens=False), position)
+            for batch in self._batches(stream):
+                ready, ahead = ahead, (worker.submit(encode, batch.documents, add_special_tokens=False), batch)
                 if ready:
                     yield ready[0].result(), ready[1]
             if ahead:
@@ -217,14 +238,17 @@ class Chunks:
                     continue
                 if position[split]:
                     streams[split].load_state_dict(position[split])
-                for encodings, position_after in self._encoded(streams[split]):
+                for encodings, batch in self._encoded(streams[split]):
                     for encoding in encodings:  # into the first file not full; the rest of a batch into the last
                         name = names[0] if tokens[names[0]] < need[names[0]] else names[-1]
                         ids = np.array([*before, *encoding.ids, *after], self._dtype)
                         files[name].write(ids.data)
                         tokens[name] += len(ids)
+                        sidecar["documents"][name] += 1
                         sidecar["crc32"][name] = zlib.crc32(ids.data, sidecar["crc32"][name])
-                    position[split] = position_after
+                    position[split] = batch.position
+                    sidecar["rows"][split] += batch.rows
+                    sidecar["bad_rows"][split] += batch.bad_rows
                     if all(tokens[name] >= need[name] for name in names):
                         break
                     now, total = time.monotonic(), sum(tokens.values())
@@ -238,6 +262,13 @@ class Chunks:
                         _print_progress(f"{share}, {rate / 1e6:.1f}M tokens/s, {left / max(rate, 1):.0f} s left")
                 else:
                     sidecar["exhausted"] = split == "train"
+                    if not any(sidecar["documents"][name] for name in names):
+                        rows, bad = sidecar["rows"][split], sidecar["bad_rows"][split]
+                        raise InputError(
+                            f"data.text_column {self.source.text_column!r} of {self.source.dataset!r} holds no text: of the "
+                            f"{rows:,} rows of its {split} split, {bad:,} are unreadable and all others null or empty: name a "
+                            "column of text"
+                        )
                 if tokens["validation"] < need["validation"]:
                     raise InputError(
                         f"data.validation_tokens asks for {need['validation']} held-out tokens, the {split} split of "
@@ -249,13 +280,16 @@ class Chunks:
         _print_progress(f"{total / 1e6:.1f}M tokens{ended} in {self.folder}, {rate / 1e6:.1f}M tokens/s")
 
     def _first_sidecar(self) -> dict:
-        """Build the sidecar of empty files. Code reads commit, tokens, crc32, position and exhausted, people the rest."""
+        """Build the sidecar of empty files. Code reads what begins with commit and ends, people the rest."""
         source = self.source
         return {
             **{"dataset": source.dataset, "name": source.name, "revision": source.revision, "commit": None},
             **self._packing,
             "dtype": self._dtype.str,
             "versions": {library: version(library) for library in ("datasets", "tokenizers")},
+            "rows": dict.fromkeys(FILES, 0),  # by split
+            "bad_rows": dict.fromkeys(FILES, 0),  # those of them that were skipped
+            "documents": dict.fromkeys(FILES, 0),
             "tokens": dict.fromkeys(FILES, 0),
             "crc32": dict.fromkeys(FILES, 0),  # of the first `tokens` ids
             "position": dict.fromkeys(FILES),
@@ -303,6 +337,13 @@ class Chunks:
             self._verified[name] = tokens
         chunks = tokens // self.sequence_length
         return ids[: chunks * self.sequence_length].reshape(chunks, self.sequence_length)
+
+
+class _Batch(NamedTuple):
+    documents: list[str]
+    rows: int  # null and empty ones and bad ones included
+    bad_rows: int
+    position: dict  # of the stream, just after it
 
 
 def _blocks(ids: np.ndarray) -> Iterator[memoryview]:

@@ -27,9 +27,10 @@ class ChunkDataModule(L.LightningDataModule):
     and in the same order.
 
     Args:
-        dataset: Hugging Face hub id; or a local parquet, json, jsonl or txt file (a txt file is one document), a folder of
-            such files (their names assign them to splits, as in `datasets`) or a glob (every file is training text). Files
-            may be compressed: .gz, .bz2, .xz, or .zst where the zstandard package is installed.
+        dataset: Hugging Face hub id; or a local parquet, json, jsonl or txt file (a long txt file is cut into documents at
+            blank lines), a folder of such files (train, validation or test in their names assigns them to splits) or a glob
+            (every file is training text). Files may be compressed: .gz, .bz2, .xz, or .zst where the zstandard package is
+            installed.
         name: configuration of a hub dataset, such as sample-10BT; ignored for local files.
         revision: branch, tag or commit of a hub dataset, by default main; ignored for local files.
         text_column: column that holds the documents; rows where it is null or empty are skipped.
@@ -43,6 +44,8 @@ class ChunkDataModule(L.LightningDataModule):
         shuffle: seed of the order of the training chunks, of which each comes once before any comes again, and with `repeat`
             in another order each time; or false for the dataset's order. By default seed 0 for local files, whose rows are
             often sorted, and false for hub datasets, which come shuffled.
+        skip_bad_rows: skip and count rows that hold no readable text (broken JSON, bytes that are no UTF-8, numbers) instead
+            of refusing them.
         cache: folder for the packed chunks, shared by all runs.
     """
 
@@ -58,6 +61,7 @@ class ChunkDataModule(L.LightningDataModule):
         validation_tokens: Tokens = Tokens("256k"),  # noqa: B008 (an int)
         repeat: bool = False,
         shuffle: int | bool | None = None,
+        skip_bad_rows: bool = False,
         cache: str = "~/.cache/distill_pl",
     ):
         super().__init__()
@@ -73,7 +77,7 @@ class ChunkDataModule(L.LightningDataModule):
             raise InputError(f"data.shuffle {shuffle!r} is no seed: give a whole number from 0 to {MAX_SEED}, or false")
         self.dataset, self.name, self.revision, self.text_column = dataset, name, revision, text_column
         self.sequence_length, self.batch_size, self.micro_batch_size = sequence_length, batch_size, micro_batch_size
-        self.repeat, self.shuffle = repeat, shuffle
+        self.repeat, self.shuffle, self.skip_bad_rows = repeat, shuffle, skip_bad_rows
         self.validation_chunks = validation_tokens // sequence_length
         self.cache = Path(cache).expanduser()
         self.first, self.steps, self.train_chunks = 0, 0, 0
@@ -84,7 +88,7 @@ class ChunkDataModule(L.LightningDataModule):
         Raises:
             InputError: the dataset cannot be used (see `Chunks.check`).
         """
-        source = TextSource(self.dataset, self.name, self.revision, self.text_column)
+        source = TextSource(self.dataset, self.name, self.revision, self.text_column, self.skip_bad_rows)
         shuffle = source.is_local if self.shuffle is None else self.shuffle
         self.seed = None if shuffle is False else 0 if shuffle is True else shuffle
         self.chunks = Chunks(
@@ -107,14 +111,22 @@ class ChunkDataModule(L.LightningDataModule):
             InputError: packing fails (see `Chunks.prepare`), or the dataset is smaller than `chunks` and not repeated.
         """
         self.chunks.prepare(chunks)
-        available = len(self.chunks.train)
-        if available == 0 or (available < chunks and not self.repeat):
-            length = self.sequence_length
+        available, length = len(self.chunks.train), self.sequence_length
+        if available == 0:
+            raise InputError(
+                f"data.dataset {self.dataset!r} is too small: without the held-out text (data.validation_tokens) it has less "
+                f"than a chunk of {length} tokens to train on: lower data.validation_tokens, or give more documents"
+            )
+        if available < chunks and not self.repeat:
             raise InputError(
                 f"data.dataset {self.dataset!r} holds {short(available * length)} training tokens, the budget needs "
                 f"{short(chunks * length)}: lower tokens, or set data.repeat true to go over the text again"
             )
         self.train_chunks = min(chunks, available)
+
+    def describe(self) -> str:
+        """Say in one line what `prepare` found in the dataset, what of it is held out, and what is left out and why."""
+        return self.chunks.describe()
 
     def fingerprint(self, chunks: int) -> str:
         """Hash the held-out text and what `prepare(chunks)` packed for training, as 32 hex digits."""

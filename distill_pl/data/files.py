@@ -10,13 +10,16 @@ import io
 import json
 import lzma
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TextIO, cast
 
 from distill_pl.errors import InputError, one_line
 
 HEAD_ROWS = 100  # rows of each file in which `check` looks for the text column
+DOCUMENT_CHARACTERS = 2**14  # of a txt file's document before a blank line ends it
+DOCUMENT_END = "<|endoftext|>"  # a line that ends a document of a txt file, and is no part of any
 BATCH_ROWS = 1024  # rows of parquet decoded at a time
 
 
@@ -25,14 +28,16 @@ class FileStream:
 
     Args:
         files: the files, in the order in which they are read.
-        kind: "parquet", "json" (also JSON lines) or "text" (a file is one document).
+        kind: "parquet", "json" (also JSON lines) or "text" (cut into documents by `_documents`).
         text_column: the column that holds the documents.
         dataset: how the user named the dataset, for messages.
         root: the folder that file names in messages are relative to.
+        skip_bad_rows: skip rows that hold no readable text instead of refusing them.
     """
 
-    def __init__(self, files: list[Path], kind: str, text_column: str, dataset: str, root: Path):
+    def __init__(self, files: list[Path], kind: str, text_column: str, dataset: str, root: Path, skip_bad_rows: bool = False):
         self.files, self.kind, self.text_column, self.dataset, self.root = files, kind, text_column, dataset, root
+        self.skip_bad_rows = skip_bad_rows
         self._position = {"file": 0, "row": 0}
 
     def state_dict(self) -> dict[str, int]:
@@ -53,8 +58,12 @@ class FileStream:
                     f"data.text_column {self.text_column!r} of {self.dataset!r} in {columns}: name a column of text"
                 )
 
-    def __iter__(self) -> Iterator[str]:
-        """Yield the document of each row, "" for null. Raises InputError, naming file and row, for one that is not text."""
+    def __iter__(self) -> Iterator[str | None]:
+        """Yield the document of each row: "" for null, and None for a bad row that is skipped.
+
+        Raises:
+            InputError: a row that is not text, by file and row, unless such rows are skipped; or a damaged file.
+        """
         while self._position["file"] < len(self.files):
             file = self.files[self._position["file"]]
             for label, value in self._rows(file, self._position["row"]):
@@ -63,19 +72,22 @@ class FileStream:
                     value = None
                 if isinstance(value, str) and not _is_unicode(value):
                     value = ValueError("it is not valid UTF-8 text")
-                if not isinstance(value, str | None):
+                if isinstance(value, str | None):
+                    yield value or ""
+                elif self.skip_bad_rows:
+                    yield None
+                else:
                     self._refuse(f"{label} of {self._name(file)}", value)
-                yield value or ""
             self._position = {**self._position, "file": self._position["file"] + 1, "row": 0}
 
     def _refuse(self, where: str, value: Any) -> None:
         """Raise InputError for a row whose value is no text or an error."""
         if isinstance(value, Exception):
             problem = f"{where} cannot be read ({one_line(value)}): mend or remove that row"
-            raise InputError(f"data.dataset {self.dataset!r}: {problem}")
+            raise InputError(f"data.dataset {self.dataset!r}: {problem}, or skip all such rows by data.skip_bad_rows true")
         raise InputError(
             f"data.text_column {self.text_column!r} of {self.dataset!r} holds {type(value).__name__} in {where}: "
-            "name a column of text"
+            "name a column of text, or skip all such rows by data.skip_bad_rows true"
         )
 
     def _name(self, file: Path) -> str:
@@ -196,8 +208,30 @@ def _cell(row: Any, column: str) -> Any:
 
 
 def _text_rows(handle: IO[bytes], column: str, first: int) -> Iterator[tuple[str, Any]]:
-    if first == 0:  # surrogateescape: bytes that are not UTF-8 become half surrogate pairs, which are refused by row
-        yield "the text", io.TextIOWrapper(handle, "utf-8", "surrogateescape").read()
+    # surrogateescape: bytes that are not UTF-8 become half surrogate pairs, which are refused by row
+    lines = io.TextIOWrapper(handle, "utf-8-sig", "surrogateescape")
+    documents = ((line, text) for line, text in _documents(lines) if text.strip())
+    for line, text in islice(documents, first, None):
+        yield f"the text from line {line} on", text
+
+
+def _documents(lines: TextIO) -> Iterator[tuple[int, str]]:
+    """Cut a text into documents and yield each with the number of its first line.
+
+    So a corpus of one file can be held out in part, and is never in memory as a whole. A line DOCUMENT_END ends a document,
+    as does the first blank line after DOCUMENT_CHARACTERS or, failing that, the first line after twice as many.
+    """
+    begin, number, parts, size = 1, 1, list[str](), 0
+    for line in iter(partial(lines.readline, DOCUMENT_CHARACTERS), ""):
+        number += line.endswith("\n")
+        marked = line.strip() == DOCUMENT_END
+        if not marked:
+            parts.append(line)
+            size += len(line)
+        if marked or size >= (2 if line.strip() else 1) * DOCUMENT_CHARACTERS:
+            yield begin, "".join(parts)
+            begin, parts, size = number, [], 0
+    yield begin, "".join(parts)
 
 
 def _attempt(function, *arguments) -> Any:

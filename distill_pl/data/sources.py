@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -11,23 +12,36 @@ from distill_pl.errors import InputError, one_line
 
 KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".txt": "text"}
 COMPRESSED = {".gz", ".zst", ".xz", ".bz2"}
+UNREADABLE = {".csv", ".tsv", ".arrow", ".zip", ".tar", ".tgz"}  # may hold text, but not for this package
 NOT_DATA = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+# words in the name of a folder or file that assign its rows to a split
+SPLIT_WORDS = {
+    **dict.fromkeys(["train", "training"], "train"),
+    **dict.fromkeys(["validation", "valid", "val", "dev"], "validation"),
+    **dict.fromkeys(["test", "testing", "eval", "evaluation"], "test"),
+}
+SPLIT_WORD = re.compile(rf"(?:.*[-._ 0-9])?({'|'.join(SPLIT_WORDS)})(?:[-._ 0-9].*)?")  # the last one in a name
+SPLITS = ("train", "validation")  # those that are read
+SHOWN = 3  # names of files in a message
 
 
 class TextSource:
     """A dataset whose rows hold documents.
 
     Args:
-        dataset: a Hugging Face hub id; or a local parquet, json, jsonl or txt file (a txt file is one document), a folder
-            of such files (their names assign them to splits, as in `datasets`) or a glob (every file is in the train
-            split). Files may be compressed: .gz, .bz2, .xz, or .zst where the `zstandard` package is installed.
+        dataset: a Hugging Face hub id; or a local parquet, json, jsonl or txt file (a long txt file is cut into documents), a
+            folder of such files (their names assign them to splits: `split_files_by_name`) or a glob (every file is in the
+            train split). Files may be compressed: .gz, .bz2, .xz, or .zst where the `zstandard` package is installed.
         name: configuration of a hub dataset, such as `sample-10BT`; ignored for local files.
         revision: branch, tag or commit of a hub dataset, None for `main`; ignored for local files.
         text_column: the column that holds the documents.
+        skip_bad_rows: skip rows that hold no readable text instead of refusing them.
     """
 
-    def __init__(self, dataset: str, name: str | None = None, revision: str | None = None, text_column: str = "text"):
+    def __init__(self, dataset: str, name: str | None = None, revision: str | None = None, text_column: str = "text",
+                 skip_bad_rows: bool = False):  # fmt: skip
         self.dataset, self.name, self.revision, self.text_column = dataset, name, revision, text_column
+        self.skip_bad_rows = skip_bad_rows
         self._path = os.path.abspath(os.path.expanduser(dataset))
 
     def identity(self) -> tuple[str, dict]:
@@ -35,13 +49,14 @@ class TextSource:
 
         Local files are identified by relative name, size and modification time: a moved folder is the same dataset.
         """
+        skip = {"skip_bad_rows": True} if self.skip_bad_rows else {}
         if not self.is_local:
             hub = {"dataset": self.dataset, "name": self.name, "revision": self.revision or "main"}
-            return f"{self.dataset}-{self.name or ''}", hub
+            return f"{self.dataset}-{self.name or ''}", hub | skip
         stats = [(file.relative_to(self._root).as_posix(), file.stat()) for file in self._files]
         files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
         readable = self._files[0].name if len(self._files) == 1 else self._root.name
-        return readable, {"files": files, "splits by name": self._is_folder}
+        return readable, {"files": files, "splits by name": self._is_folder, **skip}
 
     def open(self, splits: Iterable[str], commit: str | None = None) -> tuple[dict, str | None]:
         """Open those of `splits` that the dataset has, as streams with a position.
@@ -50,15 +65,17 @@ class TextSource:
         commit makes it read the same text though the hub's branch has moved.
 
         Raises:
-            InputError: no such dataset, files of no or of several supported kinds, empty files, or no train split.
+            InputError: no such dataset, files of no or of several supported kinds, empty files, no train split, or a folder
+                of which less would be read than left out.
         """
         streams: dict
         if self.is_local:
-            by_split = self._files_by_split()
+            self._check_left_out()
             kind = str(_kind(self._files[0]))
             streams = {
-                split: FileStream([Path(file) for file in files], kind, self.text_column, self.dataset, self._root)
-                for split, files in by_split.items()
+                split: FileStream(files, kind, self.text_column, self.dataset, self._root, self.skip_bad_rows)
+                for split, files in self._by_split.items()
+                if split
             }
         else:
             streams, commit = self._open_hub(commit)
@@ -70,10 +87,49 @@ class TextSource:
                 stream.check()
         return streams, commit
 
-    def _files_by_split(self) -> dict[str, list[str]]:
-        if self._is_folder:
-            return split_files_by_name(self._root, self._files)
-        return {"train": list(map(str, self._files))}
+    def describe(self) -> tuple[str, str]:
+        """Say of which files or commit the dataset consists, and which files are left out and why ("" for none)."""
+        if not self.is_local:
+            return "the hub's dataset", ""
+        read = [*self._by_split["train"], *self._by_split.get("validation", [])]
+        return count(len(read), "file"), ", ".join(
+            f"{self._names(paths)} ({why})" for why, paths in self._left_out.items() if paths
+        )
+
+    def _check_left_out(self) -> None:
+        """Raise InputError where files that may be meant as data are left out, larger together than those that are read."""
+        files = self._by_split
+        lost = [*files.get("", []), *(file for file in self._left_out["no data"] if _suffix(file) in UNREADABLE)]
+        read = [file for split in SPLITS for file in files.get(split, [])]
+        if sum(file.stat().st_size for file in lost) > sum(file.stat().st_size for file in read) > 0:
+            raise InputError(
+                f"data.dataset {self.dataset!r}: most of it would be left out ({self._names(lost)}), and only "
+                f"{self._names(read)} read, by the names of the files: rename them, move what is not meant, or give the files "
+                f"that are as a glob, such as '{self._root}/**/*{self._files[0].suffix}'"
+            )
+
+    @cached_property
+    def _by_split(self) -> dict[str, list[Path]]:
+        return split_files_by_name(self._root, self._files) if self._is_folder else {"train": self._files}
+
+    @cached_property
+    def _left_out(self) -> dict[str, list[Path]]:
+        """List the local files that are not read, by the reason."""
+        reasons = {f"the {split} split": files for split, files in self._by_split.items() if split not in ("", *SPLITS)}
+        reasons |= {"no split in the name": self._by_split.get("", []), "hidden": [], "a folder, which ** would enter": [],
+                    "a link to nothing": [], "no data": []}  # fmt: skip
+        for path in sorted(set(self._paths) - set(self._files)):
+            if self._is_hidden(path):
+                reasons["hidden"] += [path] if _kind(path) else []
+            elif path.is_dir():
+                reasons["a folder, which ** would enter"].append(path)
+            else:
+                reasons["no data" if path.exists() else "a link to nothing"].append(path)
+        return reasons
+
+    def _names(self, files: list[Path]) -> str:
+        names = [os.path.relpath(file, self._root) for file in files]
+        return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
 
     def _open_hub(self, commit: str | None) -> tuple[dict, str]:
         """Open a dataset on the hub at a commit, by default its newest. Returns the streams by split and the commit."""
@@ -93,8 +149,8 @@ class TextSource:
                 f"({one_line(error)})"
             ) from error
 
-    def texts(self, stream) -> Iterator[str]:
-        """Yield the document of each row of a stream, "" for null.
+    def texts(self, stream) -> Iterator[str | None]:
+        """Yield the document of each row of a stream: "" for null, and None for a bad row that is skipped.
 
         Raises:
             InputError: the text column is missing or holds no text, or a row cannot be read.
@@ -106,16 +162,20 @@ class TextSource:
         try:
             for row in stream:
                 if not isinstance(text := row.get(column, 0), str | None):
+                    if self.skip_bad_rows and column in row:
+                        yield None
+                        continue
                     problem = f"holds {type(text).__name__}" if column in row else f"is none of {', '.join(row)}"
                     raise InputError(f"data.text_column {column!r} of {self.dataset!r} {problem}: name a column of text")
                 yield text or ""
         except InputError:
             raise
         except Exception as error:
-            raise InputError(
-                f"data.dataset {self.dataset!r} cannot be read ({one_line(error)}): run the same command again, it continues "
-                "from what is done"
-            ) from error
+            damaged = isinstance(error, ValueError | TypeError)  # so pyarrow and `datasets` call rows that they cannot read
+            remedy = "its rows must be mended there, or read from local files" if damaged else (
+                "run the same command again, it continues from what is done"
+            )  # fmt: skip
+            raise InputError(f"data.dataset {self.dataset!r} cannot be read ({one_line(error)}): {remedy}") from error
 
     @property
     def is_local(self) -> bool:
@@ -132,14 +192,22 @@ class TextSource:
         return Path(self._path if self._is_folder else os.path.commonpath([file.parent for file in self._files]))
 
     @cached_property
+    def _paths(self) -> list[Path]:
+        """List what the dataset's name stands for on this machine, files of any kind; empty for a dataset on the hub."""
+        if self._is_folder:
+            return _walk(self._path)
+        paths = [self._path] if os.path.isfile(self._path) else sorted(glob.glob(self._path, recursive=True))
+        # each once: a link may lead back to a folder above it
+        once = {os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path)): path for path in reversed(paths)}
+        return sorted(Path(path) for path in once.values() if "**" not in self.dataset or not os.path.isdir(path))
+
+    @cached_property
     def _files(self) -> list[Path]:
         """List the local data files, sorted and all of one kind; empty for a dataset on the hub."""
         looks_local = self.dataset.startswith((".", "/", "~")) or glob.has_magic(self.dataset) or _kind(self._path)
         if not os.path.exists(self._path) and not looks_local:
             return []
-        pattern = os.path.join(glob.escape(self._path), "**") if self._is_folder else self._path
-        paths = [self._path] if os.path.isfile(self._path) else glob.glob(pattern, recursive=True)
-        files = sorted(Path(path) for path in paths if os.path.isfile(path))
+        files = [path for path in self._paths if path.is_file() and not self._is_hidden(path)]
         if not files:
             raise InputError(
                 f"data.dataset {self.dataset!r}: no such file or folder, or nothing in it; give a file, folder or glob "
@@ -157,22 +225,55 @@ class TextSource:
             raise InputError(f"data.dataset {self.dataset!r} is empty: every file in it has 0 bytes")
         return data_files
 
+    def _is_hidden(self, file: Path) -> bool:
+        """Return whether a folder's file, or a folder on the way to it, has a name that begins with a dot."""
+        return self._is_folder and any(part.startswith(".") for part in file.relative_to(self._path).parts)
 
-def split_files_by_name(root: Path, files: list[Path]) -> dict[str, list[str]]:
-    """Return those of `files`, all below `root`, that belong to each split by the naming rules of `datasets`.
 
-    `load_dataset(root)` applies the same rules, but takes LICENSE.md for data. They have no public interface: this function
-    alone depends on the internals of `datasets.data_files`.
+def count(number: int, what: str) -> str:
+    """Format a number of things: `1 file`, `1,234 files`."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def split_files_by_name(root: Path, files: list[Path]) -> dict[str, list[Path]]:
+    """Assign files below `root` to the splits "train", "validation", "test" by the words in their names, like `datasets`.
+
+    The innermost folder that names a split decides, or else the file's own name (SPLIT_WORDS, between digits, spaces or any
+    of `-._`). Files whose names name none are the train split unless others are; if so, they are listed under "". Unlike in
+    `datasets`, a file is in one split only, and folders that are links or begin with two underscores count like others.
     """
-    from datasets.data_files import DataFilesDict, get_data_patterns
+    by_split: dict[str, list[Path]] = {}
+    for file in files:
+        *folders, name = file.relative_to(root).parts
+        words = (SPLIT_WORD.fullmatch(part) for part in [*reversed(folders), name])
+        by_split.setdefault(next((SPLIT_WORDS[word[1]] for word in words if word), ""), []).append(file)
+    if "" in by_split and "train" not in by_split:
+        by_split["train"] = by_split.pop("")
+    return by_split
 
-    matches = DataFilesDict.from_patterns(get_data_patterns(str(root)), base_path=str(root))
-    by_split = {str(split): sorted(set(map(str, files)) & set(names)) for split, names in matches.items()}
-    return {split: names for split, names in by_split.items() if names}
+
+def _walk(folder: str) -> list[Path]:
+    """List the files below a folder, sorted; a linked folder is entered, but none twice."""
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"data.dataset: {error.filename} cannot be read ({one_line(error)}): permit it") from error
+
+    files, entered = [], set()
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(root)) in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders.sort()
+        files += [Path(root, name) for name in names]
+    return sorted(files)
 
 
 def _kind(file: str | Path) -> str | None:
-    """Return the `datasets` builder that reads a file, None for a file without rows such as README.md or config.json."""
+    """Return the kind of a file ("parquet", "json" or "text"), None for one without rows such as README.md or config.json."""
+    return None if Path(file).name in NOT_DATA else KINDS.get(_suffix(file))
+
+
+def _suffix(file: str | Path) -> str:
     file = Path(file)
-    suffix = Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix
-    return None if file.name in NOT_DATA else KINDS.get(suffix)
+    return Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import distill_pl.data.chunks as chunks_module
+import distill_pl.data.files as files_module
 from distill_pl.data.chunks import Chunks
 from distill_pl.data.sources import TextSource
 from distill_pl.errors import InputError
@@ -91,6 +92,10 @@ def ids_on_disk(chunks: Chunks) -> dict[str, list[int]]:
     return {name: np.fromfile(chunks.folder / f"{name}.bin", "<u2").tolist() for name in ("validation", "train")}
 
 
+def sidecar(chunks: Chunks) -> dict:
+    return json.loads((chunks.folder / "sidecar.json").read_text())
+
+
 def bytes_on_disk(chunks: Chunks) -> dict[str, bytes]:
     return {name: (chunks.folder / f"{name}.bin").read_bytes() for name in ("validation", "train")}
 
@@ -146,7 +151,7 @@ def test_resumed_after_failing_at_every_save(kind, tokenizer, tmp_path, monkeypa
         except RuntimeError:
             pass
     assert failures > (5 if kind == "txt" else 25)
-    assert bytes_on_disk(broken) == bytes_on_disk(whole)
+    assert bytes_on_disk(broken) == bytes_on_disk(whole) and sidecar(broken) == sidecar(whole)
 
 
 # Forks children after all imports and kills them with SIGKILL at their n-th call of the functions in `may_die`.
@@ -158,6 +163,7 @@ package, dataset, tokenizer, cache = sys.argv[1:]
 sys.modules["distill_pl"] = types.ModuleType("distill_pl")  # instead of its __init__, which imports torch for seconds
 sys.modules["distill_pl"].__path__ = [package]
 import distill_pl.data.chunks as chunks_module
+import distill_pl.data.files as files_module
 
 tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tokenizer)
 chunks_module.BATCH_DOCUMENTS, chunks_module.SAVE_TOKENS = 7, 600
@@ -397,7 +403,7 @@ def test_a_hub_dataset_is_read_on_at_the_commit_it_was_begun_at(tokenizer, tmp_p
     head = "commit-2"
     chunks.prepare(50)
     assert asked == [("org/set", "sample", "commit-1")] * 3
-    assert json.loads((chunks.folder / "sidecar.json").read_text())["commit"] == "commit-1"
+    assert sidecar(chunks)["commit"] == "commit-1"
 
 
 def test_an_unreachable_hub_is_one_line(tokenizer, tmp_path, monkeypatch):
@@ -501,7 +507,7 @@ def test_a_full_disk_is_one_line_and_resumable(tokenizer, tmp_path, monkeypatch)
 
 def test_a_cache_that_cannot_be_is_one_line(tokenizer, tmp_path):
     (tmp_path / "file").write_text("a file where the cache should be")  # also refused to root, unlike a mode
-    with pytest.raises(InputError, match="cannot write packed text to .*data.cache"):
+    with pytest.raises(InputError, match="cannot write packed text to .*data.cache$"):
         make(write_dataset(tmp_path / "data", "jsonl"), tokenizer, tmp_path / "file").prepare(1)
 
 
@@ -533,3 +539,58 @@ def test_files_may_differ_in_all_but_the_text_column(kind, first, second, tokeni
     chunks = make(tmp_path / "data", tokenizer, tmp_path / "cache")
     chunks.prepare(10**6)
     assert sum(ids_on_disk(chunks).values(), []) == packed(DOCUMENTS[:40], tokenizer)
+
+
+@pytest.mark.parametrize("files", [1, 3])
+def test_a_txt_of_any_length_is_held_out_in_part(files, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(files_module, "DOCUMENT_CHARACTERS", 200)
+    (tmp_path / "data").mkdir()
+    for i in range(files):
+        (tmp_path / "data" / f"{i}.txt").write_text("\n".join(DOCUMENTS[i * 50 : (i + 1) * 50]))
+    chunks = make(tmp_path / "data", tokenizer, tmp_path / "cache")
+    chunks.prepare(10**6)
+    held_out, trained = (documents_of(ids, tokenizer) for ids in ids_on_disk(chunks).values())
+    assert "".join(held_out + trained) == "".join("\n".join(DOCUMENTS[i * 50 : (i + 1) * 50]) for i in range(files))
+    assert len(chunks.validation) == 4 and len(trained) > 2 * len(held_out) > 0
+
+
+def test_describe_says_what_was_found(tokenizer, tmp_path):
+    write(tmp_path / "data" / "train.jsonl", ["one", None, "", "two words", "three"], "jsonl")
+    with open(tmp_path / "data" / "train.jsonl", "a") as file:
+        file.write('{"text": 3}\n{"te\n')
+    write(tmp_path / "data" / "test.jsonl", ["tested"], "jsonl")
+    plain = make(tmp_path / "data", tokenizer, tmp_path / "cache", sequence_length=2, validation_chunks=2)
+    chunks = make(tmp_path / "data", tokenizer, tmp_path / "cache", sequence_length=2, validation_chunks=2, skip_bad_rows=True)
+    assert chunks.folder != plain.folder
+    for _ in range(2):
+        with pytest.raises(InputError, match="holds int in line 6 of train.jsonl.*data.skip_bad_rows true"):
+            plain.prepare(10**6)
+    chunks.prepare(10**6)
+    tokens = len(packed(["one", "two words", "three"], tokenizer))
+    assert chunks.describe() == (
+        f"all 7 rows of 1 file: 3 documents, {tokens} tokens; held out: the first 2 documents; skipped: 2 unreadable rows; "
+        "left out: test.jsonl (the test split)"
+    )
+    write(tmp_path / "data" / "validation.jsonl", ["held out"], "jsonl")
+    chunks = make(tmp_path / "data", tokenizer, tmp_path / "cache", sequence_length=2, validation_chunks=2, skip_bad_rows=True)
+    chunks.prepare(1)
+    assert (
+        "8 rows of 2 files: 4 documents" in chunks.describe()
+        and "held out: 1 document of its validation split" in chunks.describe()
+    )
+
+
+@pytest.mark.parametrize("rows, bad", [([None, "", None], 0), ([None, 3, ["a"]], 2)])
+def test_a_column_without_text_is_named(rows, bad, tokenizer, tmp_path):
+    chunks = make(write(tmp_path / "a.jsonl", rows, "jsonl"), tokenizer, tmp_path / "cache", skip_bad_rows=True)
+    for _ in range(2):
+        with pytest.raises(InputError, match=f"data.text_column 'text' .* holds no text: of the 3 rows .*, {bad} are unread"):
+            chunks.prepare(1)
+
+
+def test_files_whose_text_is_null_may_stand_among_others(tokenizer, tmp_path):
+    write(tmp_path / "data" / "a.jsonl", [None] * 150, "jsonl")
+    write(tmp_path / "data" / "b.jsonl", DOCUMENTS, "jsonl")
+    chunks = make(tmp_path / "data", tokenizer, tmp_path / "cache")
+    chunks.prepare(10**6)
+    assert sum(ids_on_disk(chunks).values(), []) == packed(DOCUMENTS, tokenizer)

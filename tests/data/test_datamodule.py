@@ -124,3 +124,9 @@ def test_local_files_are_shuffled_and_hub_datasets_are_not(make, monkeypatch):
 def test_what_is_no_seed_is_refused(shuffle, make):
     with pytest.raises(InputError, match="data.shuffle .* is no seed: give a whole number from 0 to 4294967295, or false"):
         make(shuffle=shuffle)
+
+
+def test_a_text_that_is_held_out_whole_is_refused(make, tmp_path):
+    (tmp_path / "a.txt").write_text("a fox " * 100)
+    with pytest.raises(InputError, match="data.dataset .* is too small: without the held-out text .* more documents"):
+        make(10, dataset=str(tmp_path / "a.txt"), repeat=True)
