@@ -18,6 +18,7 @@ from distill_pl.run.folder import (
     check_room,
     check_run_folder,
     check_stage_files,
+    disk_refused,
     load_student,
     next_stage,
     read_metrics,
@@ -162,6 +163,9 @@ def run_stage(config: Namespace, stage_run: StageRun, stage: Stage, data: ChunkD
             f"{stage_run.name}: the GPU's memory is full: run the same command again with {remedy}, which leaves the steps "
             "as they are; what was saved before is intact"
         ) from error
+    except OSError as error:  # of TensorBoard's writer
+        with disk_refused(stage_run.folder):
+            raise error
     if trainer.global_step < stage_run.steps:
         start = "its last checkpoint" if stage_run.checkpoint.is_file() else "its beginning"
         stopped = (

@@ -70,7 +70,10 @@ def disk_refused(path: Path) -> Iterator[None]:
     """Turn errors of writing `path`, as on a full or read-only disk, into an InputError that says how much space is free."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors raise their own errors on a full disk
+    except Exception as error:
+        # torch and safetensors raise their own errors on a full disk, tokenizers one without a type
+        if not isinstance(error, OSError | RuntimeError | SafetensorError) and type(error) is not Exception:
+            raise
         home = existing_folder(path.parent)
         raise InputError(
             f"cannot write {path} ({str(error).splitlines()[0]}; {disk_usage(home).free / 1e6:.0f} MB are free there): free "
@@ -152,7 +155,8 @@ def sole_user(out: Path, rank: int) -> Iterator[None]:
     if rank:
         yield
         return
-    out.mkdir(parents=True, exist_ok=True)
+    with disk_refused(out):
+        out.mkdir(parents=True, exist_ok=True)
     lock, note = FileLock(out / LOCK), out / HOLDER
     try:
         lock.acquire(timeout=0)
@@ -160,7 +164,8 @@ def sole_user(out: Path, rank: int) -> Iterator[None]:
         holder = note.read_text() if note.is_file() else "another process"
         raise InputError(f"out {str(out)!r} is in use by {holder}: wait for it, stop it, or choose another out") from None
     try:
-        note.write_text(f"process {os.getpid()} on {platform.node()}")
+        with disk_refused(note):
+            note.write_text(f"process {os.getpid()} on {platform.node()}")
         yield
     finally:
         note.unlink(missing_ok=True)

@@ -455,6 +455,25 @@ def test_full_disk_keeps_the_last_checkpoint(arguments, tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.new"))
 
 
+@pytest.mark.parametrize(
+    ("writer", "error", "named"),
+    [
+        ("lightning.pytorch.loggers.TensorBoardLogger.log_metrics", OSError(28, "No space left on device"), "3_kd"),
+        ("transformers.PreTrainedTokenizerFast.save_pretrained", Exception("No space left on device"), "student"),
+    ],
+)
+def test_full_disk_is_one_line_whatever_is_written(arguments, tmp_path, monkeypatch, writer, error, named):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr("distill_pl.run.fit.check_export", lambda *_: None)
+    monkeypatch.setattr(writer, full)
+    line = refused(*arguments(**KD_ONLY, tokens=STEP))
+    assert f"cannot write {tmp_path / 'run' / named} (" in line and "No space left" in line
+    monkeypatch.undo()
+    fit_here(arguments(**KD_ONLY, tokens=STEP))
+
+
 @pytest.mark.slow
 def test_full_gpu_names_the_key_to_lower(begun, arguments, tmp_path, monkeypatch):
     plain_step = STAGES["kd"].training_step
