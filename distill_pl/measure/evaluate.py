@@ -1,6 +1,7 @@
 """`distill-pl evaluate` and `distill-pl generate`: score a model, and let it write."""
 
 import json
+import tempfile
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -8,8 +9,9 @@ from statistics import mean
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoTokenizer, PreTrainedModel, set_seed
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, set_seed
 
 from distill_pl.console import aligned, percent, perplexity, quiet, say
 from distill_pl.data.datamodule import ChunkDataModule
@@ -17,9 +19,10 @@ from distill_pl.errors import InputError
 from distill_pl.measure import study
 from distill_pl.measure.harness import check_tasks, run_tasks
 from distill_pl.run.card import add_results
-from distill_pl.run.folder import fingerprint, read_config, write_aside
+from distill_pl.run.folder import disk_refused, fingerprint, read_config, write_aside
 from distill_pl.run.values import AT_LEAST_1, SEED, Range, check_numbers
 from distill_pl.teacher import load_model
+from distill_pl.tokenizer import special_tokens
 
 Results = dict[str, dict[str, Any]]  # by task, and "held-out": a measure's name -> its value
 
@@ -58,21 +61,27 @@ def evaluate(
     if names:
         check_tasks(names, data)
     options = {"limit": limit, "seed": seed, "lm_eval": version("lm_eval")}
-    results: dict[str, Results] = {}
-    teachers: dict[str, str] = {}
+    suffix = ".json" if limit is None else f".limit{limit}.json"
+    jobs: dict[str, list[tuple[str, str, Path]]] = {}  # what to measure for each of `models`: name, weights, file of results
     for model in models:
-        jobs = [(model, weights_path(model), Path("eval") / f"{model.strip('/').replace('/', '--')}.json")]
+        path, folder = weights_path(model), Path(model) / "eval"
         if model in runs:
-            folder, teacher = Path(model) / "eval", runs[model]["teacher"]
-            jobs = [(teacher, teacher, folder / "teacher.json"), (model, weights_path(model), folder / "student.json")]
-            teachers[model] = teacher
+            teacher = runs[model]["teacher"]
+            jobs[model] = [(teacher, teacher, folder / f"teacher{suffix}"), (model, path, folder / f"student{suffix}")]
+        else:
+            jobs[model] = [(model, path, Path("eval") / f"{model.strip('/').replace('/', '--')}{suffix}")]
+        for _, path, file in jobs[model]:
+            load_tokenizer(path)
+            read_report(file)
+            check_writable(file)
+    results: dict[str, Results] = {}
+    for model in models:
         texts = runs.get(model, {}).get("data")
-        for name, path, file in jobs:
-            file = file if limit is None else file.with_suffix(f".limit{limit}.json")
+        for name, path, file in jobs[model]:
             results[name] = measure(path, file, names, texts, data, batch_size, options, results.get(name, {}))
         if model in runs and limit is None:
             add_results(Path(path), results[model])
-    text = table(results, teachers)
+    text = table(results, {model: runs[model]["teacher"] for model in runs})
     say("\n" + text)
     if "kept" in text:
         say("kept: the share of the teacher's average margin over guessing that the student keeps")
@@ -88,7 +97,7 @@ def measure(path: str, file: Path, tasks: list[str], texts: dict | None, data: s
     network, tokenizer = load(path)
     report = options | {"model": path, "weights": fingerprint(network), "torch": torch.__version__, "results": {}}
     report |= {"device": network.device.type, "dtype": str(network.dtype), "transformers": version("transformers")}
-    earlier = json.loads(file.read_text()) if file.is_file() else {}
+    earlier = read_report(file)
     if all(earlier.get(key) == report[key] for key in (*options, "weights", "dtype")):
         report["results"] = earlier["results"]
     report["results"] |= known
@@ -122,6 +131,8 @@ def generate(
 ) -> None:
     """Print a prompt and a model's continuation of it.
 
+    The prompt begins with the special tokens that the tokenizer puts before every text, such as BOS, and ends with none.
+
     Args:
         model: run folder of `distill-pl fit`, model folder or hub id.
         prompt: the beginning of the text.
@@ -135,21 +146,36 @@ def generate(
     ranges = {"max_new_tokens": AT_LEAST_1, "temperature": Range(0, 1e30), "beams": AT_LEAST_1, "seed": SEED}
     check_numbers(numbers, ranges)
     network, tokenizer = load(weights_path(model))
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(network.device)
-    if inputs["input_ids"].shape[1] == 0:
-        raise InputError(f"prompt {prompt!r} is no token long: give at least a word")
+    ids, limit = encode_prompt(tokenizer, prompt), learned_positions(network)
+    if limit is not None and len(ids) + max_new_tokens > limit:
+        remedy = f"give at most {limit - len(ids)}" if len(ids) < limit else "give a shorter prompt"
+        raise InputError(
+            f"max_new_tokens {max_new_tokens}: {model} has {limit} positions, of which the prompt takes {len(ids)}: {remedy}"
+        )
+    inputs = torch.tensor([ids], device=network.device)
     set_seed(seed)
     tokens = None
     if beams == 1 and network.device.type == "cuda":
         from distill_pl.decoding import continue_prompt
 
-        tokens = continue_prompt(network, inputs["input_ids"], max_new_tokens, temperature)
+        tokens = continue_prompt(network, inputs, max_new_tokens, temperature)
     if tokens is None:
-        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-        tokens = network.generate(
-            **inputs, max_new_tokens=max_new_tokens, num_beams=beams, pad_token_id=tokenizer.eos_token_id, **sampling
-        )
+        options = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        options |= {"max_new_tokens": max_new_tokens, "num_beams": beams, "pad_token_id": tokenizer.eos_token_id}
+        tokens = network.generate(inputs, attention_mask=torch.ones_like(inputs), **options)
     say(tokenizer.decode(tokens[0], skip_special_tokens=True))
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """Encode a text to be continued: it begins as the tokenizer begins texts, unless it does already, and has no end.
+
+    Raises InputError where that is no token.
+    """
+    ids, (begin, _) = tokenizer.encode(prompt, add_special_tokens=False), special_tokens(tokenizer)
+    ids = ids if ids[: len(begin)] == begin else begin + ids
+    if not ids:
+        raise InputError(f"prompt {prompt!r} is no token long: give at least a word")
+    return ids
 
 
 def is_run(model: str) -> bool:
@@ -165,21 +191,86 @@ def weights_path(model: str) -> str:
     return str(student) if is_run(model) else model
 
 
+def read_report(file: Path) -> dict[str, Any]:
+    """Read what an earlier `evaluate` wrote, {} if there is no such file. Raises InputError where it is no JSON object."""
+    try:
+        report = json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError:
+        report = None
+    if not isinstance(report, dict):
+        raise InputError(f"{file} is damaged, no JSON object: delete it to measure again")
+    return report
+
+
+def check_writable(file: Path) -> None:
+    """Make the folder of `file`. Raises InputError where nothing can be written in it."""
+    with disk_refused(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+
+
+def load_tokenizer(path: str) -> Any:
+    """Load a causal language model's tokenizer from a folder or the hub.
+
+    Raises InputError where there is no tokenizer or no such model, as far as can be told without weights.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # transformers has no common error for damaged files
+        raise _not_loaded(path, error) from error
+    if config.is_encoder_decoder:
+        raise InputError(f"model {path!r} is an encoder-decoder ({config.model_type}): give a model that continues a text")
+    return tokenizer
+
+
 def load(path: str) -> tuple[PreTrainedModel, Any]:
     """Load a causal language model, on the GPU in bf16 if there is one, and its tokenizer.
 
-    path: folder or hub id. Raises InputError where there is no model, no tokenizer, or code in place of weights.
+    path: folder or hub id. Raises InputError where there is no whole causal model, no tokenizer of that model, or code in place
+    of weights.
     """
+    tokenizer = load_tokenizer(path)
     gpu = torch.cuda.is_available()
     try:
-        model = load_model(path, dtype=torch.bfloat16 if gpu else torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(
-            f"model {path!r} cannot be loaded ({str(error).strip().splitlines()[0][:200]}): give a run folder, "
-            "a Hugging Face model folder with its tokenizer, or a hub id"
-        ) from error
-    return model.to("cuda" if gpu else "cpu").eval(), tokenizer  # type: ignore[arg-type]
+        model, loading = load_model(path, dtype=torch.bfloat16 if gpu else torch.float32, output_loading_info=True)
+    except InputError:
+        raise
+    except Exception as error:
+        raise _not_loaded(path, error) from error
+    if missing := sorted(loading["missing_keys"]):  # transformers draws them at random
+        raise InputError(f"model {path!r} lacks {len(missing)} of its weights ({missing[0]}, ...): give a whole language model")
+    largest, rows = max(tokenizer.get_vocab().values()), len(model.get_input_embeddings().weight)
+    if largest >= rows:
+        raise InputError(f"model {path!r}: its tokenizer has ids up to {largest}, its embedding {rows} rows: give its own")
+    model = model.to("cuda" if gpu else "cpu").eval()
+    if reads_ahead(model):
+        raise InputError(f"model {path!r}: its logits depend on later tokens ({model.config.model_type}): give a causal model")
+    return model, tokenizer
+
+
+def _not_loaded(path: str, error: Exception) -> InputError:
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    remedy = "give a run folder, a Hugging Face model folder with its tokenizer, or a hub id"
+    return InputError(f"model {path!r} cannot be loaded ({text}): {remedy}")
+
+
+@torch.no_grad()
+def reads_ahead(model: PreTrainedModel) -> bool:
+    """Return whether logits change, beyond rounding, with a later token, as those of encoders such as BERT do."""
+    tokens = torch.arange(8, device=model.device).repeat(2, 1)
+    tokens[1, -1] = 0
+    logits = model(tokens).logits[:, :-1].float()
+    return bool((logits[0] - logits[1]).abs().max() > (1e-4 if model.dtype == torch.float32 else 0.05) * logits.abs().max())
+
+
+def learned_positions(model: PreTrainedModel) -> int | None:
+    """Return for how many positions a model such as GPT-2 has embeddings; None where any number is computed."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    others = [x for x in model.modules() if isinstance(x, nn.Embedding) and x is not model.get_input_embeddings()]
+    # OPT and its like have two more
+    return limit if limit and any(limit <= x.num_embeddings <= limit + 2 for x in others) else None
 
 
 @torch.no_grad()

@@ -18,7 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerBase
+
 from distill_pl.errors import InputError
+from distill_pl.tokenizer import special_tokens
 
 
 def check_tasks(tasks: list[str], data: str | Path | None) -> None:
@@ -97,8 +101,7 @@ def run_tasks(
                 loaded["groups"].update(found["groups"])
         for name, task in loaded["tasks"].items():
             _make_zero_shot(name, task, seed)
-        # HFLM gives a tokenizer without a padding token one: hand it a copy
-        lm = HFLM(model, backend="causal", tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        lm = HFLM(model, backend="causal", tokenizer=prompt_tokenizer(tokenizer), batch_size=batch_size)
         # simple_evaluate returns nothing on local ranks above 0 and surveys the machine for its log
         results = evaluate(lm, loaded, limit=limit, log_samples=False)
     scores: dict[str, dict] = {}
@@ -108,6 +111,23 @@ def run_tasks(
             if "," in key:  # "metric,filter", where almost every task's filter is "none"; other keys are labels
                 scores[name][key.removesuffix(",none")] = float("nan") if value == "N/A" else value
     return scores
+
+
+def prompt_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Copy a tokenizer for lm-eval, which gives it a padding token and continues what it encodes.
+
+    The copy begins texts with the same special tokens, such as BOS, and ends them with none: after an EOS nothing continues.
+    Raises InputError as `special_tokens` does, and for a tokenizer that is not a fast one and ends texts.
+    """
+    copied: Any = copy.deepcopy(tokenizer)
+    before, after = special_tokens(tokenizer)
+    if after:
+        if not hasattr(copied, "backend_tokenizer"):
+            raise InputError(f"tokenizer {tokenizer.name_or_path!r} ends texts with special tokens: give it a tokenizer.json")
+        names = copied.convert_ids_to_tokens(before)
+        pairs = list(zip(names, before, strict=True))
+        copied.backend_tokenizer.post_processor = TemplateProcessing(single=[*names, "$A"], special_tokens=pairs)
+    return copied
 
 
 @functools.cache

@@ -7,13 +7,16 @@ import sys
 import pytest
 import torch
 import yaml
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
 import distill_pl.measure.evaluate
 from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.errors import InputError
 from distill_pl.measure import study
-from distill_pl.measure.evaluate import evaluate, generate, recovery, table
+from distill_pl.measure.evaluate import encode_prompt, evaluate, generate, recovery, table
 from distill_pl.teacher import Teacher
+from distill_pl.tokenizer import special_tokens
 
 pytestmark = pytest.mark.slow
 
@@ -62,6 +65,68 @@ def test_refusals(run, tmp_path):
     (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
     with pytest.raises(InputError, match="not finished"):
         evaluate([str(tmp_path)])
+
+
+TINY = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+T5 = {"d_model": 16, "d_ff": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+NO_LANGUAGE_MODELS = {
+    "an encoder-decoder": (AutoModelForSeq2SeqLM, "t5", T5, "is an encoder-decoder .t5."),
+    "an encoder": (AutoModelForMaskedLM, "bert", TINY, "its logits depend on later tokens .bert."),
+    "no head": (AutoModel, "llama", TINY | {"tie_word_embeddings": False}, r"lacks 1 of its weights .lm_head.weight"),
+    "another tokenizer": (AutoModel, "llama", TINY | {"vocab_size": 290}, "ids up to 299, its embedding 290 rows"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_LANGUAGE_MODELS)
+def test_only_whole_language_models_are_measured(tokenizer, tmp_path, kind):
+    auto_class, model_type, sizes, message = NO_LANGUAGE_MODELS[kind]
+    sizes = {"vocab_size": len(tokenizer), "tie_word_embeddings": True} | sizes
+    auto_class.from_config(AutoConfig.for_model(model_type, **sizes)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for command in (lambda path: evaluate([path], tasks="piqa"), generate):
+        with pytest.raises(InputError, match=message) as refusal:
+            command(str(tmp_path))
+        assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(("model_type", "sizes"), [
+    ("gpt2", {"max_position_embeddings": 32}), ("mamba", {"state_size": 4}),
+])  # fmt: skip
+def test_other_architectures_are_continued_within_their_positions(save_model, capsys, model_type, sizes):
+    folder = str(save_model(model_type, **sizes))
+    if model_type == "gpt2":
+        for prompt, remedy in [("Story 1.", "give at most 2"), ("Story 1. " * 20, "give a shorter prompt")]:
+            with pytest.raises(InputError, match=f"max_new_tokens 32: .* has 32 positions, .*{remedy}"):
+                generate(folder, prompt, max_new_tokens=32)
+    generate(folder, "Story 1.", max_new_tokens=16)
+    assert capsys.readouterr().out.startswith("Story 1.")
+
+
+def test_a_prompt_begins_as_texts_do_and_has_no_end(tokenizer):
+    framed = PreTrainedTokenizerFast(tokenizer_object=type(tokenizer.backend_tokenizer).from_str(
+        tokenizer.backend_tokenizer.to_str()), eos_token=tokenizer.eos_token)  # fmt: skip
+    end = tokenizer.eos_token_id
+    framed.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[tokenizer.eos_token, "$A", tokenizer.eos_token], special_tokens=[(tokenizer.eos_token, end)]
+    )
+    assert special_tokens(framed) == ([end], [end])
+    plain = tokenizer.encode("Story 1.")
+    assert encode_prompt(framed, "Story 1.") == encode_prompt(framed, f"{tokenizer.eos_token}Story 1.") == [end, *plain]
+    assert encode_prompt(framed, "") == [end] and encode_prompt(tokenizer, "Story 1.") == plain
+
+
+def test_places_that_take_no_results_are_refused_before_work(run, teacher_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("distill_pl.measure.evaluate.load", lambda path: pytest.fail("loaded"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "eval").write_text("a file")
+    with pytest.raises(InputError, match=r"cannot write eval.*\.json"):
+        evaluate([str(teacher_folder)], tasks="piqa")
+    (tmp_path / "eval").unlink()
+    (tmp_path / "eval").mkdir()
+    report = tmp_path / "eval" / f"{str(teacher_folder).strip('/').replace('/', '--')}.json"
+    report.write_text('{"results": ')
+    with pytest.raises(InputError, match=f"{report.name} is damaged, no JSON object: delete it"):
+        evaluate([str(teacher_folder)], tasks="piqa")
 
 
 def test_what_was_measured_is_not_measured_again(run, tmp_path, monkeypatch, capsys):

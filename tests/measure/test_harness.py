@@ -1,5 +1,6 @@
 """Scores of lm-eval's tasks on a tiny model, and what lm-eval does not document but the harness relies on."""
 
+import copy
 import inspect
 import json
 import math
@@ -10,6 +11,7 @@ import datasets
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from distill_pl.errors import InputError
@@ -20,6 +22,7 @@ from distill_pl.measure.harness import (
     _no_metric_scripts,
     _stock_task,
     check_tasks,
+    prompt_tokenizer,
     run_tasks,
 )
 
@@ -96,6 +99,32 @@ def test_accuracy_equals_a_hand_computation_and_follows_the_file(model, tokenize
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert file.stat().st_size == before.st_size
     assert run_tasks(model, tokenizer, ["arc_easy"], data=str(tmp_path))["arc_easy"]["acc"] == 0
+
+
+@pytest.mark.parametrize("ends", [["<bos>"], ["<bos>", "<eos>"]], ids="-".join)
+def test_texts_begin_with_bos_as_in_lm_eval_and_never_end(model, tokenizer, ends):
+    """Whatever a tokenizer puts after texts, likelihoods are lm-eval's own of BOS, context and continuation."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    def framed(*pieces):
+        copied = copy.deepcopy(tokenizer)
+        copied.add_special_tokens({"bos_token": "<bos>"})
+        ids = [(name, copied.convert_tokens_to_ids(name)) for name in ("<bos>", "<eos>")]
+        copied.backend_tokenizer.post_processor = TemplateProcessing(single=[*pieces], special_tokens=ids)
+        return copied
+
+    model = copy.deepcopy(model).eval()
+    model.resize_token_embeddings(258)
+    first, *last = ends
+    ours = prompt_tokenizer(framed(first, "$A", *last))
+    assert ours.encode("What") == [ours.bos_token_id, *tokenizer.encode("What")]
+    requests = [Instance("loglikelihood", {}, pair, 0) for pair in [("What melts?", " ice"), ("<bos>It", " is"), ("", "ice")]]
+    stock = HFLM(model, backend="causal", tokenizer=framed("<bos>", "$A"), add_bos_token=True)
+    expected = stock.loglikelihood(requests, disable_tqdm=True)
+    assert HFLM(model, backend="causal", tokenizer=ours).loglikelihood(requests, disable_tqdm=True) == expected
+    by_hand = loglikelihood(model, ours, "What melts?", " ice")
+    assert expected[0][0] == pytest.approx(by_hand, rel=1e-5)
 
 
 def test_limit_holds_for_every_task(model, tokenizer, tmp_path):
