@@ -77,7 +77,7 @@ class Chunks:
         if self._sidecar():
             return  # the dataset itself may be out of reach by now: a compute node without internet trains on the cache
         for split, stream in self.source.open(self._splits)[0].items():
-            if next(self.source.texts(stream), None) is None:
+            if not any(True for _ in self.source.texts(stream)):
                 raise InputError(f"data.dataset {self.source.dataset!r} is empty: its {split} split has no rows")
 
     def prepare(self, train_chunks: int) -> None:
@@ -263,16 +263,17 @@ class Chunks:
                 else:
                     sidecar["exhausted"] = split == "train"
                     if not any(sidecar["documents"][name] for name in names):
-                        rows, bad = sidecar["rows"][split], sidecar["bad_rows"][split]
+                        rows, bad = count(sidecar["rows"][split], "row"), sidecar["bad_rows"][split]
                         raise InputError(
-                            f"data.text_column {self.source.text_column!r} of {self.source.dataset!r} holds no text: of the "
-                            f"{rows:,} rows of its {split} split, {bad:,} are unreadable and all others null or empty: name a "
-                            "column of text"
+                            f"data.text_column {self.source.text_column!r} of {self.source.dataset!r} holds no text: the "
+                            f"{rows} of its {split} split are null or empty{f', or unreadable ({bad:,})' if bad else ''}: "
+                            "name a column of text"
                         )
                 if tokens["validation"] < need["validation"]:
                     raise InputError(
                         f"data.validation_tokens asks for {need['validation']} held-out tokens, the {split} split of "
-                        f"data.dataset {self.source.dataset!r} holds {tokens['validation']}: lower it"
+                        f"data.dataset {self.source.dataset!r} holds {tokens['validation']}: lower it, or give more "
+                        "text"
                     )
             self._save(sidecar, files)
         total, ended = sum(tokens.values()), ", all of the dataset" if sidecar["exhausted"] else ""

@@ -110,7 +110,7 @@ class FileStream:
                 raise InputError(
                     f"data.dataset {self.dataset!r} cannot be read after row {done} ({what}): replace that file"
                 ) from error
-            raise InputError(f"data.dataset {self.dataset!r} cannot be opened ({what})") from error
+            raise InputError(f"data.dataset {self.dataset!r} cannot be opened ({what}): replace that file") from error
 
 
 class _Missing:

@@ -210,8 +210,8 @@ class TextSource:
         files = [path for path in self._paths if path.is_file() and not self._is_hidden(path)]
         if not files:
             raise InputError(
-                f"data.dataset {self.dataset!r}: no such file or folder, or nothing in it; give a file, folder or glob "
-                "of parquet, jsonl, json or txt, or the id of a dataset on the Hugging Face hub"
+                f"data.dataset {self.dataset!r}: no such file or folder, or nothing in it that is not hidden; give a "
+                "file, folder or glob of parquet, jsonl, json or txt, or the id of a dataset on the Hugging Face hub"
             )
         kinds = {kind for file in files if (kind := _kind(file))}
         if not kinds:
