@@ -21,13 +21,15 @@ from transformers.cache_utils import Cache
 from distill_pl.compiling.cuda_graphs import pool_bytes
 from distill_pl.decoding.backend import decode_backend, unlimited_recompiles
 from distill_pl.decoding.row_layer import RowLayer, RowProducts, is_llama_layer
+from distill_pl.errors import InputError
 from distill_pl.mixers import Softmax
 from distill_pl.mixers.mixer import Position
 from distill_pl.student.cache import MixerState
-from distill_pl.student.factory import StudentFactory
+from distill_pl.student.factory import StudentFactory, check_teacher
 from distill_pl.student.modeling import Student
 
 BLOCK = 256  # positions of the kv cache in one batched product: in a single product, a long cache keeps few cores busy
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # rope types whose tables Python recomputes as the sequence grows
 OneLayerCache = namedtuple("OneLayerCache", "layers")  # all that a mixer reads of a cache
 State = tuple[Any, dict[str, tuple[Tensor, ...]]]  # of a layer: the op's state, and convolution tails as single tokens
 
@@ -53,6 +55,22 @@ class FixedSoftmax:
         weights = (scores - scores.amax((2, 4), keepdim=True)).exp()
         y = (weights.to(v.dtype) @ value_blocks).float().sum(2)  # [B, kv_heads, H / kv_heads, V]
         return (y / weights.sum((2, 4))[..., None]).flatten(1, 2).to(v.dtype), state
+
+
+def unsupported_reason(model: PreTrainedModel, length: int) -> str | None:
+    """Return why a Decoder would not compute what `model` does for sequences of `length` tokens, or None if it would."""
+    rope = (getattr(model.config, "teacher", None) or model.config.to_dict()).get("rope_parameters") or {}
+    if rope.get("rope_type") in LENGTH_DEPENDENT_ROPE:
+        return f"rope_type {rope['rope_type']} changes its tables with the length"
+    window = getattr(model.config, "sliding_window", None)
+    if window is not None and length > window:
+        return f"{length} tokens exceed the sliding window of {window}"
+    if not isinstance(model, Student):
+        try:
+            check_teacher(SimpleNamespace(path=model.name_or_path, config=model.config, model=model))  # type: ignore[arg-type]
+        except InputError as error:
+            return str(error)
+    return None
 
 
 def as_student(model: PreTrainedModel) -> Student:
@@ -100,12 +118,18 @@ class Decoder:
                  backend: Any = "auto"):  # fmt: skip
         """Set up decoding; buffers are allocated by the first `prefill`.
 
-        max_length: of prompt and new tokens; ValueError if it is missing and a layer attends by softmax.
+        max_length: of prompt and new tokens; it must be given if a layer attends by softmax.
         temperature: 0 takes the likeliest token, more samples, from the `top_k` likeliest if not 0.
         backend: of torch.compile, None to compile nothing; auto: `decode_backend` on a GPU, else None.
+
+        Raises InputError for an option out of range, and for a model of which a Decoder would not compute what it does.
         """
+        if reason := unsupported_reason(model, max_length or 0):
+            raise InputError(f"model: a Decoder would not compute what it does ({reason}): use its generate")
         if max_length is None and (not isinstance(model, Student) or any(isinstance(x, Softmax) for x in model.mixers)):
-            raise ValueError("softmax attention keeps keys and values of every token: give a max_length")
+            raise InputError("softmax attention keeps keys and values of every token: give a max_length")
+        if not (0 <= temperature < math.inf and top_k >= 0):
+            raise InputError(f"temperature {temperature}, top_k {top_k}: give finite numbers of at least 0")
         self.model, self.max_length, self.temperature, self.top_k = model, max_length, temperature, top_k
         self.gpu = model.device.type == "cuda"
         self.backend = (decode_backend if self.gpu else None) if backend == "auto" else backend
@@ -117,15 +141,17 @@ class Decoder:
     def prefill(self, prompt: Tensor, chunk: int = 0) -> Tensor:
         """Start anew with a prompt [B, T], read in pieces of `chunk` tokens or (0) at once -> the next token [B, 1].
 
-        Raises ValueError if T exceeds max_length or B differs from the first call's.
+        Raises InputError for no token, if T exceeds max_length or if B differs from the first call's.
         """
+        if prompt.ndim != 2 or prompt.numel() == 0 or chunk < 0:
+            raise InputError(f"prompt {list(prompt.shape)}, chunk {chunk}: give [B, T] of at least one token, chunk 0 or more")
         batch, length = prompt.shape
         self._check_room(length)
         if self.states and batch != len(self.token):
-            raise ValueError(f"{batch} prompts, where this Decoder's buffers hold {len(self.token)}: create another Decoder")
+            raise InputError(f"{batch} prompts, where this Decoder's buffers hold {len(self.token)}: create another Decoder")
         cache: Any = None
         for piece in prompt.split(chunk or length, dim=1):
-            output = self.model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            output = self.model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1, return_dict=True)
             cache = output.past_key_values
         if not self.states:
             self._prepare(cache, batch)
@@ -135,7 +161,9 @@ class Decoder:
 
     @torch.no_grad()
     def step(self) -> Tensor:
-        """Decode one token: return the token [B, 1] after the last one. Raises ValueError beyond max_length."""
+        """Decode one token: return the token [B, 1] after the last. Raises InputError beyond max_length or before a prompt."""
+        if not self.states:
+            raise InputError("step: no prompt has been read: call prefill first")
         self._check_room(self.length + 1)
         if self.graph is None:
             self._step()
@@ -146,9 +174,8 @@ class Decoder:
 
     def generate(self, prompt: Tensor, tokens: int) -> Iterator[Tensor]:
         """Yield the first `tokens` tokens [B, 1] after a prompt [B, T]."""
-        yield self.prefill(prompt)
-        for _ in range(tokens - 1):
-            yield self.step()
+        for index in range(tokens):
+            yield self.step() if index else self.prefill(prompt)
 
     def nbytes(self) -> int:
         """Return the bytes of all states."""
@@ -160,7 +187,7 @@ class Decoder:
 
     def _check_room(self, length: int) -> None:
         if self.max_length is not None and length > self.max_length:
-            raise ValueError(f"{length} tokens exceed this Decoder's max_length {self.max_length}: give a greater max_length")
+            raise InputError(f"{length} tokens exceed this Decoder's max_length {self.max_length}: give a greater max_length")
 
     def _prepare(self, cache: Cache, batch: int) -> None:
         """Allocate buffers like the states in a prompt's cache; compile and capture the step on them."""

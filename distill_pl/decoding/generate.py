@@ -1,37 +1,15 @@
-"""Generation of whole texts by a Decoder: which models it decodes, and how it takes the place of `model.generate`."""
-
-from types import SimpleNamespace
+"""Generation of whole texts by a Decoder, where it takes the place of `model.generate`."""
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distill_pl.decoding.decoder import Decoder
-from distill_pl.errors import InputError
-from distill_pl.student.factory import check_teacher
-from distill_pl.student.modeling import Student
+from distill_pl.decoding.decoder import Decoder, unsupported_reason
 
 SUPPORTED_GENERATION_OPTIONS = {  # what a generation config may set: a Decoder heeds it, or it changes nothing here
     "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "use_cache",
     "max_length", "max_new_tokens",
 }  # fmt: skip
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # rope types whose tables Python recomputes as the sequence grows
-
-
-def unsupported_reason(model: PreTrainedModel, length: int) -> str | None:
-    """Return why a Decoder would not compute what `model` does for sequences of `length` tokens, or None if it would."""
-    rope = (getattr(model.config, "teacher", None) or model.config.to_dict()).get("rope_parameters") or {}
-    if rope.get("rope_type") in LENGTH_DEPENDENT_ROPE:
-        return f"rope_type {rope['rope_type']} changes its tables with the length"
-    window = getattr(model.config, "sliding_window", None)
-    if window is not None and length > window:
-        return f"{length} tokens exceed the sliding window of {window}"
-    if not isinstance(model, Student):
-        try:
-            check_teacher(SimpleNamespace(path=model.name_or_path, config=model.config, model=model))  # type: ignore[arg-type]
-        except InputError as error:
-            return str(error)
-    return None
 
 
 def continue_prompt(model: PreTrainedModel, prompt: Tensor, max_new_tokens: int, temperature: float) -> Tensor | None:

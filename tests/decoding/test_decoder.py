@@ -12,6 +12,7 @@ from distill_pl.decoding import Decoder, continue_prompt, unsupported_reason
 from distill_pl.decoding.backend import decode_backend
 from distill_pl.decoding.decoder import FixedSoftmax
 from distill_pl.decoding.row_layer import RowLayer
+from distill_pl.errors import InputError
 from distill_pl.measure.bench import decode, prefill
 from distill_pl.ops import softmax
 from distill_pl.student.factory import StudentFactory
@@ -102,21 +103,39 @@ def test_softmax_has_room_for_max_length_tokens(teacher):
     model = as_transformer(StudentFactory("softmax").build(teacher, seed=0)).eval()
     hybrid = StudentFactory("gla", softmax_layers=[1]).build(teacher, seed=0).eval()
     for attends in (model, hybrid):
-        with pytest.raises(ValueError, match="give a max_length"):
+        with pytest.raises(InputError, match="give a max_length"):
             Decoder(attends)
     decoder = Decoder(model, max_length=21)
     decoder.prefill(some_tokens(teacher))
     decoder.step()
     for too_long in (decoder.step, lambda: decoder.prefill(some_tokens(teacher, length=22))):
-        with pytest.raises(ValueError, match="22 tokens exceed this Decoder's max_length 21"):
+        with pytest.raises(InputError, match="22 tokens exceed this Decoder's max_length 21"):
             too_long()
 
 
 def test_another_batch_size_is_refused(teacher):
     decoder = Decoder(StudentFactory("gla").build(teacher, seed=0).eval())
     decoder.prefill(some_tokens(teacher))
-    with pytest.raises(ValueError, match="1 prompts, where this Decoder's buffers hold 2"):
+    with pytest.raises(InputError, match="1 prompts, where this Decoder's buffers hold 2"):
         decoder.prefill(some_tokens(teacher, rows=1))
+
+
+def test_what_a_decoder_does_not_take_is_one_line(teacher, save_model):
+    model, prompt = StudentFactory("gla").build(teacher, seed=0).eval(), some_tokens(teacher)
+    for wrong, message in [
+        (lambda: Decoder(model, temperature=-1.0), "temperature -1.0"),
+        (lambda: Decoder(model, temperature=float("nan")), "temperature nan"),
+        (lambda: Decoder(model, top_k=-1), "top_k -1"),
+        (lambda: Decoder(model).step(), "step: no prompt has been read"),
+        (lambda: Decoder(model).prefill(prompt[:, :0]), r"prompt \[2, 0\], chunk 0"),
+        (lambda: Decoder(model).prefill(prompt[0]), r"prompt \[20\], chunk 0"),
+        (lambda: Decoder(model).prefill(prompt, chunk=-1), r"prompt \[2, 20\], chunk -1"),
+        (lambda: Decoder(Teacher(str(save_model("gpt2"))).model, max_length=9), "model: a Decoder would not .*GPT2LMHeadModel"),
+    ]:
+        with pytest.raises(InputError, match=message) as refusal:
+            wrong()
+        assert "\n" not in str(refusal.value)
+    assert not list(Decoder(model).generate(prompt, 0)) and len(list(Decoder(model).generate(prompt, 2))) == 2
 
 
 def test_unsupported_reason_names_what_is_unsupported(teacher, save_model):
