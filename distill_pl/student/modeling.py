@@ -82,6 +82,7 @@ class Student(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: StudentConfig):
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # which transformers cannot tell from the class's name, and warns
         decoder = AutoModel.from_config(teacher_config(config), trust_remote_code=False)
         softmax_config = copy.copy(config)
         softmax_config.shape, softmax_config.rope = "copyable", None
