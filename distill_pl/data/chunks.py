@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 from filelock import FileLock, Timeout
 
-from distill_pl.data.sources import TextSource, count
+from distill_pl.data.sources import TextSource, counted
 from distill_pl.errors import InputError, one_line
 from distill_pl.tokenizer import special_tokens, text_encoder
 from distill_pl.tokens import short
@@ -40,6 +40,15 @@ BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 2_000_000  # whichever comes first; bat
 SAVE_TOKENS, SAVE_SECONDS = 4_000_000, 3.0  # whichever comes first; a kill loses at most this much work
 PROGRESS_SECONDS = 5.0
 BLOCK_TOKENS = 2**24  # read at a time for a checksum
+
+
+class _Batch(NamedTuple):
+    """Consecutive rows of a stream."""
+
+    documents: list[str]
+    rows: int  # those without text included
+    bad_rows: int
+    position: dict  # of the stream, just after them
 
 
 class Chunks:
@@ -110,13 +119,12 @@ class Chunks:
         rows, bad_rows, documents, tokens = (sum(sidecar[key].values()) for key in ("rows", "bad_rows", "documents", "tokens"))
         files, left_out = self.source.describe()
         share = "all" if sidecar["exhausted"] else "the first"
-        held_out = count(sidecar["documents"]["validation"], "document")
+        held_out = counted(sidecar["documents"]["validation"], "document")
+        own_split = sidecar["rows"]["validation"] > 0
         parts = [
-            f"{share} {count(rows, 'row')} of {files}: {count(documents, 'document')}, {short(tokens)} tokens",
-            f"held out: {held_out} of its validation split"
-            if sidecar["rows"]["validation"]
-            else f"held out: the first {held_out}",
-            f"skipped: {count(bad_rows, 'unreadable row')}" if bad_rows else "",
+            f"{share} {counted(rows, 'row')} of {files}: {counted(documents, 'document')}, {short(tokens)} tokens",
+            f"held out: {held_out} of its validation split" if own_split else f"held out: the first {held_out}",
+            f"skipped: {counted(bad_rows, 'unreadable row')}" if bad_rows else "",
             f"left out: {left_out}" if left_out else "",
         ]
         return "; ".join(filter(None, parts))
@@ -183,24 +191,28 @@ class Chunks:
         ids = max(len(self.tokenizer), 1 + max(self.tokenizer.get_vocab().values()))
         return np.dtype("<u2" if ids <= 2**16 else "<u4")
 
-    def _batches(self, stream) -> Iterator["_Batch"]:
-        """Yield the rows of a stream in batches, each with the stream's position just after it.
+    def _batches(self, stream) -> Iterator[_Batch]:
+        """Yield the rows of a stream in batches.
 
         Rows are read one by one because `datasets` counts a row as it hands it out, so the position is exact; its own
         batches read ahead, and its versions differ in how they count what is held back.
         """
+
+        def batch() -> _Batch:
+            return _Batch([text for text in texts if text], len(texts), texts.count(None), stream.state_dict())
+
         texts: list[str | None] = []
         characters = 0
         for text in self.source.texts(stream):
             texts.append(text)
             characters += len(text or "")
             if len(texts) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-                yield _Batch([text for text in texts if text], len(texts), texts.count(None), stream.state_dict())
+                yield batch()
                 texts, characters = [], 0
         if texts:
-            yield _Batch([text for text in texts if text], len(texts), texts.count(None), stream.state_dict())
+            yield batch()
 
-    def _encoded(self, stream) -> Iterator[tuple[list, "_Batch"]]:
+    def _encoded(self, stream) -> Iterator[tuple[list, _Batch]]:
         """Yield the batches of `_batches` tokenised, one ahead: Python reads and writes while Rust works on all cores."""
         encode = getattr(self._encoder, "encode_batch_fast", self._encoder.encode_batch)  # fast: computes no offsets
         with ThreadPoolExecutor(1) as worker:
@@ -262,26 +274,29 @@ class Chunks:
                         _print_progress(f"{share}, {rate / 1e6:.1f}M tokens/s, {left / max(rate, 1):.0f} s left")
                 else:
                     sidecar["exhausted"] = split == "train"
-                    if not any(sidecar["documents"][name] for name in names):
-                        rows, bad = count(sidecar["rows"][split], "row"), sidecar["bad_rows"][split]
-                        raise InputError(
-                            f"data.text_column {self.source.text_column!r} of {self.source.dataset!r} holds no text: the "
-                            f"{rows} of its {split} split are null or empty{f', or unreadable ({bad:,})' if bad else ''}: "
-                            "name a column of text"
-                        )
-                if tokens["validation"] < need["validation"]:
-                    raise InputError(
-                        f"data.validation_tokens asks for {need['validation']} held-out tokens, the {split} split of "
-                        f"data.dataset {self.source.dataset!r} holds {tokens['validation']}: lower it, or give more "
-                        "text"
-                    )
+                self._check_found(sidecar, split, names, need["validation"])
             self._save(sidecar, files)
         total, ended = sum(tokens.values()), ", all of the dataset" if sidecar["exhausted"] else ""
         rate = (total - start_tokens) / (time.monotonic() - start_time)
         _print_progress(f"{total / 1e6:.1f}M tokens{ended} in {self.folder}, {rate / 1e6:.1f}M tokens/s")
 
+    def _check_found(self, sidecar: dict, split: str, names: list[str], held_out: int) -> None:
+        """Raise InputError where a split, read as far as it was needed, gave its files no text or too little to hold out."""
+        dataset, found = repr(self.source.dataset), sidecar["tokens"]["validation"]
+        if not any(sidecar["documents"][name] for name in names):
+            rows, bad = counted(sidecar["rows"][split], "row"), sidecar["bad_rows"][split]
+            raise InputError(
+                f"data.text_column {self.source.text_column!r} of {dataset} holds no text: the {rows} of its {split} split are "
+                f"null or empty{f', or unreadable ({bad:,})' if bad else ''}: name a column of text"
+            )
+        if found < held_out:
+            raise InputError(
+                f"data.validation_tokens asks for {held_out} held-out tokens, the {split} split of data.dataset {dataset} "
+                f"holds {found}: lower it, or give more text"
+            )
+
     def _first_sidecar(self) -> dict:
-        """Build the sidecar of empty files. Code reads what begins with commit and ends, people the rest."""
+        """Build the sidecar of empty files. Code reads commit and, from rows on, all fields; people read the rest."""
         source = self.source
         return {
             **{"dataset": source.dataset, "name": source.name, "revision": source.revision, "commit": None},
@@ -338,13 +353,6 @@ class Chunks:
             self._verified[name] = tokens
         chunks = tokens // self.sequence_length
         return ids[: chunks * self.sequence_length].reshape(chunks, self.sequence_length)
-
-
-class _Batch(NamedTuple):
-    documents: list[str]
-    rows: int  # null and empty ones and bad ones included
-    bad_rows: int
-    position: dict  # of the stream, just after it
 
 
 def _blocks(ids: np.ndarray) -> Iterator[memoryview]:

@@ -181,7 +181,7 @@ class ChunkDataModule(L.LightningDataModule):
 
 
 class SpanSampler(Sampler[list[int]]):
-    """The chunk indices of one rank's micro-batches in a span of `steps` batches that begins at chunk `first`.
+    """The chunks of one rank's micro-batches, as numbers in the order of the run, in a span of `steps` batches from `first` on.
 
     The first `done` steps are skipped but counted in its length, because Lightning counts batches from the stage's start.
     """
@@ -203,7 +203,7 @@ class SpanSampler(Sampler[list[int]]):
 
 
 class _ChunkDataset(Dataset[Tensor]):
-    """The packed chunks, again and again (data.repeat): the `n`-th index of each time is chunk n, or `order(...)[n]`."""
+    """The chunks of a run, again and again (data.repeat): number n of a round is chunk n or, shuffled, `order(...)[n]`."""
 
     def __init__(self, chunks: np.ndarray, seed: int | None = None):
         self.chunks, self.seed = chunks, seed
@@ -211,21 +211,21 @@ class _ChunkDataset(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self.chunks)
 
-    def __getitems__(self, indices: list[int]) -> Tensor:
-        times, places = np.divmod(indices, len(self.chunks))
+    def __getitems__(self, numbers: list[int]) -> Tensor:
+        rounds, places = np.divmod(numbers, len(self.chunks))
         if self.seed is not None:
-            orders = {time: order(len(self.chunks), self.seed, time) for time in times.tolist()}
-            places = np.array([orders[time][place] for time, place in zip(times.tolist(), places, strict=True)])
+            orders = {round: order(len(self.chunks), self.seed, round) for round in rounds.tolist()}
+            places = np.array([orders[round][place] for round, place in zip(rounds.tolist(), places, strict=True)])
         return torch.from_numpy(self.chunks[places].astype(np.int64))
 
 
-@lru_cache(maxsize=2)  # a step may reach from one time into the next
-def order(count: int, seed: int, time: int) -> np.ndarray:
-    """Return the order [count] in which shuffled chunks come the `time`-th time, 0 for the first: a permutation of the chunks.
+@lru_cache(maxsize=2)  # a step may reach from one round into the next
+def order(count: int, seed: int, round: int) -> np.ndarray:
+    """Return the order [count], a permutation, in which shuffled chunks come in a round, 0 for the first.
 
     It is the same in every process and under every version of numpy, which keeps the streams of RandomState as they are.
     """
-    return np.random.RandomState([seed, time]).permutation(count)
+    return np.random.RandomState([seed, round]).permutation(count)
 
 
 def _loader(dataset: Dataset, batches) -> DataLoader:

@@ -20,6 +20,7 @@ from distill_pl.errors import InputError, one_line
 HEAD_ROWS = 100  # rows of each file in which `check` looks for the text column
 DOCUMENT_CHARACTERS = 2**14  # of a txt file's document before a blank line ends it
 DOCUMENT_END = "<|endoftext|>"  # a line that ends a document of a txt file, and is no part of any
+OR_SKIP = "or skip all such rows by data.skip_bad_rows true"
 BATCH_ROWS = 1024  # rows of parquet decoded at a time
 
 
@@ -83,11 +84,11 @@ class FileStream:
     def _refuse(self, where: str, value: Any) -> None:
         """Raise InputError for a row whose value is no text or an error."""
         if isinstance(value, Exception):
-            problem = f"{where} cannot be read ({one_line(value)}): mend or remove that row"
-            raise InputError(f"data.dataset {self.dataset!r}: {problem}, or skip all such rows by data.skip_bad_rows true")
+            problem = f"{where} cannot be read ({one_line(value)})"
+            raise InputError(f"data.dataset {self.dataset!r}: {problem}: mend or remove that row, {OR_SKIP}")
         raise InputError(
-            f"data.text_column {self.text_column!r} of {self.dataset!r} holds {type(value).__name__} in {where}: "
-            "name a column of text, or skip all such rows by data.skip_bad_rows true"
+            f"data.text_column {self.text_column!r} of {self.dataset!r} holds {type(value).__name__} in {where}: name a column "
+            f"of text, {OR_SKIP}"
         )
 
     def _name(self, file: Path) -> str:
@@ -110,7 +111,9 @@ class FileStream:
                 raise InputError(
                     f"data.dataset {self.dataset!r} cannot be read after row {done} ({what}): replace that file"
                 ) from error
-            raise InputError(f"data.dataset {self.dataset!r} cannot be opened ({what}): replace that file") from error
+            raise InputError(
+                f"data.dataset {self.dataset!r} cannot be opened ({what}): replace that file or permit reading it"
+            ) from error
 
 
 class _Missing:

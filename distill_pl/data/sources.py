@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
-from distill_pl.data.files import FileStream
+from distill_pl.data.files import OR_SKIP, FileStream
 from distill_pl.errors import InputError, one_line
 
 KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".txt": "text"}
@@ -43,6 +43,11 @@ class TextSource:
         self.dataset, self.name, self.revision, self.text_column = dataset, name, revision, text_column
         self.skip_bad_rows = skip_bad_rows
         self._path = os.path.abspath(os.path.expanduser(dataset))
+
+    @property
+    def is_local(self) -> bool:
+        """Return whether the dataset is files on this machine and not on the hub."""
+        return bool(self._files)
 
     def identity(self) -> tuple[str, dict]:
         """Return a readable name, and what distinguishes this dataset and version from every other, as JSON types.
@@ -88,11 +93,11 @@ class TextSource:
         return streams, commit
 
     def describe(self) -> tuple[str, str]:
-        """Say of which files or commit the dataset consists, and which files are left out and why ("" for none)."""
+        """Say what the dataset consists of, and which local files are left out and why ("" for none)."""
         if not self.is_local:
             return "the hub's dataset", ""
         read = [*self._by_split["train"], *self._by_split.get("validation", [])]
-        return count(len(read), "file"), ", ".join(
+        return counted(len(read), "file"), ", ".join(
             f"{self._names(paths)} ({why})" for why, paths in self._left_out.items() if paths
         )
 
@@ -101,7 +106,7 @@ class TextSource:
         files = self._by_split
         lost = [*files.get("", []), *(file for file in self._left_out["no data"] if _suffix(file) in UNREADABLE)]
         read = [file for split in SPLITS for file in files.get(split, [])]
-        if sum(file.stat().st_size for file in lost) > sum(file.stat().st_size for file in read) > 0:
+        if read and sum(file.stat().st_size for file in lost) > sum(file.stat().st_size for file in read):
             raise InputError(
                 f"data.dataset {self.dataset!r}: most of it would be left out ({self._names(lost)}), and only "
                 f"{self._names(read)} read, by the names of the files: rename them, move what is not meant, or give the files "
@@ -161,26 +166,26 @@ class TextSource:
             return
         try:
             for row in stream:
-                if not isinstance(text := row.get(column, 0), str | None):
-                    if self.skip_bad_rows and column in row:
-                        yield None
-                        continue
-                    problem = f"holds {type(text).__name__}" if column in row else f"is none of {', '.join(row)}"
-                    raise InputError(f"data.text_column {column!r} of {self.dataset!r} {problem}: name a column of text")
-                yield text or ""
+                if column not in row:
+                    raise InputError(
+                        f"data.text_column {column!r} of {self.dataset!r} is none of {', '.join(row)}: name a column of text"
+                    )
+                text = row[column]
+                if isinstance(text, str | None):
+                    yield text or ""
+                elif self.skip_bad_rows:
+                    yield None
+                else:
+                    problem = f"holds {type(text).__name__}: name a column of text, {OR_SKIP}"
+                    raise InputError(f"data.text_column {column!r} of {self.dataset!r} {problem}")
         except InputError:
             raise
         except Exception as error:
             damaged = isinstance(error, ValueError | TypeError)  # so pyarrow and `datasets` call rows that they cannot read
-            remedy = "its rows must be mended there, or read from local files" if damaged else (
+            remedy = "download it, mend or remove that row, and give the files" if damaged else (
                 "run the same command again, it continues from what is done"
             )  # fmt: skip
             raise InputError(f"data.dataset {self.dataset!r} cannot be read ({one_line(error)}): {remedy}") from error
-
-    @property
-    def is_local(self) -> bool:
-        """Return whether the dataset is files on this machine and not on the hub."""
-        return bool(self._files)
 
     @property
     def _is_folder(self) -> bool:
@@ -230,7 +235,7 @@ class TextSource:
         return self._is_folder and any(part.startswith(".") for part in file.relative_to(self._path).parts)
 
 
-def count(number: int, what: str) -> str:
+def counted(number: int, what: str) -> str:
     """Format a number of things: `1 file`, `1,234 files`."""
     return f"{number:,} {what}{'s' * (number != 1)}"
 
@@ -256,7 +261,7 @@ def _walk(folder: str) -> list[Path]:
     """List the files below a folder, sorted; a linked folder is entered, but none twice."""
 
     def refuse(error: OSError) -> None:
-        raise InputError(f"data.dataset: {error.filename} cannot be read ({one_line(error)}): permit it") from error
+        raise InputError(f"data.dataset {folder!r} cannot be read ({one_line(error)}): permit it") from error
 
     files, entered = [], set()
     for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):

@@ -111,7 +111,7 @@ def test_repeat_shuffles_in_another_order_each_time(make):
 
 def test_the_order_never_changes():
     """Runs that were begun under another version of numpy go on."""
-    assert order(10, seed=7, time=1).tolist() == [9, 8, 5, 6, 2, 3, 7, 0, 1, 4]
+    assert order(10, seed=7, round=1).tolist() == [9, 8, 5, 6, 2, 3, 7, 0, 1, 4]
 
 
 def test_local_files_are_shuffled_and_hub_datasets_are_not(make, monkeypatch):

@@ -1,5 +1,6 @@
 """The files of a folder are assigned to splits by their names; none is left out without a word."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,36 @@ def test_most_of_a_folder_is_not_left_out(large, small, tmp_path):
         read(tmp_path)
     write(tmp_path, [small], 10 * '{"text": "a"}\n')
     assert read(tmp_path)[0] == [small] and large in read(tmp_path)[1]
+
+
+def test_a_folder_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError, match=f"data.dataset '{tmp_path}' cannot be read .*Permission denied.*: permit it"):
+        read(tmp_path)
+
+
+def rows_of_a_hub(error=None, rows=()):
+    yield from rows
+    if error:
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error, remedy",
+    [(ConnectionError("reset"), "run the same command again, it continues"), (ValueError("JSON parse error"), "download it")],
+)
+def test_the_same_command_is_promised_to_continue_only_where_it_may(error, remedy):
+    with pytest.raises(InputError, match=f"'org/set' cannot be read .*{error}.*: {remedy}"):
+        list(TextSource("org/set").texts(rows_of_a_hub(error)))
+
+
+def test_bad_rows_of_a_hub_dataset():
+    rows = [{"text": "a"}, {"text": None}, {"text": 3}]
+    with pytest.raises(InputError, match="data.text_column 'text' of 'org/set' holds int: .*data.skip_bad_rows true"):
+        list(TextSource("org/set").texts(rows_of_a_hub(rows=rows)))
+    assert list(TextSource("org/set", skip_bad_rows=True).texts(rows_of_a_hub(rows=rows))) == ["a", "", None]
+    with pytest.raises(InputError, match="'text' of 'org/set' is none of body: name a column of text$"):
+        list(TextSource("org/set", skip_bad_rows=True).texts(rows_of_a_hub(rows=[{"body": "a"}])))
