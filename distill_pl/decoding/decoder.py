@@ -59,6 +59,9 @@ class FixedSoftmax:
 
 def unsupported_reason(model: PreTrainedModel, length: int) -> str | None:
     """Return why a Decoder would not compute what `model` does for sequences of `length` tokens, or None if it would."""
+    devices = sorted({str(x.device) for x in model.parameters()})
+    if len(devices) > 1:
+        return f"its weights lie on {' and '.join(devices)}"
     rope = (getattr(model.config, "teacher", None) or model.config.to_dict()).get("rope_parameters") or {}
     if rope.get("rope_type") in LENGTH_DEPENDENT_ROPE:
         return f"rope_type {rope['rope_type']} changes its tables with the length"

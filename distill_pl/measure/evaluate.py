@@ -17,7 +17,7 @@ from distill_pl.console import aligned, percent, perplexity, quiet, say
 from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.errors import InputError
 from distill_pl.measure import study
-from distill_pl.measure.harness import check_tasks, run_tasks
+from distill_pl.measure.harness import check_tasks, prompt_tokenizer, run_tasks
 from distill_pl.run.card import add_results
 from distill_pl.run.folder import disk_refused, fingerprint, read_config, write_aside
 from distill_pl.run.values import AT_LEAST_1, SEED, Range, check_numbers
@@ -71,7 +71,7 @@ def evaluate(
         else:
             jobs[model] = [(model, path, Path("eval") / f"{model.strip('/').replace('/', '--')}{suffix}")]
         for _, path, file in jobs[model]:
-            load_tokenizer(path)
+            prompt_tokenizer(load_tokenizer(path))
             read_report(file)
             check_writable(file)
     results: dict[str, Results] = {}
@@ -145,8 +145,10 @@ def generate(
     numbers = {"max_new_tokens": max_new_tokens, "temperature": temperature, "beams": beams, "seed": seed}
     ranges = {"max_new_tokens": AT_LEAST_1, "temperature": Range(0, 1e30), "beams": AT_LEAST_1, "seed": SEED}
     check_numbers(numbers, ranges)
-    network, tokenizer = load(weights_path(model))
-    ids, limit = encode_prompt(tokenizer, prompt), learned_positions(network)
+    path = weights_path(model)
+    ids = encode_prompt(load_tokenizer(path), prompt)
+    network, tokenizer = load(path)
+    limit = learned_positions(network)
     if limit is not None and len(ids) + max_new_tokens > limit:
         remedy = f"give at most {limit - len(ids)}" if len(ids) < limit else "give a shorter prompt"
         raise InputError(

@@ -148,6 +148,9 @@ def test_unsupported_reason_names_what_is_unsupported(teacher, save_model):
         ({"model_type": "llama", "rope_parameters": dynamic}, "rope_type dynamic"),
     ]:
         assert reason in unsupported_reason(Teacher(str(save_model(**changes))).model, 33)
+    split = StudentFactory("gla").build(teacher, seed=0)
+    split.model.layers[1].to("meta")
+    assert unsupported_reason(split, 33) == "its weights lie on cpu and meta"
 
 
 def test_samples_follow_the_temperature(teacher):

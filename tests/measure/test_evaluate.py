@@ -55,11 +55,12 @@ def test_generate_continues_the_prompt(run, monkeypatch, capsys, keys):
     assert capsys.readouterr().out == first
 
 
-def test_refusals(run, tmp_path):
+def test_refusals(run, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="cannot be loaded"):
         generate("/nowhere")
     with pytest.raises(InputError, match="give --tasks"):
         evaluate(["/nowhere"])
+    monkeypatch.setattr("distill_pl.measure.evaluate.load_model", lambda *args, **kwargs: pytest.fail("weights were loaded"))
     with pytest.raises(InputError, match="no token long"):
         generate(str(run), prompt="")
     (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
