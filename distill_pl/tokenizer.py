@@ -2,14 +2,13 @@
 
 import json
 
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from distill_pl.errors import InputError, one_line
 
 PROBES = ("a", "b c", "The fox.")  # texts to encode, before words of the vocabulary itself
 WORDS = 8
-IMPOSSIBLE = -1e6  # log probability of a piece that any others are better than
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -51,7 +50,7 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     """Copy the Rust tokenizer of a fast tokenizer, without a length limit or padding, and blind to special tokens.
 
     A special token that a text merely mentions, such as `<|endoftext|>` in a manual, is encoded as the characters it is
-    written with. The copy's own special tokens are to be left out (`add_special_tokens=False`).
+    written with. Encode with `add_special_tokens=False`: the copy's own special tokens may have other names.
 
     Raises:
         InputError: the tokenizer is not a fast one.
@@ -59,14 +58,31 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     if not (original := getattr(tokenizer, "backend_tokenizer", None)):
         raise InputError(f"tokenizer {tokenizer.name_or_path!r} is not a fast one: it needs a tokenizer.json")
     described = original.to_str()
-    if isinstance(original.model, models.Unigram):  # its vocabulary holds the special tokens as its likeliest pieces
-        fields = json.loads(described)
-        for token in fields["added_tokens"]:
-            if token["special"] and token["id"] < len(fields["model"]["vocab"]):
-                fields["model"]["vocab"][token["id"]][1] = IMPOSSIBLE
-        described = json.dumps(fields)
+    special = {token.content for token in original.get_added_tokens_decoder().values() if token.special}
+    if any(original.model.token_to_id(name) is not None for name in special):
+        described = json.dumps(_hidden(special, json.loads(described)))
     encoder = type(original).from_str(described)
     encoder.no_truncation()
     encoder.no_padding()
     encoder.encode_special_tokens = True
     return encoder
+
+
+def _hidden(special: set[str], fields: dict) -> dict:
+    """Rename special tokens in the fields of a tokenizer.json, ids unchanged, to what no text holds.
+
+    `encode_special_tokens` does not suffice where the model's own vocabulary has them: a Unigram model takes them for its
+    likeliest pieces, and other models for words or for what their merges spell.
+    """
+    model, vocabulary = fields["model"], fields["model"]["vocab"]
+    names = {name: f"\0{name}" for name in special if name != model.get("unk_token")}
+    for token in fields["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    if isinstance(vocabulary, list):
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocabulary]
+    else:
+        model["vocab"] = {names.get(piece, piece): id for piece, id in vocabulary.items()}
+    if "merges" in model:
+        pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+        model["merges"] = [pair for pair in pairs if names.keys().isdisjoint([*pair, "".join(pair)])]
+    return fields

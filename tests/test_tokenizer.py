@@ -61,28 +61,32 @@ def test_a_tokenizer_that_cannot_encode_is_refused():
         special_tokens(tokenizer)
 
 
-def byte_level(vocabulary_model):
-    backend = Tokenizer(vocabulary_model)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+PIECES = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "</", "s>"]
+IDS = {piece: id for id, piece in enumerate(PIECES)}
+MERGES = [("<", "/"), ("s", ">"), ("</", "s>")]
+MODELS = {
+    "BPE": models.BPE(IDS, MERGES[:2]),
+    "BPE whose merges spell a special token": models.BPE(IDS, MERGES),
+    "BPE of whole words": models.BPE(IDS, MERGES[:2], ignore_merges=True),
+    "Unigram": models.Unigram([(piece, -8.0 if id > 1 else 0.0) for id, piece in enumerate(PIECES)]),
+    "WordPiece": models.WordPiece(IDS | {f"##{piece}": id for id, piece in enumerate(PIECES[2:], len(PIECES))}, unk_token="?"),
+    "WordLevel": models.WordLevel(IDS | {"\u0120ends": 300, "a": 301}, unk_token="?"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_special_tokens_that_a_text_mentions_are_plain_text(name):
+    backend = Tokenizer(MODELS[name])
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(False)])
     backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-
-
-SPECIAL_AND_BYTES = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        models.BPE({piece: id for id, piece in enumerate(SPECIAL_AND_BYTES)}, merges=[]),
-        models.Unigram([(piece, -8.0 if id > 1 else 0.0) for id, piece in enumerate(SPECIAL_AND_BYTES)]),
-    ],
-    ids=["BPE", "Unigram"],
-)
-def test_special_tokens_that_a_text_mentions_are_plain_text(model):
-    tokenizer, text = byte_level(model), "a </s> ends<s> a text</s>"
-    assert {0, 1} < set(tokenizer.encode(text))
+    backend.add_tokens(["  "])  # not special, as in vocabularies for code
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=SPECIAL)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    before = backend.to_str()
     encoder = text_encoder(tokenizer)
-    ids = encoder.encode(text, add_special_tokens=False).ids
-    assert not {0, 1} & set(ids) and encoder.decode(ids) == text
-    assert {0, 1} < set(tokenizer.encode(text))  # the tokenizer itself is as it was
+    assert encoder.encode("a  s>a", add_special_tokens=False).ids == tokenizer.encode("a  s>a")[1:]
+    ids = encoder.encode("a </s> ends <s> </s>a <pad>", add_special_tokens=False).ids
+    assert not {0, 1, tokenizer.pad_token_id} & set(ids)
+    if not name.startswith("Word"):
+        assert encoder.decode(ids) == "a</s>ends<s></s>a<pad>"
+    assert {0, 1} < set(tokenizer.encode("a </s>")) and backend.to_str() == before  # the tokenizer itself is as it was
