@@ -1,9 +1,9 @@
-"""Find out what a tokenizer puts around every text, and encode texts alone: whole, and never as special tokens."""
+"""Find what a tokenizer puts around texts and what ends them, and encode texts alone: whole, and never as special tokens."""
 
 import json
 
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from distill_pl.errors import InputError, one_line
 
@@ -44,6 +44,16 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[
         )
     before, after = common.pop()
     return list(before), list(after)
+
+
+def end_of_text(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int | None:
+    """Return the id that ends each text: the special token with which the model's configuration ends texts, or EOS.
+
+    They differ in base models whose tokenizer is that of the chat model: its EOS ends a turn, which the base model never saw.
+    Where the configuration has several such tokens, none, or one that is an ordinary word, the tokenizer's EOS counts.
+    """
+    token = tokenizer.added_tokens_decoder.get(config.eos_token_id) if isinstance(config.eos_token_id, int) else None
+    return config.eos_token_id if token is not None and token.special else tokenizer.eos_token_id
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:

@@ -3,10 +3,10 @@
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import BertProcessing, TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from distill_pl.errors import InputError
-from distill_pl.tokenizer import special_tokens, text_encoder
+from distill_pl.tokenizer import end_of_text, special_tokens, text_encoder
 
 VOCABULARY = {"<s>": 0, "</s>": 1, "<unk>": 2, **{word: id for id, word in enumerate("the fox sees a dog".split(), 3)}}
 SPECIAL = [("<s>", 0), ("</s>", 1)]
@@ -90,3 +90,11 @@ def test_special_tokens_that_a_text_mentions_are_plain_text(name):
     if not name.startswith("Word"):
         assert encoder.decode(ids) == "a</s>ends<s></s>a<pad>"
     assert {0, 1} < set(tokenizer.encode("a </s>")) and backend.to_str() == before  # the tokenizer itself is as it was
+
+
+@pytest.mark.parametrize("configured, end", [(None, 1), (1, 1), (8, 8), (3, 1), (99, 1), ([8, 1], 1)])
+def test_a_text_ends_as_the_configuration_says_where_that_is_a_special_token(configured, end):
+    tokenizer = make()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    assert tokenizer.convert_tokens_to_ids("<end>") == 8
+    assert end_of_text(tokenizer, LlamaConfig(eos_token_id=configured)) == end

@@ -64,13 +64,24 @@ class Chunks:
     Args:
         source: the dataset; rows whose text is null or empty are skipped.
         tokenizer: a fast Hugging Face tokenizer with an EOS token.
+        end: the id of EOS, by default the tokenizer's.
         sequence_length: tokens in a chunk.
         validation_chunks: how many chunks are held out.
         cache: the folder that holds the folders of all datasets.
     """
 
-    def __init__(self, source: TextSource, *, tokenizer, sequence_length: int, validation_chunks: int, cache: str | Path):
+    def __init__(
+        self,
+        source: TextSource,
+        *,
+        tokenizer,
+        end: int | None = None,
+        sequence_length: int,
+        validation_chunks: int,
+        cache: str | Path,
+    ):
         self.source, self.tokenizer, self.cache = source, tokenizer, Path(cache).expanduser()
+        self.end = tokenizer.eos_token_id if end is None else end
         self.sequence_length, self.validation_chunks = sequence_length, validation_chunks
         self._splits = FILES if validation_chunks else ["train"]
         self._verified: dict[str, int] = {}  # by file, the number of tokens whose checksum was right
@@ -161,7 +172,7 @@ class Chunks:
     @cached_property
     def _packing(self) -> dict:
         """List what decides how documents become chunks: part of the folder's key, and written to the sidecar."""
-        if self.tokenizer.eos_token_id is None:
+        if self.end is None:
             raise InputError(
                 f"tokenizer {self.tokenizer.name_or_path!r} has no EOS token to put between documents: "
                 "name one as eos_token in its tokenizer_config.json"
@@ -182,8 +193,7 @@ class Chunks:
     def _around(self) -> tuple[list[int], list[int]]:
         """Return the ids that are packed before and after each document (see `Chunks`)."""
         before, after = special_tokens(self.tokenizer)
-        eos = self.tokenizer.eos_token_id
-        return before, after if eos in before + after else [*after, eos]
+        return before, after if {self.end, self.tokenizer.eos_token_id} & {*before, *after} else [*after, self.end]
 
     @cached_property
     def _dtype(self) -> np.dtype:

@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PreTrainedConfig
 
 from distill_pl.data.chunks import Chunks
 from distill_pl.data.sources import TextSource
 from distill_pl.errors import InputError
+from distill_pl.tokenizer import end_of_text
 from distill_pl.tokens import Tokens, short
 
 MAX_SEED = 2**32 - 1  # numpy takes no greater one
@@ -82,8 +84,10 @@ class ChunkDataModule(L.LightningDataModule):
         self.cache = Path(cache).expanduser()
         self.first, self.steps, self.train_chunks = 0, 0, 0
 
-    def open(self, tokenizer) -> Chunks:
+    def open(self, tokenizer, config: PreTrainedConfig | None = None) -> Chunks:
         """Look up the packed text of this dataset and tokenizer, and check it without packing anything.
+
+        config: the model's, which may say what ends a text (see `end_of_text`).
 
         Raises:
             InputError: the dataset cannot be used (see `Chunks.check`).
@@ -94,6 +98,7 @@ class ChunkDataModule(L.LightningDataModule):
         self.chunks = Chunks(
             source,
             tokenizer=tokenizer,
+            end=end_of_text(tokenizer, config) if config else None,
             sequence_length=self.sequence_length,
             validation_chunks=self.validation_chunks,
             cache=self.cache,

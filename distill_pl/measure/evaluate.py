@@ -279,7 +279,7 @@ def learned_positions(model: PreTrainedModel) -> int | None:
 def held_out_perplexity(model: PreTrainedModel, tokenizer, data: dict[str, Any], batch_size: int) -> float:
     """Compute perplexity on the chunks of a run's text that no stage trained on. data: the run's data keys."""
     module = ChunkDataModule(**data)
-    chunks = torch.from_numpy(module.open(tokenizer).validation.astype("int64"))
+    chunks = torch.from_numpy(module.open(tokenizer, model.config).validation.astype("int64"))
     if len(chunks) == 0:
         raise InputError(f"the packed text of {data['dataset']!r} is no longer in {module.cache}: run distill-pl fit again")
     total = 0.0

@@ -19,6 +19,7 @@ from distill_pl.run.folder import StageRun, disk_refused
 from distill_pl.student.modeling import Student
 from distill_pl.student.transfer import as_transformer
 from distill_pl.teacher import Teacher
+from distill_pl.tokenizer import end_of_text
 
 # of a generation config: read only while sampling, and refused by transformers where do_sample is false
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -82,7 +83,7 @@ def write_small_files(config: Namespace, folder: Path, plans: list[StageRun], mo
 
 
 def generation_config(teacher: Teacher) -> GenerationConfig:
-    """Return the teacher's generation config, so that generation also ends at the token that ends a packed document.
+    """Return the teacher's generation config; with it, generation also ends at the token that ends each packed document.
 
     Sampling values that have no effect are left out: transformers would not save them.
     """
@@ -93,6 +94,6 @@ def generation_config(teacher: Teacher) -> GenerationConfig:
     settings.cache_implementation = None  # a kind of cache for attention
     ends = settings.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if teacher.tokenizer.eos_token_id not in ends:
-        settings.eos_token_id = [*ends, teacher.tokenizer.eos_token_id]
+    own = [teacher.tokenizer.eos_token_id, end_of_text(teacher.tokenizer, teacher.config)]
+    settings.eos_token_id = list(dict.fromkeys([*ends, *own])) if {*own} - {*ends} else settings.eos_token_id
     return settings

@@ -80,7 +80,7 @@ def fit(config: Namespace) -> None:
     fingerprints = teacher_fingerprints(teacher)
     check_fingerprints(config, fingerprints)
     if first < len(plans):
-        data.open(teacher.tokenizer)
+        data.open(teacher.tokenizer, teacher.config)
     student = factory.build(teacher, config.seed)
     stages = [STAGES[stage_run.name](student, teacher, **config[stage_run.name]) for stage_run in plans]
     check_room(out, plans, sum(p.numel() for p in student.parameters()))
@@ -92,6 +92,7 @@ def fit(config: Namespace) -> None:
     if first < len(plans):
         chunks = plans[-1].first + plans[-1].steps * config.data.batch_size
         data.prepare(chunks)
+        say(f"found    {data.describe()}")
         fingerprints["text"] = data.fingerprint(chunks)
         check_fingerprints(config, fingerprints)
     # under fsdp compiled layers have not been measured

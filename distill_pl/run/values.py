@@ -44,6 +44,7 @@ RANGES = {
     "data.batch_size": AT_LEAST_1,
     "data.micro_batch_size": AT_LEAST_1,
     "data.validation_tokens": AT_LEAST_1,
+    "data.shuffle": SEED,
     "trainer.num_nodes": AT_LEAST_1,
     "trainer.log_every_n_steps": AT_LEAST_1,
     "trainer.limit_val_batches": Range(0, above=True),
