@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import docstring_parser
+import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import distill_pl
 from distill_pl.data.datamodule import ChunkDataModule
-from distill_pl.errors import Diverged, InputError
+from distill_pl.errors import Diverged, InputError, one_line
 from distill_pl.measure.bench import bench
 from distill_pl.measure.evaluate import evaluate, generate
 from distill_pl.measure.params import params
@@ -125,7 +126,7 @@ class DistillCLI(LightningCLI):
         """Parse `args` into `self.config`. Raises InputError in one line, with the nearest key where a key is unknown."""
         try:
             self.config = parser.parse_args(with_paths(sys.argv[1:] if args is None else [*args]))
-        except ArgumentError as error:
+        except (ArgumentError, OverflowError) as error:
             text = " ".join(str(error).split())
             unknown = re.search(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)", text)
             if unknown:
@@ -167,6 +168,15 @@ def expand_home(config: Namespace) -> None:
             config[key] = [os.path.expanduser(path) for path in value]
 
 
+def of_the_machine(error: Exception) -> str | None:
+    """Return one line for an error of files or memory, which no check foresees in every place, or None for other errors."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{str(error.filename)[:200]}: {error.strerror}: check that path"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return f"out of memory ({one_line(error)}): give a smaller batch or a shorter text"
+    return None
+
+
 def actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     """Return the parser's arguments, which argparse lists in a private attribute alone."""
     return parser._actions
@@ -183,6 +193,12 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except BrokenPipeError:  # what read the output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        line = of_the_machine(error)
+        if line is None:
+            raise
+        print(f"distill-pl: {line}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -143,7 +143,7 @@ def generate(
     """
     quiet()
     numbers = {"max_new_tokens": max_new_tokens, "temperature": temperature, "beams": beams, "seed": seed}
-    ranges = {"max_new_tokens": AT_LEAST_1, "temperature": Range(0, 1e30), "beams": AT_LEAST_1, "seed": SEED}
+    ranges = {"max_new_tokens": AT_LEAST_1, "temperature": Range(0, 1e30), "beams": Range(1, 1024), "seed": SEED}
     check_numbers(numbers, ranges)
     path = weights_path(model)
     ids = encode_prompt(load_tokenizer(path), prompt)

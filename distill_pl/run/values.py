@@ -32,11 +32,11 @@ class Range(NamedTuple):
 
 SHARE = Range(0, 1)
 POSITIVE = Range(0, most=1e6, above=True)  # far beyond all sense: what is larger makes numbers that are not finite
-AT_LEAST_1 = Range(1)
+AT_LEAST_1 = Range(1, 1e15)  # steps and chunks are counted in 64 bits
 SEED = Range(0, 2**32 - 1)  # what numpy takes
-BUDGET = Range(0, 1e15)  # steps and chunks are counted in 64 bits
+BUDGET = Range(0, 1e15)
 RANGES = {
-    "tokens": Range(1, 1e15),
+    "tokens": AT_LEAST_1,
     "seed": Range(-(2**63), 2**63),  # what torch takes
     "checkpoint_every": AT_LEAST_1,
     "validate_every": AT_LEAST_1,
@@ -64,7 +64,7 @@ def check_numbers(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> Non
     for key, allowed in ranges.items():
         value = values.get(key)
         if isinstance(value, int | float) and not isinstance(value, bool) and value not in allowed:
-            wrong = "no number" if math.isnan(value) else "too large" if value > allowed.most else "too small"
+            wrong = "no number" if value != value else "too large" if value > allowed.most else "too small"
             raise InputError(f"{key} {value} is {wrong}: give {allowed}")
 
 

@@ -77,6 +77,9 @@ def test_a_budget_of_null_is_none(arguments):
         ("generate /nowhere --temperature -1", "temperature -1.0 .* at least 0"),
         ("generate /nowhere --temperature .nan", "temperature nan .* at least 0"),
         ("generate /nowhere --beams 0", "beams 0 .* at least 1"),
+        ("generate /nowhere --beams 99999999999", "beams 99999999999 is too large"),
+        (f"generate /nowhere --seed {10**400}", "seed 1000.* is too large"),
+        (f"generate /nowhere --temperature {10**400}", "too large to convert to float"),
         ("generate /nowhere --seed 4294967296", "seed 4294967296 .* at most"),
         ("evaluate /nowhere --out x", "unknown key out: see distill-pl evaluate --help"),
         ("evaluate /nowhere --limt 1", "unknown key limt: did you mean limit"),
@@ -86,6 +89,16 @@ def test_a_budget_of_null_is_none(arguments):
 )
 def test_options_out_of_range(command, says):
     assert re.search(says, refused(*command.split()))
+
+
+@pytest.mark.parametrize("command", ["evaluate", "generate", "report"])
+def test_a_path_that_no_file_system_takes_is_one_line(command):
+    assert re.search("File name too long: check that path", refused(command, "x" * 300, code=1))
+
+
+def test_memory_that_cannot_be_had_is_one_line(monkeypatch):
+    monkeypatch.setattr("distill_pl.cli.params", lambda: torch.empty(2**50))
+    assert re.search("out of memory .*can't allocate memory", refused("params", code=1))
 
 
 @pytest.mark.parametrize(("computes_in_bf16", "chosen"), [(True, "bf16-mixed"), (False, "32-true")])
