@@ -34,7 +34,8 @@ from distill_pl.tokens import short
 RANDOM = "random"  # in place of a path: random weights
 GPU_DEFAULTS, CPU_DEFAULTS = ("1024,4096,16384,65536", 5), ("128,256,512,1024", 3)  # lengths and repeats
 DECODE = ("auto", "graph", "plain")
-RANGES = {"new_tokens": AT_LEAST_1, "batch_size": AT_LEAST_1, "repeats": AT_LEAST_1, "prefill_chunk": Range(0), "seed": SEED}
+RANGES = {"new_tokens": AT_LEAST_1, "batch_size": AT_LEAST_1, "repeats": AT_LEAST_1, "prefill_chunk": Range(0, 1e15),
+          "length": AT_LEAST_1, "seed": SEED}  # fmt: skip
 WIDTHS = {"prompt": 8, "prefill tokens/s": 16, "decode": 6, "ms/token (min to max)": 24, "of limit": 8, "decode tokens/s": 15,
           "prefill GiB": 11, "decode GiB": 10, "state bytes": 14, "state in theory": 15}  # fmt: skip
 
@@ -88,7 +89,7 @@ def bench(
     repeats = default_repeats if repeats is None else repeats
     settings = {"new_tokens": new_tokens, "batch_size": batch_size, "repeats": repeats, "prefill_chunk": prefill_chunk,
                 "decode": check_decode(decode, gpu), "seed": seed} | environment()  # fmt: skip
-    check_numbers(settings, RANGES)
+    check_numbers(settings | {"length": prompt_lengths[-1]}, RANGES)
     sources = {model: locate(model, prompt_lengths[-1] + new_tokens) for model in dict.fromkeys(models)}
     rows = earlier_rows(Path(out) / "bench.json", settings)
 

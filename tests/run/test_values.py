@@ -84,6 +84,8 @@ def test_a_budget_of_null_is_none(arguments):
         ("evaluate /nowhere --out x", "unknown key out: see distill-pl evaluate --help"),
         ("evaluate /nowhere --limt 1", "unknown key limt: did you mean limit"),
         ("bench gla --repeats 0", "repeats 0 .* at least 1"),
+        (f"bench gla --lengths 16,{10**30}", "length 1000.* is too large"),
+        (f"bench gla --prefill_chunk {10**30}", "prefill_chunk 1000.* is too large"),
         ("bench gla --seed -1", "seed -1 .* at least 0"),
     ],
 )
