@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill_pl.ops import channel_decay, delta_rule, mlstm, normalized, scalar_decay, softmax
+from distill_pl.ops import channel_decay, delta_rule, mlstm, normalized, scalar_decay, softmax, window
 
 Inputs = dict[str, Tensor | float]  # an op's keyword arguments; every tensor is [B, T, heads, ...] and float64
 Normal = Callable[..., Tensor]  # normal(*shape): random numbers in float64
@@ -24,6 +24,11 @@ def softmax_inputs(normal: Normal, shape: Shape, key: int, value: int, strong: b
     grouped = (*shape[:2], shape[2] // 2)
     q = normal(*shape, key) * (30 if strong else 1)
     return {"q": q, "k": normal(*grouped, key), "v": normal(*grouped, value), "scale": key**-0.5}
+
+
+def window_inputs(normal: Normal, shape: Shape, key: int, value: int, strong: bool) -> Inputs:
+    """Make inputs like `softmax_inputs` for a window that most of the laws' sequences outgrow."""
+    return softmax_inputs(normal, shape, key, value, strong) | {"window": 7, "sinks": 3}
 
 
 def channel_decay_inputs(normal: Normal, shape: Shape, key: int, value: int, strong: bool) -> Inputs:
@@ -87,6 +92,7 @@ def squared_inputs(normal: Normal, shape: Shape, key: int, value: int, strong: b
 # the families whose inputs are written by hand, in their extremes; the kernels are tested on these
 FAMILIES: dict[str, tuple[ModuleType, Maker]] = {
     "softmax": (softmax, softmax_inputs),
+    "window": (window, window_inputs),
     "channel_decay": (channel_decay, channel_decay_inputs),
     "channel_decay, logits": (channel_decay, logits_inputs),
     "scalar_decay": (scalar_decay, scalar_decay_inputs),

@@ -11,6 +11,7 @@ from distill_pl.mixers.mlstm import MLSTM
 from distill_pl.mixers.rebased import ReBased
 from distill_pl.mixers.retnet import RetNet
 from distill_pl.mixers.softmax import Softmax
+from distill_pl.mixers.swa import SlidingWindow
 
 MIXERS: dict[str, type[SequenceMixer]] = {
     "softmax": Softmax,
@@ -23,4 +24,5 @@ MIXERS: dict[str, type[SequenceMixer]] = {
     "delta_net": DeltaNet,
     "rebased": ReBased,
     "hedgehog": Hedgehog,
+    "swa": SlidingWindow,
 }

@@ -77,7 +77,7 @@ class SequenceMixer(nn.Module):
         self.key_dim, self.value_dim = (int(share * width) // self.heads for share in (sizes.key, sizes.value))
         self.scale = self.key_dim**-0.5
         self.rope = self.rotates if config.rope is None else config.rope
-        self.backend = config.backend
+        self.window, self.sinks, self.backend = config.window, config.sinks, config.backend
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.q_proj = nn.Linear(hidden, self.heads * self.key_dim, bias=config.qkv_bias)
         if "k" in self.copies:
@@ -113,6 +113,10 @@ class SequenceMixer(nn.Module):
         counts one K x V matrix a head.
         """
         return 4 * batch * self.heads * self.key_dim * self.value_dim
+
+    def window_bytes(self, batch: int, itemsize: int) -> int:
+        """Return the bytes that `ops.window` keeps: keys and values of window and sinks, and a bool for each that exists."""
+        return batch * (self.window + self.sinks - 1) * (self.kv_count * (self.key_dim + self.value_dim) * itemsize + 1)
 
     def qkv(self, hidden: Tensor, position: Position | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Project to q [B, T, H, K], k and v [B, T, kv_heads, K or V] as the teacher does, with RoPE if given `position`."""

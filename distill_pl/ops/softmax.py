@@ -38,15 +38,23 @@ def _visible(queries: int, key_mask: Tensor) -> Tensor:
     return ((key_position <= query_position) & key_mask[:, None, None, :]) | (key_position == query_position)
 
 
-def matrix(q: Tensor, k: Tensor, scale: float, key_mask: Tensor | None = None) -> Tensor:
-    """Build Eq. 1's attention matrix A from q [B, T, H, K], k [B, T, kv_heads, K] -> [B, H, T, T], fp32 (float64 stays)."""
+def weights(q: Tensor, k: Tensor, scale: float, visible: Tensor) -> Tensor:
+    """Compute softmax(scale * q_i . k_j) over the keys in visible, bool [B, 1, T, T] -> [B, H, T, T], fp32 (float64 stays).
+
+    q [B, T, H, K], k [B, T, kv_heads, K].
+    """
     with torch.autocast(q.device.type, enabled=False):
         q, k = promoted(q, k)
         k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
         scores = torch.einsum("bihk,bjhk->bhij", q, k) * scale
-        if key_mask is None:
-            key_mask = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
-        return scores.masked_fill(~_visible(q.shape[1], key_mask), float("-inf")).softmax(-1)
+        return scores.masked_fill(~visible, float("-inf")).softmax(-1)
+
+
+def matrix(q: Tensor, k: Tensor, scale: float, key_mask: Tensor | None = None) -> Tensor:
+    """Build Eq. 1's attention matrix A from q [B, T, H, K], k [B, T, kv_heads, K] -> [B, H, T, T], fp32 (float64 stays)."""
+    if key_mask is None:
+        key_mask = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
+    return weights(q, k, scale, _visible(q.shape[1], key_mask))
 
 
 def mix(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None = None,

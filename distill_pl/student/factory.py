@@ -16,6 +16,7 @@ from distill_pl.student.modeling import DECODER_PARTS, Student, StudentConfig, m
 from distill_pl.student.transfer import copy_weights
 from distill_pl.teacher import Teacher, shallow_copy, ties_embeddings
 
+WINDOW, SINKS, MOST = 64, 4, 2**20  # tokens: student.window by default (mixer swa), student.sinks, and the most of either
 TOLERANCE = 1e-4  # of the largest value: rounding in fp32 stays below 1e-5, and an attention scale off by 10% far above
 CHECKED: WeakSet[PreTrainedModel] = WeakSet()  # teachers' models that passed `check_teacher`
 
@@ -37,6 +38,8 @@ class StudentFactory:
             which of Table 1 is true for softmax and retnet.
         softmax_layers: layers, counted from 0, that keep the teacher's softmax attention and its weights: a hybrid model,
             whose cache grows with the sequence.
+        window: number of last tokens, the token itself included, that mixer swa attends to. Default: 64.
+        sinks: number of first tokens that are attended to as well. Default: 4.
         retention: share of the state that a newly initialised decay gate keeps from one token to the next (section 3.1),
             between 0 and 1.
         backend: implementation of the mixing: `fla` for Triton kernels, `torch` for plain PyTorch, `auto` for fla on a GPU
@@ -51,6 +54,8 @@ class StudentFactory:
         kv_heads: Literal["grouped", "expanded"] | None = None,
         rope: bool | None = None,
         softmax_layers: Sequence[int] = (),
+        window: int | None = None,
+        sinks: int | None = None,
         retention: float = 0.982,
         backend: Backend = "auto",
     ):
@@ -60,6 +65,11 @@ class StudentFactory:
             raise InputError(f"student.retention {retention} must lie between 0 and 1, e.g. 0.982")
         if backend == "fla" and not (use_fla("auto", torch.device("cuda")) and torch.cuda.is_available()):
             raise InputError("student.backend fla needs a GPU and fla-core: pip install distill_pl[gpu], or choose torch")
+        for key, value in {"window": window, "sinks": sinks}.items():
+            if value is not None and not 1 <= value <= MOST:
+                raise InputError(f"student.{key} {value} is no number of tokens from 1 to {MOST}: give e.g. {WINDOW}")
+            if value is not None and mixer != "swa":
+                raise InputError(f"student.{key} {value}: a {mixer} attends to no window: leave it out, or choose mixer swa")
         paper = MIXERS[mixer].paper
         if shape == "paper":
             if kv_heads is not None:
@@ -76,6 +86,8 @@ class StudentFactory:
                 )
         self.mixer, self.init, self.shape, self.rope = mixer, init, shape, rope
         self.retention, self.backend = retention, backend
+        self.window = window or WINDOW if mixer == "swa" else None
+        self.sinks = sinks or SINKS if mixer == "swa" else None
         self.softmax_layers = sorted(set(softmax_layers))
         self.kv_heads = kv_heads or (paper if shape == "paper" else MIXERS[mixer]).kv_heads
 
@@ -98,6 +110,8 @@ class StudentFactory:
             shape=self.shape,
             rope=self.rope,
             retention=self.retention,
+            window=self.window,
+            sinks=self.sinks,
             backend=self.backend,
             hidden_size=base.hidden_size,
             num_hidden_layers=base.num_hidden_layers,

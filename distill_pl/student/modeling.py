@@ -46,6 +46,8 @@ class StudentConfig(PreTrainedConfig):
     shape: str = "copyable"
     rope: bool | None = None
     retention: float = 0.982
+    window: int | None = None  # tokens of sliding-window attention
+    sinks: int | None = None  # first tokens that are attended to as well
     backend: str = "auto"
     # the sizes from which mixers are built: the teacher's, except that num_key_value_heads may be expanded to all heads
     hidden_size: int = 0
@@ -85,7 +87,7 @@ class Student(PreTrainedModel, GenerationMixin):
         self.loss_type = "ForCausalLM"  # which transformers cannot tell from the class's name, and warns
         decoder = AutoModel.from_config(teacher_config(config), trust_remote_code=False)
         softmax_config = copy.copy(config)
-        softmax_config.shape, softmax_config.rope = "copyable", None
+        softmax_config.shape, softmax_config.rope, softmax_config.window = "copyable", None, None
         for index, layer in enumerate(decoder.layers):
             keeps_softmax = index in config.softmax_layers
             layer.self_attn = MIXERS["softmax"](softmax_config, index) if keeps_softmax else MIXERS[config.mixer](config, index)

@@ -149,7 +149,7 @@ def test_the_seed_makes_the_student(teacher, name, init):
         assert {key for key in first if key.endswith("proj.weight")} <= drawn
     elif init == "fresh":
         assert {key for key in first if ATTENTION in key and key.endswith("proj.weight")} <= drawn
-    all_copied = ("softmax", "rebased", "hedgehog")  # with init qkv, no weights of these are random
+    all_copied = ("softmax", "rebased", "hedgehog", "swa")  # with init qkv, no weights of these are random
     assert (not drawn) == (name in all_copied and init == "qkv")
 
 
@@ -158,6 +158,9 @@ def test_bad_options_are_refused():
         ({"mixer": "gla", "shape": "paper"}, "cannot take the teacher's projections"),
         ({"mixer": "delta_net", "shape": "paper", "kv_heads": "grouped"}, "student.kv_heads grouped"),
         ({"mixer": "metala", "init": "fresh", "shape": "paper", "rope": True}, "student.rope true"),
+        ({"mixer": "swa", "window": 0}, "student.window 0 is no number of tokens from 1"),
+        ({"mixer": "swa", "sinks": 2**21}, "student.sinks 2097152 is no number of tokens from 1 to 1048576"),
+        ({"mixer": "gla", "sinks": 4}, "student.sinks 4: a gla attends to no window"),
     ]:
         with pytest.raises(InputError, match=message):
             StudentFactory(**options)
