@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill_pl.ops import channel_decay, delta_rule, mlstm, normalized, scalar_decay, softmax, window
+from distill_pl.ops import channel_decay, gated_delta, mlstm, normalized, scalar_decay, softmax, window
 
 Inputs = dict[str, Tensor | float]  # an op's keyword arguments; every tensor is [B, T, heads, ...] and float64
 Normal = Callable[..., Tensor]  # normal(*shape): random numbers in float64
@@ -76,6 +76,25 @@ def delta_rule_inputs(normal: Normal, shape: Shape, key: int, value: int, strong
     return {"q": normal(*k.shape), "k": k, "v": normal(*shape, value), "beta": beta, "scale": 0.4}
 
 
+def gated_delta_inputs(normal: Normal, shape: Shape, key: int, value: int, strong: bool) -> Inputs:
+    """Add the log decays of `scalar_decay_inputs` to keys of the delta rule."""
+    inputs = delta_rule_inputs(normal, shape, key, value, strong)
+    return inputs | {"g": scalar_decay_inputs(normal, shape, key, value, strong)["g"]}
+
+
+def channel_delta_inputs(normal: Normal, shape: Shape, key: int, value: int, strong: bool) -> Inputs:
+    """Add the log decays of `channel_decay_inputs` to keys of the delta rule."""
+    inputs = delta_rule_inputs(normal, shape, key, value, strong)
+    return inputs | {"g": channel_decay_inputs(normal, shape, key, value, strong)["g"]}
+
+
+def rank_one_inputs(normal: Normal, shape: Shape, key: int, value: int, strong: bool) -> Inputs:
+    """Erase in each channel another share of what is read along the keys of the delta rule, and write along others."""
+    inputs = channel_delta_inputs(normal, shape, key, value, strong)
+    r = inputs["k"]
+    return inputs | {"k": normal(*shape, key), "r": r, "b": r * torch.special.ndtr(normal(*shape, key))}
+
+
 def normalized_inputs(normal: Normal, shape: Shape, key: int, value: int, strong: bool) -> Inputs:
     """Make features like Hedgehog's; strong: spikes, the rest of a row down to e^-100."""
     q, k = ((normal(*shape, key) * (20 if strong else 1)).softmax(-1) for _ in "qk")
@@ -97,7 +116,10 @@ FAMILIES: dict[str, tuple[ModuleType, Maker]] = {
     "channel_decay, logits": (channel_decay, logits_inputs),
     "scalar_decay": (scalar_decay, scalar_decay_inputs),
     "mlstm": (mlstm, mlstm_inputs),
-    "delta_rule": (delta_rule, delta_rule_inputs),
+    "delta_rule": (gated_delta, delta_rule_inputs),
+    "gated_delta": (gated_delta, gated_delta_inputs),
+    "gated_delta, channels": (gated_delta, channel_delta_inputs),
+    "gated_delta, rank one": (gated_delta, rank_one_inputs),
     "normalized": (normalized, normalized_inputs),
     "squared": (normalized, squared_inputs),
 }

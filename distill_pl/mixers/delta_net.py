@@ -1,7 +1,7 @@
 """DeltaNet (Yang et al., 2025): linear attention that overwrites a key's value instead of adding to it.
 
     q, k, v = silu(conv(W x)) each, q and k then scaled to unit length;  beta = sigmoid(W_beta x)
-    A: ops/delta_rule.py;  after A v: RMSNorm per head, o_proj
+    A: ops/gated_delta.py;  after A v: RMSNorm per head, o_proj
 
 There is no decay: the state forgets only what it overwrites.
 """
@@ -10,13 +10,13 @@ from torch import nn
 
 from distill_pl.mixers.mixer import RMSNorm
 from distill_pl.mixers.short_conv import ConvolvedMixer
-from distill_pl.ops import delta_rule
+from distill_pl.ops import gated_delta
 
 
 class DeltaNet(ConvolvedMixer):
     """DeltaNet in the shape of the teacher's heads: q, k, v and o can be copied, but the l2 norm drops the lengths of q, k."""
 
-    op = delta_rule
+    op = gated_delta
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -31,7 +31,7 @@ class DeltaNet(ConvolvedMixer):
         if mask is not None:
             beta = beta * mask[:, :, None]
         k, v = self.repeat_kv(k), self.repeat_kv(v)
-        return delta_rule.Inputs(q, k, v, beta, self.scale, self.backend), hidden
+        return gated_delta.Inputs(q, k, v, beta, self.scale, self.backend), hidden
 
     def output(self, mixed, hidden):
         """Normalise each head and project back to the hidden size. mixed [B, T, H, V] -> [B, T, D]."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import conv1d, layer_norm, normalize, pad, silu
 
 from distill_pl.mixers.hedgehog import FeatureMap, Hedgehog
-from distill_pl.ops import delta_rule, normalized
+from distill_pl.ops import gated_delta, normalized
 from distill_pl.student.factory import StudentFactory
 
 BATCH, LENGTH, HEADS, KEY, VALUE = 2, 192, 3, 16, 10
@@ -60,11 +60,11 @@ def test_delta_rule_is_flas_recurrence(carried):
     heads_first = [inputs[name].transpose(1, 2) for name in ("q", "k", "v", "beta")]
     start = draw((BATCH, HEADS, KEY, VALUE), seed=2)[0] if carried else None
     expected, final = naive.delta_rule_recurrence(*heads_first, initial_state=start)
-    y, state = delta_rule.mix(**inputs, state=start)
+    y, state = gated_delta.mix(**inputs, state=start)
     assert relative_error(y, expected.transpose(1, 2)) < 2e-6
     assert relative_error(state, final) < 2e-6
     if not carried:
-        for way in all_ways(delta_rule, inputs):
+        for way in all_ways(gated_delta, inputs):
             assert relative_error(way, expected.transpose(1, 2)) < 2e-6
 
 
@@ -73,8 +73,8 @@ def test_delta_rule_matrix_is_flas():
     heads_first = [inputs[name].transpose(1, 2) for name in ("q", "k", "v", "beta")]
     y, a = naive.delta_rule_parallel(*heads_first, BM=64, BN=32)
     # fla's matrix multiplies beta v, this one v
-    assert relative_error(matrix(delta_rule, inputs), a * heads_first[3][..., None, :]) < 2e-6
-    assert relative_error(delta_rule.mix(**inputs)[0], y.transpose(1, 2)) < 2e-6
+    assert relative_error(matrix(gated_delta, inputs), a * heads_first[3][..., None, :]) < 2e-6
+    assert relative_error(gated_delta.mix(**inputs)[0], y.transpose(1, 2)) < 2e-6
 
 
 def test_delta_rule_gradients_are_flas():
@@ -82,7 +82,7 @@ def test_delta_rule_gradients_are_flas():
     leaves = [inputs[name].requires_grad_(True) for name in ("q", "k", "v", "beta")]
     expected, _ = naive.delta_rule_recurrence(*(x.transpose(1, 2) for x in leaves))
     expected = torch.autograd.grad(expected.square().sum(), leaves)
-    for way in all_ways(delta_rule, inputs):
+    for way in all_ways(gated_delta, inputs):
         for gradient, other in zip(torch.autograd.grad(way.square().sum(), leaves), expected, strict=True):
             assert relative_error(gradient, other) < 5e-6
 

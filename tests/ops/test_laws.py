@@ -20,7 +20,7 @@ from op_inputs import (
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from distill_pl.ops import channel_decay, delta_rule, softmax
+from distill_pl.ops import channel_decay, gated_delta, softmax
 
 KEY, VALUE = 8, 6  # of `make`
 LENGTHS = [1, 5, 64, 130]  # one token; less than a chunk, odd; a chunk; two chunks and a rest
@@ -207,7 +207,30 @@ def test_delta_rule_matrix_is_its_formula(length):
     beta = inputs["beta"].transpose(1, 2)[..., None]
     steps = torch.eye(length) + (beta * k @ k.mT).tril(-1)
     direct = inputs["scale"] * (q @ k.mT).tril() @ torch.linalg.inv(steps) * beta.mT
-    assert relative_error(matrix(delta_rule, inputs), direct) < 1e-12
+    assert relative_error(matrix(gated_delta, inputs), direct) < 1e-12
+
+
+@pytest.mark.parametrize("strong", [False, True])
+def test_delta_rules_are_the_recurrence(strong):
+    """From any state, with all of g, r and b, which default to no decay, the key and the key."""
+    inputs, eye = make("gated_delta, rank one", 70, strong=strong), torch.eye(KEY)
+    start = torch.randn(2, 4, KEY, VALUE, generator=torch.Generator().manual_seed(2)).double()
+    state, outputs = start, []
+    for time in range(70):
+        q, k, v, r, b = (inputs[name][:, time, :, :, None] for name in "qkvrb")
+        g, beta = inputs["g"][:, time, :, :, None], inputs["beta"][:, time, :, None, None]
+        state = (eye - beta * b @ r.mT) @ (g.exp() * state) + beta * k @ v.mT
+        outputs.append(inputs["scale"] * (q.mT @ state)[..., 0, :])
+    y, final = gated_delta.mix(**inputs, state=start)
+    assert relative_error(y, torch.stack(outputs, 1)) < 1e-12
+    assert relative_error(final, state) < 1e-12
+
+    inputs = make("gated_delta", 70, strong=strong)
+    expected, all_channels = gated_delta.mix(**inputs)[0], inputs["g"][..., None].expand(-1, -1, -1, KEY)
+    for same in ({"g": all_channels}, {"r": inputs["k"]}, {"b": inputs["k"]}):
+        assert relative_error(gated_delta.mix(**inputs | same)[0], expected) < 1e-12
+    never = inputs | {"g": torch.zeros_like(inputs["g"])}
+    assert relative_error(mixed(gated_delta, never), mixed(gated_delta, inputs | {"g": None})) < 1e-12
 
 
 def test_channel_decay_is_the_recurrence():

@@ -1,0 +1,153 @@
+"""Delta rules: a key's old value is erased before its new value is written, while the rest of the state decays.
+
+    S_t = (I - beta_t b_t r_t^T) diag(e^{g_t}) S_{t-1} + beta_t k_t v_t^T         y_t = scale * S_t^T q_t
+
+- DeltaNet (Yang et al., 2025): r = b = k and no decay; Gated DeltaNet (Yang et al., 2024): a log decay g <= 0 per head; KDA
+  (Kimi Linear, 2025): one per key channel.
+- RWKV-7 (Peng et al., 2025): what is read (r) and erased (b) are not the key.
+
+For r = b = k, keys must have at most unit length and beta must lie between 0 and 1 (2 at most): then no step enlarges the
+state; with longer keys the state explodes.
+
+The steps of a chunk of tokens are one map of the state before it (the WY representation of Yang et al.):
+
+    y = read S + inner v            S' = moved S + written^T v
+
+Only decays from one token to a later one occur in it, of which none exceeds 1.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.linalg import solve_triangular
+from torch.nn.functional import pad
+
+from distill_pl.ops import Backend, channel_decay, promoted, scalar_decay, use_fla
+
+CHUNK = 64  # tokens whose steps are solved for at once
+
+
+class Inputs(NamedTuple):
+    """Hold the arguments of `mix` for a sequence, or without T those of `step` for a token."""
+
+    q: Tensor  # [B, T, H, K]
+    k: Tensor  # [B, T, H, K]
+    v: Tensor  # [B, T, H, V]
+    beta: Tensor  # [B, T, H], between 0 and 1
+    scale: float
+    backend: Backend = "auto"
+    g: Tensor | None = None  # log decay <= 0, [B, T, H] or [B, T, H, K]; None: nothing decays
+    r: Tensor | None = None  # [B, T, H, K]; None: k
+    b: Tensor | None = None  # [B, T, H, K]; None: k
+
+
+class Chunks(NamedTuple):
+    """Hold the maps of all chunks of C tokens, [B, chunks, H, ...]."""
+
+    read: Tensor  # [..., C, K]
+    inner: Tensor  # [..., C, C]
+    moved: Tensor  # [..., K, K]
+    written: Tensor  # [..., C, K]
+
+
+def _split(x: Tensor, size: int) -> Tensor:
+    """Promote and split x [B, T, ...] -> [B * chunks, size, ...], zeros after T: a token of zeros changes nothing."""
+    x = pad(promoted(x)[0], (*(0, 0) * (x.ndim - 2), 0, -x.shape[1] % size))
+    return x.unflatten(1, (-1, size)).flatten(0, 1)
+
+
+def _chunks(size: int, q: Tensor, k: Tensor, beta: Tensor, g: Tensor | None, r: Tensor | None, b: Tensor | None) -> Chunks:
+    """Find the maps of all chunks of `size` tokens of `Inputs`."""
+    batch, tied = len(q), b is None
+    r, b = (k if x is None else x for x in (r, b))
+    g = torch.zeros_like(beta) if g is None else g
+    q, k, r, b, g, beta = (_split(x, size) for x in (q, k, r, b, g, beta[..., None]))
+    k, b = k * beta, b * beta
+    decays = None
+    if g.ndim < q.ndim:  # [B * chunks, H, size, size]: e^{G_i - G_j} for i >= j, G the cumulative sum of g
+        one = torch.ones_like(beta)
+        decays = scalar_decay.matrix(one, one, g, 1.0)
+        g = g[..., None]
+
+    def products(x: Tensor, y: Tensor) -> Tensor:
+        if decays is None:
+            return channel_decay.matrix(x, y, g, 1.0)
+        return x.transpose(1, 2) @ y.permute(0, 2, 3, 1) * decays
+
+    q_k, r_k = products(q, k), products(r, k)
+    q_b, r_b = (q_k, r_k) if tied else (products(q, b), products(r, b))
+    since_start, until_end = g.cumsum(1).exp(), (g.flip(1).cumsum(1).flip(1) - g).exp()
+    q, r, k, b = (x.transpose(1, 2) for x in (q * since_start, r * since_start, k * until_end, b * until_end))
+    # what r_t finds in the decayed state at its token, as a map of the state before the chunk and of the chunk's v
+    found = solve_triangular(r_b, torch.cat([r, r_k.tril(-1)], -1), upper=False, unitriangular=True)
+    in_state, in_v = found.split([q.shape[-1], size], -1)
+    kept = torch.diag_embed(since_start[:, -1].expand(-1, -1, q.shape[-1]))
+    maps = (q - q_b @ in_state, q_k - q_b @ in_v, kept - b.mT @ in_state, k - in_v.mT @ b)
+    return Chunks(*(x.unflatten(0, (batch, -1)) for x in maps))
+
+
+def matrix(q: Tensor, k: Tensor, beta: Tensor, scale: float, backend: Backend = "auto", g: Tensor | None = None,
+           r: Tensor | None = None, b: Tensor | None = None) -> Tensor:  # fmt: skip
+    """Build A from q, k [B, T, H, K], beta [B, T, H] and, see `Inputs`, g, r, b -> [B, H, T, T], fp32 (float64 stays).
+
+    The columns are built chunk by chunk from the last, while all later queries are moved back to each chunk's start.
+    """
+    length = q.shape[1]
+    columns: list[Tensor] = []
+    size = min(length, max(CHUNK, -(-length // 8)))  # 8 chunks at most: torch.compile unrolls this loop
+    with torch.autocast(q.device.type, enabled=False):
+        chunks = _chunks(size, q, k, beta, g, r, b)
+        queries = chunks.read[:, 0, :, :0]
+        for read, inner, moved, written in zip(*(x.unbind(1)[::-1] for x in chunks), strict=True):
+            column = torch.cat([inner, queries @ written.mT], -2)
+            queries = torch.cat([read, queries @ moved], -2)
+            columns.insert(0, pad(column, (0, 0, size * (chunks.read.shape[1] - 1 - len(columns)), 0)))
+        return torch.cat(columns, -1)[..., :length, :length] * scale
+
+
+def mix(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float, backend: Backend = "auto", state: Tensor | None = None,
+        g: Tensor | None = None, r: Tensor | None = None, b: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Mix a sequence: q, k [B, T, H, K], v [B, T, H, V], beta [B, T, H] -> y [B, T, H, V], state [B, H, K, V].
+
+    g, r, b: see `Inputs`. y has the dtype of v, the state is fp32 (float64 stays).
+    """
+    if g is None and use_fla(backend, q.device) and v.dtype != torch.float32:  # the kernel refuses fp32
+        from distill_pl.ops.gpu import fla_kernels as kernels
+
+        return kernels.delta_rule(q.to(v.dtype), k.to(v.dtype), v, beta.float(), scale, state)
+
+    length, dtype = q.shape[1], v.dtype
+    size = min(length, CHUNK)
+    with torch.autocast(q.device.type, enabled=False):
+        chunks = _chunks(size, q, k, beta, g, r, b)
+        v = _split(v, size).unflatten(0, (len(v), -1)).transpose(2, 3)
+        added = chunks.written.mT @ v  # [B, chunks, H, K, V]
+        if state is None:
+            state = added.new_zeros(added[:, 0].shape)
+        before = []
+        for moved, new in zip(chunks.moved.unbind(1), added.unbind(1), strict=True):
+            before.append(state)
+            state = moved @ state + new
+        y = chunks.inner @ v + chunks.read @ torch.stack(before, 1)
+        return (y.transpose(2, 3).flatten(1, 2)[:, :length] * scale).to(dtype), state
+
+
+def step(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float, backend: Backend = "auto", state: Tensor | None = None,
+         g: Tensor | None = None, r: Tensor | None = None, b: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Apply the recurrence: q, k [B, H, K], v [B, H, V], beta [B, H] -> y [B, H, V], state [B, H, K, V].
+
+    g, r, b: see `Inputs`, without T. y has the dtype of v, the state is fp32 (float64 stays).
+    """
+    dtype = v.dtype
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, v, beta = promoted(q, k, v, beta[..., None])
+        added = k[..., :, None] * (beta * v)[..., None, :]
+        if state is not None:
+            if g is not None:
+                (g,) = promoted(g if g.ndim == q.ndim else g[..., None])
+                state = g.exp()[..., None] * state
+            r, b = (k if x is None else promoted(x)[0] for x in (r, b))
+            found = torch.einsum("bhk,bhkv->bhv", r, state)
+            added = state + added - b[..., :, None] * (beta * found)[..., None, :]
+        return (torch.einsum("bhk,bhkv->bhv", q, added) * scale).to(dtype), added
