@@ -36,7 +36,7 @@ class Layer(NamedTuple):
     query: Tensor  # [B, T, H, K] after RoPE and q/k norms
     key: Tensor  # [B, T, kv_heads, K] after RoPE and q/k norms, kv heads not repeated
     scale: float
-    position: tuple[Tensor, Tensor]  # RoPE's (cos, sin)
+    position: tuple[Tensor, Tensor]  # RoPE's (cos, sin) of this layer
 
 
 def _tap(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -148,9 +148,10 @@ class Teacher:
         decoder = self.model.model
         if self.model.config._attn_implementation != TAP:
             self.model.set_attn_implementation(TAP)
-        hidden = decoder.embed_tokens(input_ids)
-        position = decoder.rotary_emb(hidden, torch.arange(input_ids.shape[1], device=input_ids.device)[None])
-        for layer in decoder.layers:
+        hidden = scaled(decoder.embed_tokens(input_ids), getattr(decoder, "embedding_multiplier", 1.0))
+        positions = rope_tables(decoder.rotary_emb, hidden, torch.arange(input_ids.shape[1], device=input_ids.device)[None])
+        for index, layer in enumerate(decoder.layers):
+            position = positions[decoder.config.layer_types[index]] if isinstance(positions, dict) else positions
             output, query, key, scale = self.run_layer(layer, hidden, position)
             yield Layer(hidden, output, query, key, scale, position)
             hidden = output
@@ -180,10 +181,10 @@ class Teacher:
 
     @torch.no_grad()
     def hidden_states(self, input_ids: Tensor) -> Tensor:
-        """Run input_ids [B, T] -> the final hidden states [B, T, D], after the final norm."""
+        """Run input_ids [B, T] -> what the head reads [B, T, D]: the final hidden states, after the norm and `logits_scale`."""
         for layer in self.layers(input_ids):
             hidden = layer.output
-        return self.apply_norm(self.model.model.norm, hidden)
+        return scaled(self.apply_norm(self.model.model.norm, hidden), logits_scale(self.model.config))
 
 
 def load_model(path: str, **options) -> Any:
@@ -200,6 +201,30 @@ def load_model(path: str, **options) -> Any:
             f"{', '.join(files) or path}: weights that are damaged, of other shapes, or no plain tensors but code, which was "
             f"not run ({type(error).__name__}): get them again from a source you trust, best as safetensors"
         ) from error
+
+
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """Multiply x by a constant; return x itself if that is 1."""
+    return x if factor == 1 else x * factor
+
+
+def embedding_scale(decoder: Any) -> float:
+    """Return the factor of a decoder's embeddings, which Gemma's embedding module applies and Granite's decoder."""
+    return getattr(decoder.embed_tokens, "scalar_embed_scale", 1.0) * getattr(decoder, "embedding_multiplier", 1.0)
+
+
+def logits_scale(config: Any) -> float:
+    """Return the factor of a causal language model's logits (Granite)."""
+    return 1 / getattr(config, "logits_scaling", 1.0)
+
+
+def rope_tables(rotary_emb: Any, hidden: Tensor, position_ids: Tensor) -> Any:
+    """Compute RoPE's (cos, sin), [B, T, K] each, for hidden [B, T, D] at position_ids [B, T].
+
+    Where a teacher has RoPE of several kinds (Gemma 3), there is one pair for each type of layer, in a dict.
+    """
+    types = getattr(rotary_emb, "layer_types", None)
+    return {x: rotary_emb(hidden, position_ids, x) for x in types} if types else rotary_emb(hidden, position_ids)
 
 
 def ties_embeddings(model: PreTrainedModel) -> bool:
@@ -229,6 +254,9 @@ def shallow_copy(teacher: Teacher) -> Teacher:
     for tensor in model.to("cpu", torch.float32).state_dict().values():
         if tensor.ndim == 1 and tensor.is_floating_point():
             tensor += 0.3 * torch.randn(tensor.shape, generator=generator)
+    embedding = model.get_input_embeddings()
+    if hasattr(embedding, "scalar_embed_scale"):  # which a teacher in bf16 rounds
+        embedding.embed_scale.fill_(embedding.scalar_embed_scale)
     shallow = Teacher.__new__(Teacher)
     shallow.path, shallow.config, shallow.model = teacher.path, model.config, model
     shallow.run_layer, shallow.apply_norm = run_layer, apply_norm

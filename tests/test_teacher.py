@@ -1,23 +1,26 @@
 """The teacher's taps are what transformers computes, and a folder that is no teacher is refused in one line."""
 
+import functools
 import gc
 import json
 import shutil
 
 import pytest
 import torch
-from helpers import some_tokens
+from helpers import STEP, some_tokens
 from op_inputs import relative_error
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from distill_pl import teacher as teacher_module
+from distill_pl.decoding import Decoder
 from distill_pl.errors import InputError
 from distill_pl.mixers import MIXERS
 from distill_pl.ops import softmax
 from distill_pl.student import factory as factory_module
 from distill_pl.student.factory import StudentFactory, check_teacher
+from distill_pl.student.transfer import as_transformer, expand_kv
 from distill_pl.teacher import Teacher, shallow_copy, ties_embeddings
 
 
@@ -226,39 +229,120 @@ def change_config(folder, **changes) -> None:
 
 
 MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64}
+MULTIPLIERS = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 4.0}
+HALF_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
 EXACT = {  # model type -> configuration
-    "arcee": {},
+    "olmo2": {},  # norms after attention and MLP, q and k norms of all heads together
+    "olmo3": TWO_KINDS,
+    "gemma": {},  # scaled embeddings, norms that add 1 to their weight
+    "gemma3_text": TWO_KINDS | {"query_pre_attn_scalar": 16},  # two kinds of RoPE
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "granite": MULTIPLIERS,
+    "phi3": HALF_ROPE,  # q, k and v in one projection
+    "stablelm": {"use_qkv_bias": True} | HALF_ROPE,
+    "starcoder2": {"residual_dropout": 0.5},
     "ministral": {},
-    "seed_oss": {},
-    "mixtral": MOE,
+    "mixtral": MOE | {"router_jitter_noise": 0.5},
+    "phimoe": MOE,  # draws experts at random in training
     "qwen3_moe": MOE,
+    "olmoe": MOE,
+    "granitemoe": MOE | MULTIPLIERS,
+    "exaone_moe": MOE
+    | {"mlp_layer_types": ["dense", "sparse"], "sliding_window": 64, "layer_types": ["sliding_attention"] * 2},
 }
+TRAINED = ["olmo2", "gemma", "gemma3_text", "smollm3", "granite", "phi3", "stablelm", "mixtral"]
 REFUSED = {
     "bloom": {},
     "cohere": {},
     "deepseek_v3": {"n_group": 1, "topk_group": 1},
+    "exaone4": TWO_KINDS,
     "falcon_mamba": {},
+    "gemma2": {},
+    "gemma3_text": {"final_logit_softcapping": 30.0},
     "glm": {},
     "gpt_neox": {},
     "helium": {},
     "ministral3": {},
-    "nemotron": {},
-    "olmo": {},
+    "olmo": {"clip_qkv": 8.0},
     "opt": {},
     "phi": {},
-    "starcoder2": {},
 }
 
 
+@pytest.fixture(scope="session")
+def exact(save_model):
+    """Return `exact(model_type)`, which makes a teacher of EXACT with random biases and norm weights, once each."""
+    return functools.cache(lambda model_type: Teacher(str(save_model(model_type, 1, True, **EXACT[model_type]))))
+
+
+@torch.no_grad()
+def logits_of(model, tokens: torch.Tensor) -> torch.Tensor:
+    return model(tokens).logits
+
+
 @pytest.mark.parametrize("model_type", EXACT)
-def test_architectures_whose_softmax_student_is_exact(save_model, model_type):
-    teacher = Teacher(str(save_model(model_type, randomise=True, **EXACT[model_type])))
-    check_teacher(teacher)
+def test_architectures_whose_softmax_student_is_exact(exact, model_type, tmp_path):
+    teacher = exact(model_type)
     tokens = some_tokens(teacher, length=60)
-    with torch.no_grad():
-        expected = teacher.model(tokens).logits
-        assert relative_error(StudentFactory("softmax").build(teacher, 0).eval()(tokens).logits, expected) < 1e-5
+    expected = logits_of(AutoModelForCausalLM.from_pretrained(teacher.path, attn_implementation="eager").eval(), tokens)
+    check_teacher(Teacher(teacher.path, torch.bfloat16))
     assert relative_error(teacher.head(teacher.hidden_states(tokens)), expected) < 1e-5
+    for kv_heads in ("grouped", "expanded"):
+        student = StudentFactory("softmax", kv_heads=kv_heads).build(teacher, 0)
+        for ready in (student, student.eval(), student.train()):  # in training, too, without dropout and noise
+            assert relative_error(logits_of(ready, tokens), expected) < 1e-5
+    as_transformer(student).save_pretrained(tmp_path)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(exported) is type(teacher.model)
+    assert relative_error(logits_of(exported, tokens), expected) < 1e-5
+
+
+@pytest.mark.parametrize("model_type", EXACT)
+def test_their_other_students_get_their_projections(exact, model_type, tmp_path):
+    teacher = exact(model_type)
+    student = StudentFactory("gla").build(teacher, 0).eval()
+    heads, groups = teacher.config.num_attention_heads, teacher.config.num_key_value_heads
+    for mixer, layer in zip(student.mixers, teacher.model.model.layers, strict=True):
+        if hasattr(layer.self_attn, "qkv_proj"):
+            rows = [heads * mixer.key_dim, groups * mixer.key_dim, groups * mixer.key_dim]
+            q, k, v = layer.self_attn.qkv_proj.weight.split(rows)
+        else:
+            q, k, v = (getattr(layer.self_attn, f"{part}_proj").weight for part in "qkv")
+        assert torch.equal(mixer.q_proj.weight, q)
+        assert torch.equal(mixer.k_proj.weight, expand_kv(k, heads, groups))
+        assert torch.equal(mixer.v_proj.weight, expand_kv(v, heads, groups))
+        assert torch.equal(mixer.o_proj.weight, layer.self_attn.o_proj.weight)
+    student.save_pretrained(tmp_path)
+    loaded, tokens = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), some_tokens(teacher)
+    assert torch.equal(logits_of(loaded, tokens), logits_of(student, tokens))
+
+
+@pytest.mark.parametrize("model_type", EXACT)
+def test_their_students_from_scratch_are_drawn_as_the_teachers_class_draws(exact, model_type):
+    teacher = exact(model_type)
+    student = StudentFactory("gla", init="scratch").build(teacher, 0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        drawn = dict(AutoModelForCausalLM.from_config(teacher.config).named_parameters())
+    for name, parameter in student.named_parameters():
+        if ".self_attn." not in name:
+            mean, std = drawn[name].mean().item(), drawn[name].std().item()
+            assert parameter.mean().item() == pytest.approx(mean, abs=0.05), name
+            assert parameter.std().item() == pytest.approx(std, rel=0.3, abs=1e-6), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ["gla", "softmax"])
+@pytest.mark.parametrize("model_type", TRAINED)
+def test_they_are_distilled_in_all_stages(exact, fitted, model_type, mixer):
+    keys = {"tokens": 6 * STEP, "matrix_mixing.tokens": 2 * STEP, "hidden_align.tokens": 2 * STEP, "student.mixer": mixer}
+    run = fitted(**keys, teacher=exact(model_type).path)
+    model, prompt = AutoModelForCausalLM.from_pretrained(run / "student").eval(), some_tokens(exact(model_type), rows=1)
+    assert logits_of(model, prompt).isfinite().all()
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    generated = model.generate(prompt, **options)
+    assert torch.equal(torch.cat([prompt, *Decoder(model, 40, backend=None).generate(prompt, 8)], 1), generated)
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
@@ -293,18 +377,24 @@ def test_a_check_sees_every_kind_of_layer(save_model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_another_attention_scale_is_refused(teacher_folder, dtype):
+def test_an_attention_scale_that_differs_in_one_layer_is_refused(teacher_folder, dtype):
     teacher = Teacher(str(teacher_folder), dtype)
-    for layer in teacher.model.model.layers:
-        layer.self_attn.scaling *= 1.1
+    teacher.model.model.layers[1].self_attn.scaling *= 1.1
     with pytest.raises(InputError, match="LlamaForCausalLM.*attention scales"):
+        check_teacher(teacher)
+
+
+def test_weights_without_a_place_are_refused(teacher_folder):
+    teacher = Teacher(str(teacher_folder))
+    teacher.model.model.layers[1].self_attn.indexer = nn.Linear(2, 2)
+    with pytest.raises(InputError, match=r"no place for model\.layers\.1\.self_attn\.indexer"):
         check_teacher(teacher)
 
 
 def test_a_bias_of_zero_cannot_hide(teacher_folder):
     teacher = Teacher(str(teacher_folder))
     teacher.model.lm_head.bias = nn.Parameter(torch.zeros(teacher.config.vocab_size))
-    with pytest.raises(InputError, match="logits"):
+    with pytest.raises(InputError, match=r"lm_head\.bias"):
         check_teacher(teacher)
 
 

@@ -15,25 +15,41 @@ from torch.nn.functional import rms_norm
 if TYPE_CHECKING:
     from distill_pl.student.cache import MixerState
 
-Position = tuple[Tensor, Tensor]  # cos and sin of RoPE, [B, T, K]
+Tables = tuple[Tensor, Tensor]  # cos and sin of RoPE, [B, T, K], or narrower where it rotates the first channels alone
+Position = Tables | dict[str, Tables]  # a dict, by type of layer, where these differ in RoPE
 
 
 class RMSNorm(nn.Module):
-    """Divide by the root mean square over the last dimension, in fp32, and scale each channel."""
+    """Divide by the root mean square over the last dimension, in fp32, and scale each channel by its weight + `offset`."""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float, offset: float = 0.0):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.full((size,), 1.0 - offset))
+        self.eps, self.offset = eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x [..., size] -> [..., size], in the dtype of x."""
-        return rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        weight = self.weight.float() + self.offset if self.offset else self.weight.float()
+        return rms_norm(x.float(), self.weight.shape, weight, self.eps).to(x.dtype)
 
 
-def rotate(x: Tensor, position: Position) -> Tensor:
-    """Rotate queries or keys x [B, T, H, K] by RoPE as Llama does; position holds cos and sin [B, T, K]."""
-    cos, sin = (p.unsqueeze(2).to(x.dtype) for p in position)
+class JointRMSNorm(RMSNorm):
+    """Apply an RMSNorm to all heads together (OLMo 2)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x [..., heads, K] -> [..., heads, K], in the dtype of x; the size is heads * K."""
+        return super().forward(x.flatten(-2)).unflatten(-1, x.shape[-2:])
+
+
+def rotate(x: Tensor, tables: Tables) -> Tensor:
+    """Rotate queries or keys x [B, T, H, K] by RoPE as Llama does; tables are cos and sin [B, T, K].
+
+    Where the tables have fewer channels than x, the others stay as they are (StableLM).
+    """
+    cos, sin = (table.unsqueeze(2).to(x.dtype) for table in tables)
+    if cos.shape[-1] < x.shape[-1]:
+        first, rest = x.tensor_split([cos.shape[-1]], dim=-1)
+        return torch.cat([rotate(first, tables), rest], -1)
     half = x.shape[-1] // 2
     first = torch.arange(x.shape[-1], device=x.device) < half
     return x * cos + x.roll(half, -1) * torch.where(first, -sin, sin)  # torch.cat of halves would copy, even compiled
@@ -75,17 +91,27 @@ class SequenceMixer(nn.Module):
         self.heads = sizes.heads or config.num_attention_heads
         self.kv_count = config.num_key_value_heads if sizes.heads is None else self.heads
         self.key_dim, self.value_dim = (int(share * width) // self.heads for share in (sizes.key, sizes.value))
-        self.scale = self.key_dim**-0.5
+        scale = config.attention_scale if self.key_dim == config.head_dim else None
+        self.scale = self.key_dim**-0.5 if scale is None else scale
         self.rope = self.rotates if config.rope is None else config.rope
         self.window, self.sinks, self.backend = config.window, config.sinks, config.backend
-        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.teacher_rotates, self.layer_type = True, ""  # whether the teacher's layer has RoPE; a key of `Position`
+        hidden = config.hidden_size
         self.q_proj = nn.Linear(hidden, self.heads * self.key_dim, bias=config.qkv_bias)
         if "k" in self.copies:
             self.k_proj = nn.Linear(hidden, self.kv_count * self.key_dim, bias=config.qkv_bias)
-            self.k_norm = RMSNorm(self.key_dim, eps) if config.qk_norm else nn.Identity()
+            self.k_norm = self.head_norm(self.kv_count, config)
         self.v_proj = nn.Linear(hidden, self.kv_count * self.value_dim, bias=config.qkv_bias)
         self.o_proj = nn.Linear(self.heads * self.value_dim, hidden, bias=config.o_bias)
-        self.q_norm = RMSNorm(self.key_dim, eps) if config.qk_norm else nn.Identity()  # Qwen3 normalises q and k
+        self.q_norm = self.head_norm(self.heads, config)
+
+    def head_norm(self, heads: int, config) -> nn.Module:
+        """Build the norm of q or k that the teacher has: of each head (Qwen3), of all together, or none."""
+        if not config.qk_norm:
+            return nn.Identity()
+        if config.qk_norm_joint:
+            return JointRMSNorm(heads * self.key_dim, config.rms_norm_eps, config.qk_norm_offset)
+        return RMSNorm(self.key_dim, config.rms_norm_eps, config.qk_norm_offset)
 
     def start(self, config) -> None:
         """Set the start values that are this mixer's own, such as decay biases (section 3.1); linears are random already.
@@ -131,7 +157,14 @@ class SequenceMixer(nn.Module):
 
     def rotated(self, position: Position, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate q and k [B, T, heads, K] by RoPE if this mixer uses it (`student.rope`), else return them unchanged."""
-        return (rotate(q, position), rotate(k, position)) if self.rope else (q, k)
+        return self.rotated_as_teacher(position, q, k) if self.rope else (q, k)
+
+    def rotated_as_teacher(self, position: Position, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotate q and k [B, T, heads, K] by the RoPE of the teacher's layer, or return them unchanged if it has none."""
+        if not self.teacher_rotates:
+            return q, k
+        tables = position[self.layer_type] if isinstance(position, dict) else position
+        return rotate(q, tables), rotate(k, tables)
 
     def repeat_kv(self, x: Tensor) -> Tensor:
         """Repeat [B, T, kv_heads, X] -> [B, T, H, X]: each kv head serves consecutive query heads, as in the teacher."""

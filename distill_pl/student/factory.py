@@ -7,16 +7,18 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from distill_pl.errors import InputError
 from distill_pl.mixers import MIXERS
 from distill_pl.ops import Backend, use_fla
-from distill_pl.student.modeling import DECODER_PARTS, Student, StudentConfig, mark_as_loaded
+from distill_pl.student.modeling import DECODER_PARTS, Student, StudentConfig, mark_as_loaded, split_joint_projections
 from distill_pl.student.transfer import copy_weights
 from distill_pl.teacher import Teacher, shallow_copy, ties_embeddings
 
 WINDOW, SINKS, MOST = 64, 4, 2**20  # tokens: student.window by default (mixer swa), student.sinks, and the most of either
+BOUNDS = ("attn_logit_softcapping", "final_logit_softcapping", "clip_qkv")  # of values too large to occur in a comparison
 TOLERANCE = 1e-4  # of the largest value: rounding in fp32 stays below 1e-5, and an attention scale off by 10% far above
 CHECKED: WeakSet[PreTrainedModel] = WeakSet()  # teachers' models that passed `check_teacher`
 
@@ -99,7 +101,6 @@ class StudentFactory:
             raise InputError(
                 f"student.softmax_layers {missing} do not exist: the teacher's layers are 0 to {base.num_hidden_layers - 1}"
             )
-        attention = teacher.model.model.layers[0].self_attn
         heads = base.num_attention_heads
         teacher_json = base.to_diff_dict() | {"model_type": base.model_type}
         teacher_json.pop("dtype", None)  # the student's weights need not have the dtype of the teacher's
@@ -117,11 +118,8 @@ class StudentFactory:
             num_hidden_layers=base.num_hidden_layers,
             num_attention_heads=heads,
             num_key_value_heads=heads if self.kv_heads == "expanded" else base.num_key_value_heads,
-            head_dim=attention.head_dim,
-            rms_norm_eps=base.rms_norm_eps,
-            qkv_bias=attention.q_proj.bias is not None,
-            o_bias=attention.o_proj.bias is not None,
-            qk_norm=hasattr(attention, "q_norm"),
+            rms_norm_eps=getattr(base, "rms_norm_eps", 1e-6),
+            **attention_config(teacher.model.model.layers[0].self_attn),
             vocab_size=base.vocab_size,
             max_position_embeddings=base.max_position_embeddings,
             initializer_range=base.initializer_range,
@@ -160,6 +158,29 @@ class StudentFactory:
         return self.mixer == "softmax" and self.init == "qkv" and self.rope is not False
 
 
+def attention_config(attention: Any) -> dict[str, Any]:
+    """Describe a teacher's attention module in the keys of StudentConfig."""
+    queries = getattr(attention, "qkv_proj", None) or attention.q_proj
+    norm: Any = getattr(attention, "q_norm", None)
+    size = 0 if getattr(norm, "weight", None) is None else len(norm.weight)
+    return {
+        "head_dim": attention.head_dim,
+        "qkv_bias": queries.bias is not None,
+        "o_bias": attention.o_proj.bias is not None,
+        "qk_norm": size > 0,
+        "qk_norm_joint": size > attention.head_dim,
+        "qk_norm_offset": norm_offset(norm) if size else 0.0,
+        "attention_scale": None if attention.scaling == attention.head_dim**-0.5 else attention.scaling,
+    }
+
+
+@torch.no_grad()
+def norm_offset(norm: Any) -> float:
+    """Return what an RMS norm adds to its weight: 1 for those of Gemma, whose output is not 0 if their weight is, else 0."""
+    ones = torch.ones_like(norm.weight)
+    return float(functional_call(norm, {"weight": 0 * ones}, ones).any())
+
+
 def check_teacher(teacher: Teacher) -> None:
     """Raise InputError, naming the architecture, unless a softmax student computes what the teacher does.
 
@@ -175,37 +196,40 @@ def check_teacher(teacher: Teacher) -> None:
     for key, tensor in teacher.model.state_dict().items():
         if not tensor.isfinite().all():
             raise InputError(f"teacher {teacher.path!r}: its weight {key} is not finite everywhere: get the weights again")
-    message = f"teacher {teacher.path!r} ({name}) is not a supported decoder: its layers are not built like Llama's"
-    if missing := _missing_parts(teacher.model):
-        raise InputError(f"{message} ({missing})")
+    message = f"teacher {teacher.path!r} ({name}) is not a supported decoder"
     try:
-        errors = _disagreement(shallow_copy(teacher))
+        reason = _obstacle(teacher.model) or _difference(shallow_copy(teacher))
     except Exception as error:  # architectures fail in ways of their own
-        raise InputError(f"{message} ({type(error).__name__}: {' '.join(str(error).split())[:160]})") from error
-    for what, size in errors.items():
-        if not size < TOLERANCE:  # also refuses nan
-            raise InputError(f"{message} (its {what} and a softmax student's differ by {size:.2g} of the largest)")
+        raise InputError(f"{message}: {type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
+    if reason:
+        raise InputError(f"{message}: {reason}")
     CHECKED.add(teacher.model)
 
 
-def _missing_parts(model: Any) -> str:
-    """Say which modules of Llama's a model lacks, or which its layers have instead; an empty string if it has them all."""
+def _obstacle(model: Any) -> str:
+    """Say what in a model's structure no student can have; an empty string for nothing."""
+    if bounds := [key for key in BOUNDS if getattr(model.config, key, None) is not None]:
+        return f"its config.json sets {bounds[0]}, which a student does not compute"
     for module, parts in [(model, ["model", "lm_head"]), (getattr(model, "model", None), DECODER_PARTS)]:
         if missing := [part for part in parts if not hasattr(module, part)]:
-            return f"no {', '.join(missing)}"
+            return f"it has no {', '.join(missing)}"
     for layer in model.model.layers:
-        children = [name for name, _ in layer.named_children()]
-        if sorted(children) != ["input_layernorm", "mlp", "post_attention_layernorm", "self_attn"]:
-            return f"a layer has {', '.join(children)}"
-        if missing := [part for part in ("q_proj", "k_proj", "v_proj", "o_proj") if not hasattr(layer.self_attn, part)]:
-            return f"attention without {', '.join(missing)}"
+        if not hasattr(layer, "self_attn"):
+            return f"a layer has no self_attn, but {', '.join(name for name, _ in layer.named_children())}"
+        wanted = ("qkv_proj", "o_proj") if hasattr(layer.self_attn, "qkv_proj") else ("q_proj", "k_proj", "v_proj", "o_proj")
+        if missing := [part for part in wanted if not hasattr(layer.self_attn, part)]:
+            return f"its attention has no {', '.join(missing)}"
     return ""
 
 
 @torch.no_grad()
-def _disagreement(teacher: Teacher) -> dict[str, float]:
-    """Compare the teacher's own forward pass with a softmax student and `Teacher.layers` -> errors relative to the largest."""
+def _difference(teacher: Teacher) -> str:
+    """Say where the teacher's own forward pass differs from a softmax student or `Teacher.layers`; empty if nowhere."""
     student = StudentFactory("softmax").assemble(teacher, seed=0).eval()
+    tensors = teacher.model.state_dict()
+    split_joint_projections(tensors, student.config)
+    if left := sorted(tensors.keys() - student.state_dict().keys()):
+        return f"a student has no place for {left[0]}"
     tokens = torch.arange(16)[None] % teacher.config.vocab_size
     errors: dict[str, float] = {}
 
@@ -225,4 +249,7 @@ def _disagreement(teacher: Teacher) -> dict[str, float]:
     teacher.model.set_attn_implementation("eager")  # sdpa leaves out what it cannot do, such as soft caps
     logits = teacher.model(tokens, use_cache=False).logits
     compare("logits", logits, student(tokens, use_cache=False).logits, teacher.head(teacher.hidden_states(tokens)))
-    return errors
+    for what, size in errors.items():
+        if not size < TOLERANCE:  # also true of nan
+            return f"its {what} and a softmax student's differ by {size:.2g} of the largest"
+    return ""

@@ -1,12 +1,14 @@
 """The student as a Hugging Face model: the teacher's architecture with a mixer in place of each layer's attention.
 
-Embeddings, norms, MLPs, rotary embedding and the layers' residual connections are the teacher's classes from transformers, so
-any decoder whose layers are built like Llama's can become a student, and weights keep the teacher's names. `import distill_pl`
-registers the model with `AutoModelForCausalLM.from_pretrained(folder)`.
+Norms, MLPs, rotary embedding and the layers' residual connections are the teacher's classes from transformers, so many decoders
+can become students (`check_teacher` compares them), and weights keep the teacher's names. `import distill_pl` registers the
+model with `AutoModelForCausalLM.from_pretrained(folder)`.
 """
 
 import copy
+from collections.abc import Iterable, Mapping
 from dataclasses import field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +21,7 @@ from transformers import (
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
+    initialization,
 )
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -26,9 +29,12 @@ from transformers.utils import can_return_tuple
 
 from distill_pl.errors import InputError
 from distill_pl.mixers import MIXERS, SequenceMixer
+from distill_pl.mixers.mixer import Position, RMSNorm
 from distill_pl.student.cache import StudentCache
+from distill_pl.teacher import embedding_scale, logits_scale, rope_tables, scaled
 
 DECODER_PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
+JOINT = ".qkv_proj."
 GENERATION_MODES = (
     GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE,
 )  # fmt: skip
@@ -59,6 +65,9 @@ class StudentConfig(PreTrainedConfig):
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: bool = False
+    qk_norm_joint: bool = False  # over all heads together
+    qk_norm_offset: float = 0.0  # added to the weights of q and k norms
+    attention_scale: float | None = None  # of q . k; default: head_dim ** -0.5
     # read by transformers' generation and by training code outside this package
     vocab_size: int = 0
     max_position_embeddings: int = 0
@@ -88,14 +97,35 @@ class Student(PreTrainedModel, GenerationMixin):
         decoder = AutoModel.from_config(teacher_config(config), trust_remote_code=False)
         softmax_config = copy.copy(config)
         softmax_config.shape, softmax_config.rope, softmax_config.window = "copyable", None, None
+        layer_types = getattr(decoder.config, "layer_types", None)
         for index, layer in enumerate(decoder.layers):
             keeps_softmax = index in config.softmax_layers
-            layer.self_attn = MIXERS["softmax"](softmax_config, index) if keeps_softmax else MIXERS[config.mixer](config, index)
+            mixer = MIXERS["softmax"](softmax_config, index) if keeps_softmax else MIXERS[config.mixer](config, index)
+            mixer.teacher_rotates = bool(getattr(layer.self_attn, "use_rope", True))  # SmolLM3 has layers without
+            mixer.layer_type = layer_types[index] if layer_types else ""
+            layer.self_attn = mixer
+            if not hasattr(layer, "input_layernorm"):  # OLMo 2 has norms after attention alone
+                layer.input_layernorm = nn.Identity()
         # the decoder's parts and not the decoder, whose forward would build attention masks and a cache that mixers do not take
         self.model = nn.ModuleDict({part: getattr(decoder, part) for part in DECODER_PARTS})
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, decoder.embed_tokens.padding_idx)
+        multiply_output(self.model.embed_tokens, embedding_scale(decoder))
+        multiply_output(self.model.norm, logits_scale(decoder.config))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # an instance without modules of the teacher's class: in a tuple, since it is no part of this model
+        self.initialiser = (without_modules(decoder),)
         self._no_split_modules = decoder._no_split_modules  # else device_map="auto" may put halves of a layer on two GPUs
         self.post_init()
+        self.train()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw a module's weights at random: those of the teacher's own modules as its class does."""
+        if isinstance(module, RMSNorm):
+            initialization.constant_(module.weight, 1 - module.offset)
+        elif type(module).__module__ == type(self.initialiser[0]).__module__:
+            self.initialiser[0]._init_weights(module)
+        else:
+            super()._init_weights(module)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -104,16 +134,31 @@ class Student(PreTrainedModel, GenerationMixin):
         for mixer in self.mixers:
             mixer.start(self.config)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load weights as nn.Module does: a student's, or those of a teacher whose attention is softmax too."""
+        tensors = dict(state_dict)
+        split_joint_projections(tensors, self.config)
+        return super().load_state_dict(tensors, *args, **kwargs)
+
+    def train(self, mode: bool = True) -> "Student":
+        """Set training mode, but leave out dropout and noise of the teacher's modules: a student trains as the teacher runs."""
+        super().train(mode)
+        for layer in self.model.layers:
+            for name, module in layer.named_children():
+                if name != "self_attn" and is_noisy(module):
+                    module.eval()
+        return self
+
     @property
     def mixers(self) -> list[SequenceMixer]:
         """Return the mixers, one for each layer."""
         return [layer.self_attn for layer in self.model.layers]
 
-    def position(self, hidden: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def position(self, hidden: Tensor, position_ids: Tensor | None = None) -> Position:
         """Compute RoPE's cos and sin [B, T, K] for hidden [B, T, D] at position_ids [B, T], by default 0 to T - 1."""
         if position_ids is None:
             position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        return self.model.rotary_emb(hidden, position_ids)
+        return rope_tables(self.model.rotary_emb, hidden, position_ids)
 
     def hidden_states(self, input_ids: Tensor | None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
                       cache: StudentCache | None = None, inputs_embeds: Tensor | None = None,
@@ -282,6 +327,46 @@ def check_one_sequence(attention_mask: Tensor | None, position_ids: Tensor | Non
 def teacher_config(config: StudentConfig) -> PreTrainedConfig:
     """Return the teacher's configuration, stored in the student's, with the size of the student's vocabulary."""
     return AutoConfig.for_model(**(config.teacher or {}) | {"vocab_size": config.vocab_size})
+
+
+def multiply_output(module: nn.Module, factor: float) -> None:
+    """Make a module multiply its output by a constant, if that is not 1."""
+    if factor != 1:
+        module.register_forward_hook(partial(_times, factor))
+
+
+def _times(factor: float, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return scaled(output, factor)
+
+
+def is_noisy(module: nn.Module) -> bool:
+    """Return whether a module computes something else in training: by dropout, or by noise in a router of experts."""
+    attributes = [item for part in module.modules() for item in vars(part).items()]
+    return any(value for key, value in attributes if key == "p" or "drop" in key or "jitter" in key)
+
+
+def without_modules(decoder: PreTrainedModel) -> PreTrainedModel:
+    """Return an instance of a decoder's class that has its configuration alone."""
+    empty = type(decoder).__new__(type(decoder))
+    nn.Module.__init__(empty)
+    empty.config = decoder.config
+    return empty
+
+
+def split_joint_projections(tensors: dict[str, Tensor], config: StudentConfig) -> None:
+    """Replace, in place, projections of q, k and v in one (Phi 3), weights or biases, by three under the names of Llama's."""
+    queries = config.num_attention_heads * config.head_dim
+    for name in [name for name in tensors if JOINT in name]:
+        joint = tensors.pop(name)
+        keys = (len(joint) - queries) // 2
+        for part, tensor in zip("qkv", joint.split([queries, keys, keys]), strict=True):
+            tensors[name.replace(JOINT, f".{part}_proj.")] = tensor
+
+
+def join_projections(tensors: dict[str, Tensor], names: Iterable[str]) -> None:
+    """Undo `split_joint_projections` in place for those of `names` that are in one."""
+    for name in [name for name in names if JOINT in name]:
+        tensors[name] = torch.cat([tensors.pop(name.replace(JOINT, f".{part}_proj.")) for part in "qkv"])
 
 
 def mark_as_loaded(parameter: nn.Parameter) -> None:

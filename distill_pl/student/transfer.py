@@ -5,7 +5,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from distill_pl.mixers import Softmax
-from distill_pl.student.modeling import Student, teacher_config
+from distill_pl.student.modeling import Student, join_projections, split_joint_projections, teacher_config
 
 ATTENTION = ".self_attn."
 
@@ -23,10 +23,12 @@ def copy_weights(teacher: PreTrainedModel, student: Student, attention: bool) ->
     """Copy the teacher's weights into the student in place and return the names of the student's tensors that were set.
 
     Outside attention all tensors are copied by name (section 4). With `attention`, a mixer also gets the projections in its
-    `copies` (Table 1) with their q and k norms, kv heads repeated where the student has more; layers in `softmax_layers` get
-    them always. Raises KeyError for a tensor that the teacher lacks and ValueError for one of another shape.
+    `copies` (Table 1) with their q and k norms, kv heads repeated where the student has more, and one projection of q, k and v
+    taken apart; layers in `softmax_layers` get them always. Raises KeyError for a tensor that the teacher lacks and ValueError
+    for one of another shape.
     """
     source, target = teacher.state_dict(), student.state_dict()
+    split_joint_projections(source, student.config)
     wanted = [name for name in target if ATTENTION not in name]
     for index, mixer in enumerate(student.mixers):
         if attention or index in student.config.softmax_layers:
@@ -37,7 +39,7 @@ def copy_weights(teacher: PreTrainedModel, student: Student, attention: bool) ->
     kv_heads = teacher.config.num_key_value_heads
     for name in wanted:
         weight = source[name]
-        if weight.shape != target[name].shape and (".k_proj." in name or ".v_proj." in name):
+        if weight.shape != target[name].shape and any(part in name for part in (".k_proj.", ".v_proj.", ".k_norm.")):
             weight = expand_kv(weight, heads, kv_heads)
         if weight.shape != target[name].shape:
             raise ValueError(f"{name}: {tuple(weight.shape)} in the teacher, {tuple(target[name].shape)} in the student")
@@ -53,5 +55,7 @@ def as_transformer(student: Student) -> PreTrainedModel:
     config.num_key_value_heads = student.config.num_key_value_heads
     config.tie_word_embeddings = student.config.tie_word_embeddings
     model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(student.state_dict())
+    tensors = student.state_dict()
+    join_projections(tensors, model.state_dict())
+    model.load_state_dict(tensors)
     return model

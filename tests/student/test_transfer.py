@@ -5,6 +5,7 @@ import torch
 
 from distill_pl.mixers import GLA
 from distill_pl.student.factory import StudentFactory
+from distill_pl.student.modeling import StudentConfig, join_projections, split_joint_projections
 from distill_pl.student.transfer import copy_weights, expand_kv
 
 HEADS = [(4, 1), (4, 2), (4, 4), (6, 2), (15, 5)]
@@ -36,6 +37,20 @@ def test_repeating_rows_instead_of_heads_is_something_else(heads, kv_heads):
 def test_expanding_nothing_is_a_copy():
     projection = torch.randn(32, 7, generator=torch.Generator().manual_seed(0))
     assert torch.equal(expand_kv(projection, 4, 4), projection)
+
+
+@pytest.mark.parametrize("rest", [(7,), ()], ids=["weight", "bias"])
+def test_projections_in_one_are_taken_apart_and_joined_again(rest):
+    """Phi 3 has the rows of q, then those of k, then those of v."""
+    config = StudentConfig(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    joint = torch.arange(64.0)[(...,) + (None,) * len(rest)].expand(64, *rest)
+    tensors = {"a.qkv_proj.x": joint, "other": joint}
+    split_joint_projections(tensors, config)
+    assert [len(tensors[f"a.{part}_proj.x"]) for part in "qkv"] == [32, 16, 16]
+    assert tensors["a.k_proj.x"].flatten()[0] == 32 and tensors["a.v_proj.x"].flatten()[0] == 48
+    join_projections(tensors, ["a.qkv_proj.x", "other"])
+    assert tensors.keys() == {"a.qkv_proj.x", "other"}
+    assert torch.equal(tensors["a.qkv_proj.x"], joint)
 
 
 @pytest.mark.parametrize("attention", [True, False])
