@@ -208,7 +208,7 @@ class Decoder:
                 self.states.append(((keys, values, self.position), {}))
             else:  # matrices with contiguous columns: reading a state is a sum over keys, which then fuses with the update
                 self.states.append(tree_map(lambda x: x.new_zeros(x.mT.shape).mT if x.ndim > 2 else x.clone(), state))
-        self.uses_rope = any(mixer.rope for mixer in student.mixers)
+        self.uses_rope = any(mixer.rope or mixer.beside_window for mixer in student.mixers)
         self.layers, self.head = list(student.model.layers), None
         if batch == 1 and (self.gpu or self.backend) and find_spec("triton") and all(map(is_llama_layer, self.layers)):
             self.layers = [RowLayer(layer) for layer in self.layers]

@@ -220,7 +220,7 @@ def random_model(mixer: str, seed: int) -> PreTrainedModel:
 def warn_beyond_positions(model: str, network: PreTrainedModel, positions: int) -> None:
     """Say so where a model with RoPE was made for fewer positions."""
     made_for = getattr(network.config, "max_position_embeddings", None)
-    uses_rope = not isinstance(network, Student) or any(mixer.rope for mixer in network.mixers)
+    uses_rope = not isinstance(network, Student) or any(mixer.rope or mixer.beside_window for mixer in network.mixers)
     if uses_rope and made_for and positions > made_for:
         say(f"{model}: made for {made_for} positions; timing beyond them is valid, the generated text is not")
 
@@ -241,7 +241,7 @@ def theory(network: PreTrainedModel, batch: int, length: int) -> int | None:
     """Compute the bytes of the state after `length` tokens from the architecture alone; None for one unlike Llama's."""
     itemsize = network.dtype.itemsize
     if isinstance(network, Student):
-        return sum(mixer.state_bytes(batch, length, itemsize) for mixer in network.mixers)
+        return sum(mixer.cache_bytes(batch, length, itemsize) for mixer in network.mixers)
     if getattr(network.config, "sliding_window", None):
         return None
     try:

@@ -11,12 +11,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
+from transformers import initialization
+
+from distill_pl.ops import promoted, window
 
 if TYPE_CHECKING:
     from distill_pl.student.cache import MixerState
 
 Tables = tuple[Tensor, Tensor]  # cos and sin of RoPE, [B, T, K], or narrower where it rotates the first channels alone
 Position = Tables | dict[str, Tables]  # a dict, by type of layer, where these differ in RoPE
+# Logit of an op's first share of a head beside window attention, about 1/8: the window, with the teacher's own q, k and v, is
+# the better start, but a share also multiplies the op's gradients, which a smaller one would hide under the window's.
+SHARE_LOGIT = -2.0
 
 
 class RMSNorm(nn.Module):
@@ -94,7 +100,8 @@ class SequenceMixer(nn.Module):
         scale = config.attention_scale if self.key_dim == config.head_dim else None
         self.scale = self.key_dim**-0.5 if scale is None else scale
         self.rope = self.rotates if config.rope is None else config.rope
-        self.window, self.sinks, self.backend = config.window, config.sinks, config.backend
+        self.backend = config.backend
+        self.window, self.sinks = config.window, config.sinks
         self.teacher_rotates, self.layer_type = True, ""  # whether the teacher's layer has RoPE; a key of `Position`
         hidden = config.hidden_size
         self.q_proj = nn.Linear(hidden, self.heads * self.key_dim, bias=config.qkv_bias)
@@ -104,6 +111,9 @@ class SequenceMixer(nn.Module):
         self.v_proj = nn.Linear(hidden, self.kv_count * self.value_dim, bias=config.qkv_bias)
         self.o_proj = nn.Linear(self.heads * self.value_dim, hidden, bias=config.o_bias)
         self.q_norm = self.head_norm(self.heads, config)
+        self.beside_window = self.window is not None and self.op is not window
+        if self.beside_window:
+            self.window_logit = nn.Parameter(torch.zeros(self.heads))
 
     def head_norm(self, heads: int, config) -> nn.Module:
         """Build the norm of q or k that the teacher has: of each head (Qwen3), of all together, or none."""
@@ -118,6 +128,11 @@ class SequenceMixer(nn.Module):
 
         Set them by `transformers.initialization`, which leaves loaded weights alone.
         """
+
+    def start_window(self) -> None:
+        """Set the share of each head that an op has beside window attention (`student.window`)."""
+        if self.beside_window:
+            initialization.constant_(self.window_logit, SHARE_LOGIT)
 
     def inputs(self, hidden: Tensor, position: Position, mask: Tensor | None,
                state: "MixerState | None") -> tuple[Any, Any]:  # fmt: skip
@@ -139,6 +154,10 @@ class SequenceMixer(nn.Module):
         counts one K x V matrix a head.
         """
         return 4 * batch * self.heads * self.key_dim * self.value_dim
+
+    def cache_bytes(self, batch: int, length: int, itemsize: int) -> int:
+        """Return `state_bytes` with those of window attention beside the op."""
+        return self.state_bytes(batch, length, itemsize) + (self.window_bytes(batch, itemsize) if self.beside_window else 0)
 
     def window_bytes(self, batch: int, itemsize: int) -> int:
         """Return the bytes that `ops.window` keeps: keys and values of window and sinks, and a bool for each that exists."""
@@ -171,17 +190,46 @@ class SequenceMixer(nn.Module):
         repeats = self.heads // x.shape[2]
         return x if repeats == 1 else x.repeat_interleave(repeats, dim=2)
 
-    def matrix(self, hidden: Tensor, position: Position) -> Tensor:
-        """Build the mixing matrix A [B, H, T, T] of Eq. 7 for hidden [B, T, D]."""
-        arguments = self.inputs(hidden, position, None, None)[0]._asdict()
-        del arguments["v"]  # A does not depend on v
-        return self.op.matrix(**arguments)
+    def branches(self, hidden: Tensor, position: Position, mask: Tensor | None,
+                 state: "MixerState | None") -> tuple[list[tuple[ModuleType, Any]], Any]:  # fmt: skip
+        """Return the ops whose results are mixed, each with its `Inputs`, and what `output` reads: see `inputs`.
+
+        Window attention beside an op has the teacher's own q, k and v: no convolution, feature map or unit norm, but RoPE.
+        """
+        inputs, read_by_output = self.inputs(hidden, position, mask, state)
+        if not self.beside_window:
+            return [(self.op, inputs)], read_by_output
+        q, k, v = self.qkv(hidden)
+        q, k = self.rotated_as_teacher(position, q, k)
+        window_inputs = window.Inputs(q, k, v, self.scale, self.window, self.sinks, mask)
+        return [(self.op, inputs), (window, window_inputs)], read_by_output
+
+    def combined(self, parts: list[Tensor], dims: int) -> Tensor:
+        """Mix the results of `branches`, share * op + (1 - share) * window -> their shape and dtype.
+
+        dims: number of dimensions after the heads: 1 for A v [B, T, H, V], 2 for A [B, H, T, T].
+        """
+        if len(parts) == 1:
+            return parts[0]
+        share = promoted(self.window_logit)[0].sigmoid()[(..., *[None] * dims)]
+        return (share * parts[0] + (1 - share) * parts[1]).to(parts[0].dtype)
+
+    def matrix(self, hidden: Tensor, position: Position, mask: Tensor | None = None) -> Tensor:
+        """Build the mixing matrix A [B, H, T, T] of Eq. 7 for hidden [B, T, D]; mask bool [B, T] is False where padded."""
+        matrices = []
+        for op, inputs in self.branches(hidden, position, mask, None)[0]:
+            arguments = inputs._asdict()
+            del arguments["v"]  # A does not depend on v
+            matrices.append(op.matrix(**arguments))
+        return self.combined(matrices, dims=2)
 
     def matrix_times(self, z: Tensor, hidden: Tensor, position: Position) -> Tensor:
         """Compute A z [B, T, H, P] without building A, for z [1, T, 1, P] shared by all sequences and heads."""
-        inputs, _ = self.inputs(hidden, position, None, None)
-        values = z.to(inputs.v.dtype).expand(*inputs.v.shape[:3], -1)
-        return self.op.mix(**inputs._replace(v=values)._asdict())[0]
+        products = []
+        for op, inputs in self.branches(hidden, position, None, None)[0]:
+            values = z.to(inputs.v.dtype).expand(*inputs.v.shape[:3], -1)
+            products.append(op.mix(**inputs._replace(v=values)._asdict())[0])
+        return self.combined(products, dims=1)
 
     def forward(self, hidden_states: Tensor, position_embeddings: Position, attention_mask: Tensor | None = None,
                 past_key_values=None, **unused) -> tuple[Tensor, None]:  # fmt: skip
@@ -190,15 +238,21 @@ class SequenceMixer(nn.Module):
         attention_mask bool [B, T] is False where padded; past_key_values is a StudentCache, which is read and updated.
         """
         memory = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        inputs, read_by_output = self.inputs(hidden_states, position_embeddings, attention_mask, memory)
+        branches, read_by_output = self.branches(hidden_states, position_embeddings, attention_mask, memory)
         if memory is None:
-            mixed, _ = self.op.mix(**inputs._asdict())
-        elif hidden_states.shape[1] == 1:
-            token = {name: x[:, 0] if isinstance(x, Tensor) else x for name, x in inputs._asdict().items()}
-            mixed, state = self.op.step(**token, state=memory.op)
-            mixed = mixed[:, None]
-            memory.update(state, tokens=1)
+            parts = [op.mix(**inputs._asdict())[0] for op, inputs in branches]
         else:
-            mixed, state = self.op.mix(**inputs._asdict(), state=memory.op)
-            memory.update(state, tokens=hidden_states.shape[1])
-        return self.output(mixed, read_by_output), None
+            before = memory.op if len(branches) > 1 and memory.op else [memory.op] * len(branches)
+            after = [advance(*branch, state) for branch, state in zip(branches, before, strict=True)]
+            parts, states = [y for y, _ in after], tuple(state for _, state in after)
+            memory.update(states if len(states) > 1 else states[0], tokens=hidden_states.shape[1])
+        return self.output(self.combined(parts, dims=1), read_by_output), None
+
+
+def advance(op: ModuleType, inputs: Any, state: Any) -> tuple[Tensor, Any]:
+    """Mix the tokens that follow `state`, a single one by `step` -> y [B, T, H, V] and the state after them."""
+    if inputs.v.shape[1] > 1:
+        return op.mix(**inputs._asdict(), state=state)
+    token = {name: x[:, 0] if isinstance(x, Tensor) else x for name, x in inputs._asdict().items()}
+    y, state = op.step(**token, state=state)
+    return y[:, None], state

@@ -40,8 +40,10 @@ class StudentFactory:
             which of Table 1 is true for softmax and retnet.
         softmax_layers: layers, counted from 0, that keep the teacher's softmax attention and its weights: a hybrid model,
             whose cache grows with the sequence.
-        window: number of last tokens, the token itself included, that mixer swa attends to. Default: 64.
-        sinks: number of first tokens that are attended to as well. Default: 4.
+        window: number of last tokens, the token itself included, that sliding-window attention with the teacher's queries,
+            keys and values reads: the mixer swa, where the default is 64, or attention beside another mixer, mixed with it
+            head by head, y = g mixer + (1 - g) window with a learned g. Default: none beside a mixer.
+        sinks: number of first tokens that window attention reads as well. Default: 4.
         retention: share of the state that a newly initialised decay gate keeps from one token to the next (section 3.1),
             between 0 and 1.
         backend: implementation of the mixing: `fla` for Triton kernels, `torch` for plain PyTorch, `auto` for fla on a GPU
@@ -70,8 +72,15 @@ class StudentFactory:
         for key, value in {"window": window, "sinks": sinks}.items():
             if value is not None and not 1 <= value <= MOST:
                 raise InputError(f"student.{key} {value} is no number of tokens from 1 to {MOST}: give e.g. {WINDOW}")
-            if value is not None and mixer != "swa":
-                raise InputError(f"student.{key} {value}: a {mixer} attends to no window: leave it out, or choose mixer swa")
+        if window is None and sinks is not None and mixer != "swa":
+            raise InputError(f"student.sinks {sinks} without a window: give student.window, e.g. {WINDOW}, or choose mixer swa")
+        if window is not None and mixer != "swa":
+            if mixer == "softmax":
+                raise InputError(f"student.window {window}: softmax attends to every token: leave it out, or choose mixer swa")
+            if "k" not in MIXERS[mixer].copies:
+                raise InputError(f"student.window {window}: {mixer} has no key projection for window attention: leave it out")
+            if shape == "paper":
+                raise InputError(f"student.window {window} needs heads like the teacher's: choose student.shape copyable")
         paper = MIXERS[mixer].paper
         if shape == "paper":
             if kv_heads is not None:
@@ -88,8 +97,8 @@ class StudentFactory:
                 )
         self.mixer, self.init, self.shape, self.rope = mixer, init, shape, rope
         self.retention, self.backend = retention, backend
-        self.window = window or WINDOW if mixer == "swa" else None
-        self.sinks = sinks or SINKS if mixer == "swa" else None
+        self.window = WINDOW if window is None and mixer == "swa" else window
+        self.sinks = None if self.window is None else sinks or SINKS
         self.softmax_layers = sorted(set(softmax_layers))
         self.kv_heads = kv_heads or (paper if shape == "paper" else MIXERS[mixer]).kv_heads
 

@@ -133,6 +133,7 @@ class Student(PreTrainedModel, GenerationMixin):
         super().initialize_weights()
         for mixer in self.mixers:
             mixer.start(self.config)
+            mixer.start_window()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Load weights as nn.Module does: a student's, or those of a teacher whose attention is softmax too."""
@@ -183,8 +184,7 @@ class Student(PreTrainedModel, GenerationMixin):
         position = self.position(layer_inputs[0], position_ids)
         matrices = []
         for layer, hidden in zip(self.model.layers, layer_inputs, strict=True):
-            inputs, _ = layer.self_attn.inputs(layer.input_layernorm(hidden), position, attention_mask, None)
-            matrices.append(layer.self_attn.op.matrix(**{name: x for name, x in inputs._asdict().items() if name != "v"}))
+            matrices.append(layer.self_attn.matrix(layer.input_layernorm(hidden), position, attention_mask))
         return tuple(matrices)
 
     @can_return_tuple

@@ -67,10 +67,10 @@ def test_tokens_of_a_hybrid_are_those_of_plain_decoding(teacher, name):
     check_decoder(teacher, mixer=name, softmax_layers=[1])
 
 
-def test_a_step_of_one_row_is_one_graph(teacher, name):
+def test_a_step_of_one_row_is_one_graph(teacher, name, layout):
     """The norms are in the products: every layer is a RowLayer."""
     pytest.importorskip("triton")
-    model = StudentFactory(name, init="fresh").build(teacher, seed=0).eval()
+    model = StudentFactory(name, init="fresh", **layout).build(teacher, seed=0).eval()
     prompt = some_tokens(teacher, rows=1)
     decoder = Decoder(model, max_length=40, backend=run_uncompiled)
     assert torch.equal(decoded(decoder, prompt), plain(model, prompt))

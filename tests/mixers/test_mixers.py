@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from op_inputs import relative_error
+from helpers import some_tokens
+from op_inputs import matrix, relative_error
 from torch import Tensor
 
 from distill_pl.mixers import MIXERS, SequenceMixer
-from distill_pl.ops import channel_decay
+from distill_pl.ops import channel_decay, softmax
 from distill_pl.stages.matrix_mixing import mixing_parameters
 from distill_pl.student.cache import StudentCache
 from distill_pl.student.factory import StudentFactory
@@ -61,9 +62,33 @@ def test_a_token_changes_no_output_before_it(fresh, name, layout):
 
 def test_forward_is_the_output_of_matrix_times_v(fresh, name, layout):
     mixer, hidden, position = first(fresh(name, **layout))
-    inputs, read_by_output = mixer.inputs(hidden, position, None, None)
-    product = torch.einsum("bhij,bjhv->bihv", mixer.matrix(hidden, position), mixer.repeat_kv(inputs.v))
-    assert relative_error(mixer(hidden, position)[0], mixer.output(product, read_by_output)) < 1e-5
+    branches, read_by_output = mixer.branches(hidden, position, None, None)
+    products = [torch.einsum("bhij,bjhv->bihv", matrix(op, x._asdict()), mixer.repeat_kv(x.v)) for op, x in branches]
+    output = mixer.output(mixer.combined(products, dims=1), read_by_output)
+    assert relative_error(mixer(hidden, position)[0], output) < 1e-5
+    assert len(branches) == 1 + ("window" in layout and name != "swa")
+
+
+def test_the_matrix_is_that_of_probes(fresh, name, layout):
+    mixer, hidden, position = first(fresh(name, **layout))
+    z = some_hidden(3)[:1, :, None]
+    product = torch.einsum("bhij,bjhv->bihv", mixer.matrix(hidden, position), z.expand(2, -1, mixer.heads, -1))
+    assert relative_error(mixer.matrix_times(z, hidden, position), product) < 1e-5
+
+
+@pytest.mark.parametrize("name", [n for n, mixer in MIXERS.items() if "k" in mixer.copies and n not in ("softmax", "swa")])
+def test_a_window_beside_a_mixer_is_the_teachers_attention_within_it(variant, name):
+    """Whatever the mixer does to q and k, a window of the whole sequence adds the teacher's matrix to the mixer's own."""
+    teacher = variant("qwen3")
+    student = StudentFactory(name, window=LENGTH, kv_heads="grouped").build(teacher, seed=0).requires_grad_(False)
+    layer = next(teacher.layers(some_tokens(teacher, length=LENGTH)))
+    mixer, hidden = student.mixers[0], student.model.layers[0].input_layernorm(layer.input)
+    attention = softmax.matrix(layer.query, layer.key, layer.scale)
+    own = matrix(mixer.op, mixer.inputs(hidden, layer.position, None, None)[0]._asdict())
+    assert mixer.window_logit.sigmoid().tolist() == pytest.approx([1 / 8] * mixer.heads, abs=0.01)
+    mixer.window_logit.copy_(torch.tensor([-100.0, -1.0, 0.0, 100.0]))
+    share = mixer.window_logit.sigmoid()[:, None, None]
+    assert relative_error(mixer.matrix(hidden, layer.position), share * own + (1 - share) * attention) < 1e-5
 
 
 @pytest.mark.parametrize("pieces", [[1, 1, 8, 1, 4, 6], [8, 7, 1, 1, 1, 3]], ids=str)
@@ -122,9 +147,10 @@ def test_fresh_decay_gates_retain_what_was_asked(teacher, name, retention):
 # every layout, and in two of them the teacher's biases and its norms of q and k: not each with each
 @pytest.mark.parametrize(
     ("shape", "layout"),
-    [("llama", "rope"), ("llama_bias", "grouped"), ("llama_bias", "paper"), ("qwen3", "expanded"), ("qwen3", "paper")],
+    [("llama", "rope"), ("llama", "window"), ("llama_bias", "grouped"), ("llama_bias", "paper"), ("qwen3", "expanded"),
+     ("qwen3", "paper"), ("qwen3", "window")],
     indirect=["layout"],
-)
+)  # fmt: skip
 def test_mixing_parameters_are_those_that_change_the_matrix(variant, shape, name, layout):
     student = StudentFactory(name, init="fresh", **layout).build(variant(shape), seed=0)
     mixer, hidden, position = first(student)

@@ -141,7 +141,10 @@ def test_bad_options_are_refused():
         ({"mixer": "metala", "init": "fresh", "shape": "paper", "rope": True}, "student.rope true"),
         ({"mixer": "swa", "window": 0}, "student.window 0 is no number of tokens from 1"),
         ({"mixer": "swa", "sinks": 2**21}, "student.sinks 2097152 is no number of tokens from 1 to 1048576"),
-        ({"mixer": "gla", "sinks": 4}, "student.sinks 4: a gla attends to no window"),
+        ({"mixer": "gla", "sinks": 4}, "student.sinks 4 without a window"),
+        ({"mixer": "softmax", "window": 8}, "student.window 8: softmax attends to every token"),
+        ({"mixer": "metala", "window": 8}, "student.window 8: metala has no key projection"),
+        ({"mixer": "retnet", "init": "fresh", "shape": "paper", "window": 8}, "student.window 8 needs heads like"),
     ]:
         with pytest.raises(InputError, match=message):
             StudentFactory(**options)
@@ -520,10 +523,12 @@ def test_a_layer_is_not_split_over_devices(teacher):
     assert build(teacher, "gla")._no_split_modules == {"LlamaDecoderLayer"}
 
 
-@pytest.mark.parametrize(("shape", "kv_heads"), [("llama_bias", "grouped"), ("qwen3", "expanded")])
-def test_distillation_reaches_every_parameter(variant, name, kv_heads, shape):
+@pytest.mark.parametrize(
+    ("shape", "layout"), [("llama_bias", "grouped"), ("qwen3", "expanded"), ("llama", "window")], indirect=["layout"]
+)
+def test_distillation_reaches_every_parameter(variant, name, layout, shape):
     teacher = variant(shape)
-    student = build(teacher, name, init="fresh", kv_heads=kv_heads).train()
+    student = build(teacher, name, init="fresh", **layout).train()
     stage = KDStage(student, teacher)
     stage.configure_model()
     loss, _ = stage.losses(some_tokens(teacher), seed=0)
