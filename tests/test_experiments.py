@@ -36,6 +36,7 @@ PARAMETERS = {  # of one layer's mixer; mixers beyond the paper need none here
     "delta_net": 4 * D * W + 3 * 4 * W + D * H + K,  # q, k, v, o; convs of width 4; beta; head norm
     "rebased": 4 * D * W + 2 * K,  # q, k, v, o; gamma and beta
     "hedgehog": 4 * D * W + 2 * H * (K + 1) * K,  # q, k, v, o; features of q and of k
+    "swa": 2 * D * W + 2 * D * KV_HEADS * K,
 }
 
 
@@ -62,6 +63,7 @@ def test_experiment_is_what_its_name_says(file):
     name = words.split("_")
     assert config.student.mixer == mixer and config.out == f"runs/{file.stem}"
     assert Run(file, config.as_dict(), {}, True, None).experiment == file.stem
+    assert mixer == "swa" or (config.student.window is None) == ("window" not in name)
     assert config.student.init == ("scratch" if scratch else "qkv" if "qkv" in name else "fresh")
     assert config.kd.alpha == (0 if scratch or "plain" in name else 1)
     assert config.matrix_mixing.norm == ("mse" if "mse" in name else "frobenius")
@@ -80,7 +82,8 @@ def test_experiments_are_the_rows_of_the_papers_tables():
     rows = ("", "_mm", "_qkv", "_qkv_mm", "_mm_h2h", "_qkv_h2h", "_qkv_mm_h2h")
     table_3 = {f"{mixer}{row}" for mixer in ("gla", "mlstm") for row in rows}
     appendix_b = {"scratch_mamba2", "scratch_mlstm", "mlstm_plain", "mlstm_qkv_mm", "mlstm_qkv_mm_mse"}
-    of_the_paper = {file.stem for file in STUDY if NAME.fullmatch(file.stem)[2] in TABLE_1}
+    beyond = {file.stem for file in STUDY if file.read_text().startswith("# Beyond the paper: ")}
+    of_the_paper = {file.stem for file in STUDY} - beyond
     assert of_the_paper == table_2 | table_3 | appendix_b
     assert (set(study.TABLE_2), set(study.TABLE_3), set(study.APPENDIX_B)) == (table_2, table_3, appendix_b)
 
@@ -97,7 +100,8 @@ def test_experiments_build_their_students_of_smollm_360m(smollm):
         student = students[config.to_json_string()]
         assert len(student.mixers) == 32 and all(type(mixer) is MIXERS[factory.mixer] for mixer in student.mixers)
         of_mixers = [sum(p.numel() for p in mixer.parameters()) for mixer in student.mixers]
-        assert set(of_mixers) == {PARAMETERS.get(factory.mixer, of_mixers[0])}
+        shares = H if factory.window and factory.mixer != "swa" else 0
+        assert set(of_mixers) == {PARAMETERS.get(factory.mixer, of_mixers[0]) + shares}
         mlp, norms, embeddings = 3 * D * 2560, 2 * D, 49152 * D  # the head is tied to them
         assert sum(p.numel() for p in student.parameters()) == embeddings + 32 * (of_mixers[0] + mlp + norms) + D
     assert PARAMETERS.keys() >= set(TABLE_1)

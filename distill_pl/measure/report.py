@@ -32,6 +32,7 @@ class Run(NamedTuple):
             return f"scratch_{student['mixer']}"
         mixed, aligned = (bool(Tokens(self.config[stage]["tokens"])) for stage in ("matrix_mixing", "hidden_align"))
         words = {
+            "window": self.has_window,
             "qkv": student["init"] == "qkv",
             "plain": kd["alpha"] == 0,
             "mm": mixed,
@@ -39,6 +40,16 @@ class Run(NamedTuple):
             "h2h": aligned,
         }
         return "_".join([student["mixer"], *(word for word, applies in words.items() if applies)])
+
+    @property
+    def beyond_paper(self) -> bool:
+        """Return whether the paper has no such student: a mixer not in Table 1, or one beside window attention."""
+        return self.config["student"]["mixer"] not in study.TABLE_1 or self.has_window
+
+    @property
+    def has_window(self) -> bool:
+        """Return whether window attention stands beside the student's mixer; runs of earlier versions do not say."""
+        return self.config["student"]["mixer"] != "swa" and self.config["student"].get("window") is not None
 
 
 def report(models: list[str], out: str = "report") -> None:
@@ -55,7 +66,7 @@ def report(models: list[str], out: str = "report") -> None:
     runs = [run for model in models for run in find_runs(Path(model))]
     rows = grouped(runs)
     others = [name for name in rows if name not in {*study.TABLE_2, *study.TABLE_3, *study.APPENDIX_B}]
-    beyond = [name for name in others if rows[name][0].config["student"]["mixer"] not in study.TABLE_1]
+    beyond = [name for name in others if rows[name][0].beyond_paper]
     rows["teacher"] = teacher_row(runs)
     published = {"teacher": study.TEACHER}
     tables: dict[str, dict[str, Any]] = {

@@ -121,9 +121,11 @@ def test_mixers_beyond_the_paper_have_a_table_of_their_own(like, tmp_path, monke
         like(mixer, fresh | {"student.mixer": mixer}, (plain,) * 6)
         like(f"{mixer}_mm", mixed | {"student.mixer": mixer}, (plain + 1,) * 6)
     like("other", fresh | {"student.mixer": "retnet", "student.init": "qkv"}, (70.0,) * 6)
+    like("window", fresh | {"student.mixer": "gla", "student.window": 8}, (80.0,) * 6)
     report([str(tmp_path / "runs")], str(tmp_path))
     beyond = rows(tmp_path, "Beyond the paper")
-    assert list(beyond)[:5] == ["experiment", "gated_delta_net", "gated_delta_net_mm", "gla_2", "gla_2_mm"]
+    assert list(beyond)[:6] == ["experiment", "gated_delta_net", "gated_delta_net_mm", "gla_2", "gla_2_mm", "gla_window"]
+    assert beyond["gla_window"][-2:] == ["80.00 (+50.00)", ""]
     assert beyond["gated_delta_net_mm"][-2:] == ["61.00 (+1.00)", ""] and beyond["gla_2_mm"][-2:] == ["41.00 (+1.00)", ""]
     assert list(rows(tmp_path, "Not in the paper"))[:3] == ["experiment", "retnet_qkv", "gated_delta_net"]
     assert rows(tmp_path)["delta_net_mm"][-2:] == ["51.00 (+1.00)", "42.93 (-0.87)"]
