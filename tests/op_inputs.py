@@ -79,7 +79,7 @@ def delta_rule_inputs(normal: Normal, shape: Shape, key: int, value: int, strong
 def gated_delta_inputs(normal: Normal, shape: Shape, key: int, value: int, strong: bool) -> Inputs:
     """Add the log decays of `scalar_decay_inputs` to keys of the delta rule."""
     inputs = delta_rule_inputs(normal, shape, key, value, strong)
-    return inputs | {"g": scalar_decay_inputs(normal, shape, key, value, strong)["g"]}
+    return inputs | {"g": scalar_decay_inputs(normal, shape, key, value, strong)["g"][..., None]}
 
 
 def channel_delta_inputs(normal: Normal, shape: Shape, key: int, value: int, strong: bool) -> Inputs:

@@ -37,6 +37,10 @@ PARAMETERS = {  # of one layer's mixer; mixers beyond the paper need none here
     "rebased": 4 * D * W + 2 * K,  # q, k, v, o; gamma and beta
     "hedgehog": 4 * D * W + 2 * H * (K + 1) * K,  # q, k, v, o; features of q and of k
     "swa": 2 * D * W + 2 * D * KV_HEADS * K,
+    # q, k, v, gate, o; convs of width 4; beta and decay; dt_bias and A_log; head norm
+    "gated_delta_net": 5 * D * W + 3 * 4 * W + 2 * D * H + 2 * H + K,
+    # q, k, v, o; convs of width 4; decay and gate of rank K; beta; dt_bias and A_log; head norm
+    "kda": 4 * D * W + 3 * 4 * W + 2 * (D + W) * K + D * H + W + H + K,
 }
 
 

@@ -1,9 +1,11 @@
 """The sequence mixers of the paper's Table 1, in its order. A new mixer is one file here and one line in MIXERS."""
 
 from distill_pl.mixers.delta_net import DeltaNet
+from distill_pl.mixers.gated_delta_net import GatedDeltaNet
 from distill_pl.mixers.gla import GLA
 from distill_pl.mixers.hedgehog import Hedgehog
 from distill_pl.mixers.hgrn2 import HGRN2
+from distill_pl.mixers.kda import KDA
 from distill_pl.mixers.mamba2 import Mamba2
 from distill_pl.mixers.metala import MetaLA
 from distill_pl.mixers.mixer import SequenceMixer
@@ -25,4 +27,6 @@ MIXERS: dict[str, type[SequenceMixer]] = {
     "rebased": ReBased,
     "hedgehog": Hedgehog,
     "swa": SlidingWindow,
+    "gated_delta_net": GatedDeltaNet,
+    "kda": KDA,
 }

@@ -37,7 +37,7 @@ class Inputs(NamedTuple):
     beta: Tensor  # [B, T, H], between 0 and 1
     scale: float
     backend: Backend = "auto"
-    g: Tensor | None = None  # log decay <= 0, [B, T, H] or [B, T, H, K]; None: nothing decays
+    g: Tensor | None = None  # log decay <= 0, [B, T, H, K], or 1 in place of K for one a head; None: nothing decays
     r: Tensor | None = None  # [B, T, H, K]; None: k
     b: Tensor | None = None  # [B, T, H, K]; None: k
 
@@ -61,14 +61,14 @@ def _chunks(size: int, q: Tensor, k: Tensor, beta: Tensor, g: Tensor | None, r: 
     """Find the maps of all chunks of `size` tokens of `Inputs`."""
     batch, tied = len(q), b is None
     r, b = (k if x is None else x for x in (r, b))
+    beta = beta[..., None]
     g = torch.zeros_like(beta) if g is None else g
-    q, k, r, b, g, beta = (_split(x, size) for x in (q, k, r, b, g, beta[..., None]))
+    q, k, r, b, g, beta = (_split(x, size) for x in (q, k, r, b, g, beta))
     k, b = k * beta, b * beta
     decays = None
-    if g.ndim < q.ndim:  # [B * chunks, H, size, size]: e^{G_i - G_j} for i >= j, G the cumulative sum of g
+    if g.shape[-1] == 1:  # [B * chunks, H, size, size]: e^{G_i - G_j} for i >= j, G the cumulative sum of g
         one = torch.ones_like(beta)
-        decays = scalar_decay.matrix(one, one, g, 1.0)
-        g = g[..., None]
+        decays = scalar_decay.matrix(one, one, g[..., 0], 1.0)
 
     def products(x: Tensor, y: Tensor) -> Tensor:
         if decays is None:
@@ -145,8 +145,7 @@ def step(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float, backend: B
         added = k[..., :, None] * (beta * v)[..., None, :]
         if state is not None:
             if g is not None:
-                (g,) = promoted(g if g.ndim == q.ndim else g[..., None])
-                state = g.exp()[..., None] * state
+                state = promoted(g)[0].exp()[..., None] * state
             r, b = (k if x is None else promoted(x)[0] for x in (r, b))
             found = torch.einsum("bhk,bhkv->bhv", r, state)
             added = state + added - b[..., :, None] * (beta * found)[..., None, :]

@@ -226,7 +226,7 @@ def test_delta_rules_are_the_recurrence(strong):
     assert relative_error(final, state) < 1e-12
 
     inputs = make("gated_delta", 70, strong=strong)
-    expected, all_channels = gated_delta.mix(**inputs)[0], inputs["g"][..., None].expand(-1, -1, -1, KEY)
+    expected, all_channels = gated_delta.mix(**inputs)[0], inputs["g"].expand(-1, -1, -1, KEY)
     for same in ({"g": all_channels}, {"r": inputs["k"]}, {"b": inputs["k"]}):
         assert relative_error(gated_delta.mix(**inputs | same)[0], expected) < 1e-12
     never = inputs | {"g": torch.zeros_like(inputs["g"])}
