@@ -3,8 +3,9 @@
 Shape letters: B batch, T time, H heads, D hidden, N = B T, V here the vocabulary.
 """
 
+import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,30 +49,69 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Te
     return ce + alpha * kl_divergence(student_logits, teacher_logits, temperature)
 
 
-def kd_terms(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, alpha: float, temperature: float,
-             need_gradient: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Sum Eqs. 5 and 6 over positions -> [CE, KL] in fp32, and the gradient of CE + alpha KL by the student's logits.
+Divergence = Literal["forward", "reverse", "jensen_shannon"]
 
-    Logits [N, V]; labels [N], IGNORED where a position predicts nothing; KL is 0 without a teacher. The gradient [N, V] has
-    the dtype of the student's logits; None if not needed.
+
+class Objective(NamedTuple):
+    """Say what distillation minimises: ce * CE + alpha * divergence of student and teacher. The defaults are Eq. 5."""
+
+    ce: float = 1.0
+    alpha: float = 1.0
+    temperature: float = 1.0  # softens both distributions in the divergence, which is multiplied by its square
+    divergence: Divergence = "forward"  # KL(teacher || student) as in Eq. 6; reverse: KL(student || teacher)
+    top_k: int | None = None  # the divergence is of the teacher's k likeliest tokens and of all others together as one
+
+
+EQUATION_5 = Objective()
+
+
+def kd_terms(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, objective: Objective,
+             need_gradient: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Sum CE and the divergence over positions -> both in fp32, and the gradient of the objective by the student's logits.
+
+    Logits [N, V]; labels [N], IGNORED where a position predicts nothing; the divergence is 0 without a teacher. The gradient
+    [N, V] has the dtype of the student's logits; None if not needed.
     """
     counted = labels >= 0
     is_label = torch.arange(student_logits.shape[-1], device=student_logits.device) == labels[:, None]
     log_q = log_softmax(student_logits.float(), -1)
     ce = -torch.where(is_label, log_q, 0).sum()
-    kl = torch.zeros_like(ce)
+    between = torch.zeros_like(ce)
     if teacher_logits is not None:
+        temperature = objective.temperature
         log_p = log_softmax(teacher_logits.float() / temperature, -1)
         soft_log_q = log_q if temperature == 1 else log_softmax(student_logits.float() / temperature, -1)
-        p = log_p.exp()
-        kl = ((p * (log_p - soft_log_q)).sum(-1) * counted).sum() * temperature**2
-    terms = torch.stack([ce, kl])
+        divergences, slope = divergence(log_p, soft_log_q, objective.divergence, objective.top_k)
+        between = (divergences * counted).sum() * temperature**2
+    terms = torch.stack([ce, between])
     if not need_gradient:
         return terms, None
-    gradient = log_q.exp() - is_label.float()
+    gradient = objective.ce * (log_q.exp() - is_label.float())
     if teacher_logits is not None:
-        gradient = gradient + alpha * temperature * (soft_log_q.exp() - p)
+        gradient = gradient + objective.alpha * temperature * slope
     return terms, torch.where(counted[:, None], gradient, 0).to(student_logits.dtype)
+
+
+def divergence(log_p: Tensor, log_q: Tensor, kind: Divergence, top_k: int | None) -> tuple[Tensor, Tensor]:
+    """Compute a divergence of log probabilities [N, V], p the teacher's and q the student's -> [N] and its gradient [N, V].
+
+    The gradient is by the logits of q: with g the derivative by q, it is q (g - sum(q g)). With `top_k`, ratios are those of
+    the teacher's k likeliest tokens and, for each other token, of all others' probabilities together.
+    """
+    p, q = log_p.exp(), log_q.exp()
+    if top_k is not None:
+        # a mask from the k-th value rather than indices, which a scatter would write in no fixed order
+        others = log_p < log_p.topk(min(top_k, log_p.shape[-1]), -1).values[..., -1:]
+        log_p, log_q = (torch.where(others, x.masked_fill(~others, -torch.inf).logsumexp(-1, True), x) for x in (log_p, log_q))
+    if kind == "forward":
+        slope = q - p if top_k is None else q - torch.where(others, q * (log_p - log_q).exp(), p)
+        return (p * (log_p - log_q)).sum(-1), slope
+    if kind == "reverse":
+        values = (q * (log_q - log_p)).sum(-1)
+        return values, q * (log_q - log_p - values[..., None])
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    to_middle = (q * (log_q - log_m)).sum(-1)
+    return ((p * (log_p - log_m)).sum(-1) + to_middle) / 2, q * (log_q - log_m - to_middle[..., None]) / 2
 
 
 def next_token_loss(
@@ -80,15 +120,14 @@ def next_token_loss(
     student_head: nn.Linear,
     teacher_hidden: Tensor | None = None,
     teacher_head: nn.Linear | None = None,
-    alpha: float = 1.0,
-    temperature: float = 1.0,
+    objective: Objective = EQUATION_5,
     terms: Callable = kd_terms,
 ) -> tuple[Tensor, Tensor]:
-    """Compute Eq. 5 of the next token from hidden states -> CE + alpha KL with a gradient, and [CE, KL] without.
+    """Compute the objective for the next token from hidden states -> a loss with a gradient, [CE, divergence] without.
 
-    Both are per-token means in nats over the same B (T - 1) predictions, as `distillation_loss` gives them; KL is 0 without a
-    teacher. tokens [B, T]; hidden states [B, T, D] after the final norm; heads map D to V. `terms` is `kd_terms`, or the same
-    function compiled.
+    All are per-token means in nats over the same B (T - 1) predictions; with the default objective, Eq. 5, as
+    `distillation_loss` gives it. The divergence is 0 without a teacher. tokens [B, T]; hidden states [B, T, D] after the final
+    norm; heads map D to V. `terms` is `kd_terms`, or the same function compiled.
 
     Logits [B, T, V] never exist together: they are made for some positions at a time, and since the gradient by the logits
     follows from the logits themselves, the gradients of hidden states and head are made in the same pass.
@@ -98,7 +137,7 @@ def next_token_loss(
         student_hidden.flatten(0, 1), student_head.weight, labels, tokens[:, 1:].numel(),
         None if teacher_hidden is None else teacher_hidden.flatten(0, 1),
         None if teacher_head is None else teacher_head.weight,
-        alpha, temperature, torch.is_grad_enabled(), terms,
+        objective, torch.is_grad_enabled(), terms,
     )  # fmt: skip
 
 
@@ -106,7 +145,7 @@ class _NextTokenLoss(torch.autograd.Function):
     """Compute `next_token_loss` over hidden [N, D], head [V, D] and labels [N], and its gradients in the forward pass."""
 
     @staticmethod
-    def forward(ctx, hidden, head, labels, count, teacher_hidden, teacher_head, alpha, temperature, grad_enabled, terms):
+    def forward(ctx, hidden, head, labels, count, teacher_hidden, teacher_head, objective, grad_enabled, terms):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         weight = head.to(dtype)
@@ -120,9 +159,7 @@ class _NextTokenLoss(torch.autograd.Function):
             x, teacher_logits = hidden[rows].to(dtype), None
             if teacher_hidden is not None:
                 teacher_logits = teacher_hidden[rows].to(teacher_head.dtype) @ teacher_head.mT
-            sums, d_logits = terms(
-                x @ weight.mT, teacher_logits, labels[rows], alpha, temperature, need_hidden or need_head
-            )
+            sums, d_logits = terms(x @ weight.mT, teacher_logits, labels[rows], objective, need_hidden or need_head)
             total += sums
             if need_hidden:
                 d_hidden[rows] = d_logits @ weight
@@ -132,13 +169,13 @@ class _NextTokenLoss(torch.autograd.Function):
         ctx.save_for_backward(d_hidden, d_head)
         parts = total / count
         ctx.mark_non_differentiable(parts)
-        return parts[0] + alpha * parts[1], parts
+        return objective.ce * parts[0] + objective.alpha * parts[1], parts
 
     @staticmethod
     def backward(ctx, grad, _):
         d_hidden, d_head = ctx.saved_tensors
         grad = grad / ctx.count
-        return *(d if d is None else d * grad for d in (d_hidden, d_head)), *[None] * 8
+        return *(d if d is None else d * grad for d in (d_hidden, d_head)), *[None] * 7
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

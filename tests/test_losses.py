@@ -7,7 +7,15 @@ import torch
 from torch import Tensor, nn
 
 import distill_pl.losses
-from distill_pl.losses import distillation_loss, hidden_distance, kd_terms, kl_divergence, matrix_distance, next_token_loss
+from distill_pl.losses import (
+    Objective,
+    distillation_loss,
+    hidden_distance,
+    kd_terms,
+    kl_divergence,
+    matrix_distance,
+    next_token_loss,
+)
 
 ROWS, LENGTH, HIDDEN, VOCAB = 3, 9, 8, 23
 
@@ -50,7 +58,7 @@ def test_loss_and_its_gradients_are_those_of_whole_logits(monkeypatch, at_once, 
     expected = whole(tokens, head(student), teacher_head(teacher), temperature)
     assert min(expected) > 0.1
     for alpha in (0.0, 0.7, 2.0):
-        loss, parts = next_token_loss(tokens, student, head, teacher, teacher_head, alpha, temperature)
+        loss, parts = next_token_loss(tokens, student, head, teacher, teacher_head, Objective(1.0, alpha, temperature))
         reference = expected[0] + alpha * expected[1]
         torch.testing.assert_close(loss, reference, rtol=1e-5, atol=0)
         torch.testing.assert_close(parts, torch.stack(expected), rtol=1e-5, atol=0)
@@ -59,7 +67,7 @@ def test_loss_and_its_gradients_are_those_of_whole_logits(monkeypatch, at_once, 
             for gradient, correct in zip(*gradients, strict=True):
                 torch.testing.assert_close(gradient, correct, rtol=1e-5, atol=1e-7)
     with torch.no_grad():
-        _, parts = next_token_loss(tokens, student, head, teacher, teacher_head, temperature=temperature)
+        _, parts = next_token_loss(tokens, student, head, teacher, teacher_head, Objective(temperature=temperature))
     torch.testing.assert_close(parts, torch.stack(expected), rtol=1e-5, atol=0)
 
 
@@ -115,11 +123,10 @@ def test_each_position_predicts_the_next_token():
 def test_kl_of_equals_is_zero_with_a_zero_gradient():
     tokens, _, _, hidden, head = make()
     student = hidden.clone().requires_grad_(True)
-    _, (_, kl) = next_token_loss(tokens, student, head, hidden, head, temperature=2.0)
+    _, (_, kl) = next_token_loss(tokens, student, head, hidden, head, Objective(temperature=2.0))
     assert abs(kl.item()) < 1e-6
-    gradients = [
-        torch.autograd.grad(next_token_loss(tokens, student, head, hidden, head, alpha, 2.0)[0], student)[0] for alpha in (0, 1)
-    ]
+    losses = [next_token_loss(tokens, student, head, hidden, head, Objective(1.0, alpha, 2.0))[0] for alpha in (0, 1)]
+    gradients = [torch.autograd.grad(loss, student)[0] for loss in losses]
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-6)  # of the cross-entropy alone
 
 
@@ -136,7 +143,7 @@ def test_bf16_is_summed_in_fp32():
     tokens, student, head, teacher, teacher_head = make()
     student, teacher, head, teacher_head = (x.bfloat16() for x in (student, teacher, head, teacher_head))
     expected = whole(tokens, head(student).float(), teacher_head(teacher).float(), temperature=2.0)
-    _, half = next_token_loss(tokens, student, head, teacher, teacher_head, temperature=2.0)
+    _, half = next_token_loss(tokens, student, head, teacher, teacher_head, Objective(temperature=2.0))
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, torch.stack(expected), rtol=1e-5, atol=0)
 
@@ -166,3 +173,41 @@ def test_gradients_are_finite_where_student_and_teacher_are_equal(norm):
     loss = hidden_distance(same, a)
     assert torch.autograd.grad(loss, same)[0].abs().max() == 0
     assert loss < 1e-5
+
+
+def coarse(log_p: Tensor, top: Tensor) -> Tensor:
+    """Keep log probabilities [..., V] of the tokens `top` [..., k] and add up those of all others -> [..., k + 1]."""
+    kept = log_p.gather(-1, top)
+    return torch.cat([kept, torch.log1p(-kept.exp().sum(-1, keepdim=True))], -1)
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 4, 22])
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jensen_shannon"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_divergences_and_their_gradients_are_those_of_their_definitions(kind, top_k, temperature):
+    tokens, student, head, teacher, teacher_head = make()
+    log_q, log_p = ((h(x)[:, :-1] / temperature).log_softmax(-1) for h, x in ((head, student), (teacher_head, teacher)))
+    if top_k is not None:
+        top = log_p.topk(top_k, -1).indices
+        log_q, log_p = coarse(log_q, top), coarse(log_p, top)
+    log_m = ((log_p.exp() + log_q.exp()) / 2).log()
+    kl = lambda a, b: (a.exp() * (a - b)).sum(-1).mean()  # noqa: E731
+    value = {"forward": kl(log_p, log_q), "reverse": kl(log_q, log_p),
+             "jensen_shannon": (kl(log_p, log_m) + kl(log_q, log_m)) / 2}[kind] * temperature**2  # fmt: skip
+    ce = distillation_loss(head(student)[:, :-1], teacher_head(teacher)[:, :-1], tokens[:, 1:], alpha=0.0)
+    objective = Objective(0.5, 0.7, temperature, kind, top_k)
+    loss, parts = next_token_loss(tokens, student, head, teacher, teacher_head, objective)
+    torch.testing.assert_close(parts, torch.stack([ce, value]), rtol=1e-4, atol=1e-6)
+    gradients = [torch.autograd.grad(x, [student, head.weight], retain_graph=True) for x in (loss, 0.5 * ce + 0.7 * value)]
+    for gradient, correct in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, correct, rtol=1e-4, atol=1e-6)
+
+
+def test_top_k_of_all_tokens_is_the_whole_divergence():
+    tokens, student, head, teacher, teacher_head = make()
+    for kind in ("forward", "reverse", "jensen_shannon"):
+        whole_loss, all_of_them = (
+            next_token_loss(tokens, student, head, teacher, teacher_head, Objective(divergence=kind, top_k=k))[0]
+            for k in (None, VOCAB)
+        )
+        torch.testing.assert_close(whole_loss, all_of_them)

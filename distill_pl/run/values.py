@@ -52,7 +52,12 @@ RANGES = {
     "matrix_mixing.decay": SHARE,
     "hidden_align.decay": SHARE,
     "kd.alpha": Range(0, 1e6),
+    "kd.ce": Range(0, 1e6),
     "kd.temperature": POSITIVE,
+    "kd.top_k": AT_LEAST_1,
+    "kd.other_lr": Range(0, 1e6),
+    "kd.decay": SHARE,
+    "kd.final_lr": SHARE,
 }
 for stage in STAGES:
     RANGES |= {f"{stage}.tokens": BUDGET, f"{stage}.lr": POSITIVE, f"{stage}.warmup": SHARE,

@@ -31,7 +31,7 @@ class HiddenAlignStage(Stage):
 
     def trained(self) -> list[torch.nn.Parameter]:
         """Return the mixers' parameters."""
-        return [parameter for mixer in self.student.mixers for parameter in mixer.parameters()]
+        return self.mixer_parameters()
 
     @property
     def part_names(self) -> list[str]:

@@ -1,12 +1,13 @@
 """Stage 3, knowledge distillation end to end (paper, section 3, Eqs. 5 and 6)."""
 
-from typing import ClassVar
+import math
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
 from distill_pl.errors import InputError
-from distill_pl.losses import kd_terms, next_token_loss
-from distill_pl.stages.optim import linear
+from distill_pl.losses import Divergence, Objective, kd_terms, next_token_loss
+from distill_pl.stages.optim import linear, warmup_stable_decay
 from distill_pl.stages.stage import Stage
 from distill_pl.tokens import Tokens
 
@@ -14,24 +15,59 @@ from distill_pl.tokens import Tokens
 class KDStage(Stage):
     """Stage 3, knowledge distillation end to end (Eqs. 5 and 6).
 
-    Minimise cross-entropy on the text plus alpha times KL(teacher || student); all parameters train.
+    Minimise ce times the cross-entropy on the text plus alpha times the divergence of student and teacher.
 
     Args:
         tokens: training tokens of this stage; default: the run's `tokens` less those of the other stages; 0 skips it.
-        alpha: weight of the KL term; 0 is plain training, without a teacher (Appendix B).
-        temperature: softens both distributions in the KL term, which is multiplied by its square.
+        ce: weight of the cross-entropy; 0 leaves the text to the teacher.
+        alpha: weight of the divergence; 0 is plain training, without a teacher (Appendix B).
+        temperature: softens both distributions in the divergence, which is multiplied by its square.
+        divergence: `forward` is KL(teacher || student) of Eq. 6, `reverse` KL(student || teacher), `jensen_shannon` the mean of
+            both distributions' KL to their mean.
+        top_k: take the divergence over the teacher's k likeliest tokens and all others together as one; default: over all.
+        train: `all` parameters of the student, or its `mixers` alone.
+        other_lr: learning rate outside the mixers, as a factor of lr.
+        schedule: course of the learning rate after warm-up: `linear` to final_lr (section 4.3), `cosine` to it, or
+            `stable_decay`: level, and linear over the share `decay` at the end.
+        decay: share of the steps, at the end, in which the learning rate falls; only with schedule stable_decay.
+        final_lr: learning rate at the end, as a share of lr.
     """
 
     name = "kd"
     compiles: ClassVar[tuple[str, ...]] = ("terms",)
 
-    def __init__(self, student, teacher, *, tokens: Tokens | None = None, lr: float = 3e-4, alpha: float = 1.0,
-                 temperature: float = 1.0, **kwargs):  # fmt: skip
+    def __init__(
+        self,
+        student,
+        teacher,
+        *,
+        tokens: Tokens | None = None,
+        lr: float = 3e-4,
+        ce: float = 1.0,
+        alpha: float = 1.0,
+        temperature: float = 1.0,
+        divergence: Divergence = "forward",
+        top_k: int | None = None,
+        train: Literal["all", "mixers"] = "all",
+        other_lr: float = 1.0,
+        schedule: Literal["linear", "cosine", "stable_decay"] = "linear",
+        decay: float = 0.1,
+        final_lr: float = 0.0,
+        **kwargs,
+    ):
         super().__init__(student, teacher, tokens=tokens, lr=lr, **kwargs)
         for key, value, good in [("alpha", alpha, alpha >= 0), ("temperature", temperature, temperature > 0)]:
             if not good:
                 raise InputError(f"kd.{key} {value} is out of range")
-        self.alpha, self.temperature = alpha, temperature
+        self.objective = Objective(ce, alpha, temperature, divergence, top_k)
+        if not ce and not alpha:
+            raise InputError("kd.ce 0 and kd.alpha 0 leave nothing to learn: raise either")
+        if not alpha and self.objective != Objective(ce, alpha):
+            raise InputError("kd.alpha 0 follows no teacher: leave out kd.temperature, kd.divergence and kd.top_k, or raise it")
+        if train == "mixers" and other_lr != 1:
+            raise InputError(f"kd.other_lr {other_lr} is of parameters that kd.train mixers does not train: leave it out")
+        self.train_only, self.other_lr = train, other_lr
+        self.schedule, self.decay, self.final_lr = schedule, decay, final_lr
         self.terms = kd_terms
         if not alpha:
             del self.metrics["teacher_ce"]
@@ -41,34 +77,38 @@ class KDStage(Stage):
         return [*self.student.model.layers, self.student.model.norm]
 
     def trained(self) -> list[nn.Parameter]:
-        """Return all parameters of the student."""
-        return list(self.student.parameters())
+        """Return all parameters of the student, or those of its mixers."""
+        return list(self.student.parameters()) if self.train_only == "all" else self.mixer_parameters()
 
     @property
     def part_names(self) -> list[str]:
-        """Name the two terms of Eq. 5."""
-        return ["train/ce", "train/kl"] if self.alpha else ["train/ce"]
+        """Name the terms of the loss; the divergence is logged as KL, whichever it is."""
+        return ["train/ce", "train/kl"] if self.objective.alpha else ["train/ce"]
 
     def share_of_lr(self, step: int, steps: int) -> float:
-        """Return the share of the learning rate: warm-up, then linear decay (section 4.3)."""
-        return linear(step, steps, self.warmup)
+        """Return the share of the learning rate: warm-up, then linear decay (section 4.3), or another schedule."""
+        if self.schedule == "stable_decay":
+            share = warmup_stable_decay(step, steps, self.warmup, self.decay)
+        else:
+            share = linear(step, steps, self.warmup)
+            if self.schedule == "cosine" and (step + 1) / steps > self.warmup:
+                share = (1 - math.cos(math.pi * share)) / 2
+        return self.final_lr + (1 - self.final_lr) * share if (step + 1) / steps > self.warmup else share
 
     def losses_given(self, tokens: Tensor, *drawn: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute Eq. 5 for a batch of tokens [B, T]."""
+        """Compute the objective for a batch of tokens [B, T]."""
         return self.losses_of(tokens, *self.hidden_states(tokens))
 
     def hidden_states(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """Run tokens [B, T] -> final hidden states [B, T, D] of the student and, unless alpha is 0, of the teacher."""
-        return self.student.hidden_states(tokens), self.teacher.hidden_states(tokens) if self.alpha else None
+        return self.student.hidden_states(tokens), self.teacher.hidden_states(tokens) if self.objective.alpha else None
 
     def losses_of(self, tokens: Tensor, student: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Compute Eq. 5 and its terms from final hidden states [B, T, D]; teacher is None for plain training."""
+        """Compute the objective and its terms from final hidden states [B, T, D]; teacher is None for plain training."""
         if teacher is None:
-            loss, parts = next_token_loss(tokens, student, self.student.lm_head, terms=self.terms)
+            loss, parts = next_token_loss(tokens, student, self.student.lm_head, objective=self.objective, terms=self.terms)
             return loss, parts[:1]
-        return next_token_loss(
-            tokens, student, self.student.lm_head, teacher, self.teacher.head, self.alpha, self.temperature, self.terms
-        )
+        return next_token_loss(tokens, student, self.student.lm_head, teacher, self.teacher.head, self.objective, self.terms)
 
     def validate(self, tokens: Tensor) -> dict[str, Tensor]:
         """Compute the metrics of held-out tokens [B, T], running each model once."""

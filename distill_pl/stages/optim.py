@@ -1,6 +1,6 @@
 """AdamW, the two learning-rate schedules of the paper's section 4.3, and gradient clipping that does not wait for the GPU."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -9,14 +9,21 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import AdamW, Optimizer
 
 
-def adamw(parameters: Iterable[Parameter], lr: float, weight_decay: float) -> AdamW:
-    """Build AdamW with betas (0.9, 0.95), fused on a GPU; matrices decay, norms and biases do not."""
+def adamw(parameters: Iterable[Parameter], lr: float, weight_decay: float,
+          share_of_lr: Callable[[Parameter], float] = lambda _: 1.0) -> AdamW:  # fmt: skip
+    """Build AdamW with betas (0.9, 0.95), fused on a GPU; matrices decay, norms and biases do not.
+
+    share_of_lr says what share of `lr` a parameter learns at; the first group has the largest.
+    """
     parameters = [p for p in parameters if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    groups: dict[tuple[float, bool], list[Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault((share_of_lr(parameter), parameter.ndim >= 2), []).append(parameter)
+    options = [
+        {"params": members, "lr": share * lr, "weight_decay": weight_decay if is_matrix else 0.0}
+        for (share, is_matrix), members in sorted(groups.items(), key=lambda item: item[0], reverse=True)
     ]
-    return AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95), fused=parameters[0].is_cuda)
+    return AdamW(options, lr=lr, betas=(0.9, 0.95), fused=parameters[0].is_cuda)
 
 
 def warmup_stable_decay(step: int, steps: int, warmup: float, decay: float) -> float:

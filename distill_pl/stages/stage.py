@@ -60,6 +60,7 @@ class Stage(L.LightningModule):
             if not good:
                 raise InputError(f"{self.name}.{key} {value} is out of range")
         self.student = student
+        self.other_lr = 1.0  # learning rate outside the mixers, as a factor of lr
         self.teacher = teacher  # no nn.Module: neither DDP nor a checkpoint sees it
         self.lr, self.warmup, self.weight_decay, self.clip = lr, warmup, weight_decay, clip
         self.values: Tensor = torch.zeros(1)
@@ -106,6 +107,10 @@ class Stage(L.LightningModule):
     @abstractmethod
     def trained(self) -> list[nn.Parameter]:
         """Return the parameters of the student that this stage trains; all others are frozen."""
+
+    def mixer_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of the student's mixers."""
+        return [parameter for mixer in self.student.mixers for parameter in mixer.parameters()]
 
     def configure_model(self) -> None:
         """Freeze and unfreeze parameters, before DDP fixes which gradients it reduces; under FSDP, shard both models."""
@@ -178,7 +183,9 @@ class Stage(L.LightningModule):
 
     def configure_optimizers(self):
         """Build AdamW and the schedule over the stage's steps."""
-        optimizer = adamw(self.student.parameters(), self.lr, self.weight_decay)
+        mixers = {id(parameter) for parameter in self.mixer_parameters()}
+        share_of_lr = lambda parameter: 1.0 if id(parameter) in mixers else self.other_lr  # noqa: E731
+        optimizer = adamw(self.student.parameters(), self.lr, self.weight_decay, share_of_lr)
         steps = self.trainer.max_steps
         schedule = LambdaLR(optimizer, lambda step: self.share_of_lr(min(step, steps - 1), steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -69,6 +69,17 @@ def test_every_trained_parameter_is_in_one_group_and_only_matrices_decay():
         assert (group["lr"], group["betas"]) == (0.1, (0.9, 0.95))
 
 
+def test_parameters_may_learn_at_a_share_of_the_rate():
+    network = model()
+    first = {id(p) for p in network[1].parameters()}
+    optimizer = adamw(network.parameters(), 0.1, 0.3, lambda parameter: 1.0 if id(parameter) in first else 0.25)
+    found = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for parameter in network.parameters():
+        assert found[id(parameter)]["lr"] == (0.1 if id(parameter) in first else 0.025)
+        assert found[id(parameter)]["weight_decay"] == (0.3 if parameter.ndim == 2 else 0)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
 def test_norms_and_biases_stay_where_nothing_pulls_at_them():
     network = model()
     start = [p.clone() for p in network.parameters()]

@@ -122,6 +122,41 @@ def test_without_alpha_there_is_no_teacher(teacher, tokens, name):
     assert stage.part_names == ["train/ce"] and parts.shape == (1,)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "stable_decay"])
+def test_schedules_of_distillation(teacher, schedule):
+    steps = 200
+    plain, floored = (make(KDStage, teacher, "gla", schedule=schedule, final_lr=floor) for floor in (0.0, 0.2))
+    shares = [plain.share_of_lr(step, steps) for step in range(steps)]
+    assert shares[:20] == pytest.approx([(step + 1) / 20 for step in range(20)]) and 0 <= shares[-1] < 0.06
+    middle = {"linear": 0.5, "cosine": 0.5, "stable_decay": 1.0}[schedule]
+    assert shares[110] == pytest.approx(middle, abs=0.01)
+    assert [floored.share_of_lr(step, steps) for step in range(20)] == shares[:20]
+    assert [floored.share_of_lr(step, steps) for step in range(20, steps)] == pytest.approx(
+        [0.2 + 0.8 * x for x in shares[20:]]
+    )
+
+
+def test_distillation_may_train_the_mixers_alone(teacher, tokens):
+    stage = make(KDStage, teacher, "gla", train="mixers")
+    stage.losses(tokens, seed=0)[0].backward()
+    trained = {name for name, parameter in stage.student.named_parameters() if parameter.grad is not None}
+    assert trained == {name for name, _ in stage.student.named_parameters() if ".self_attn." in name}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"ce": 0.0, "alpha": 0.0}, "kd.ce 0 and kd.alpha 0"),
+        ({"alpha": 0.0, "divergence": "reverse"}, "kd.alpha 0 follows no teacher"),
+        ({"alpha": 0.0, "top_k": 3}, "kd.alpha 0 follows no teacher"),
+        ({"train": "mixers", "other_lr": 0.1}, "kd.other_lr 0.1"),
+    ],
+)
+def test_objectives_that_contradict_themselves(teacher, options, says):
+    with pytest.raises(InputError, match=says):
+        make(KDStage, teacher, "gla", **options)
+
+
 # ---- a student that is the teacher
 
 
