@@ -41,6 +41,8 @@ PARAMETERS = {  # of one layer's mixer; mixers beyond the paper need none here
     "gated_delta_net": 5 * D * W + 3 * 4 * W + 2 * D * H + 2 * H + K,
     # q, k, v, o; convs of width 4; decay and gate of rank K; beta; dt_bias and A_log; head norm
     "kda": 4 * D * W + 3 * 4 * W + 2 * (D + W) * K + D * H + W + H + K,
+    # q, k, v, o; decay and a of rank K with biases, gate of rank 2 K; mu of 6 projections; k_k, k_a, r_k; group norm
+    "rwkv7": 4 * D * W + 2 * (D + W) * K + 2 * W + 2 * (D + W) * K + 6 * D + 3 * W + 2 * W,
 }
 
 

@@ -64,7 +64,10 @@ class RowLayer(nn.Module):
         super().__init__()
         self.mixer, self.norm, self.products = layer.self_attn, layer.input_layernorm, None
         linears = {name: module for name, module in self.mixer.named_modules() if isinstance(module, nn.Linear)}
-        o_proj, _ = linears.pop("o_proj"), linears.pop("decay_proj.1", None)  # which read intermediate results
+        o_proj = linears.pop("o_proj")
+        # that read the normalised row: not the second of two projections, and none after a token shift (RWKV-7)
+        shifts = hasattr(self.mixer, "shifts")
+        linears = {name: linear for name, linear in linears.items() if not (shifts or name.endswith((".1", ".2")))}
         start = 0
         for name, linear in linears.items():
             self.mixer.set_submodule(name, ProductSlice(start, linear.out_features))
@@ -72,7 +75,7 @@ class RowLayer(nn.Module):
         if hasattr(self.mixer, "conv"):  # which reads the normalised row before the linears do (MetaLA)
             products = RowProducts(list(linears.values()))
             self.mixer.conv.register_forward_hook(lambda conv, inputs, output: products(output))
-        else:
+        elif linears:
             self.products = RowProducts(list(linears.values()), self.norm)
         for name in ("q_conv", "k_conv", "v_conv"):
             if hasattr(self.mixer, name):

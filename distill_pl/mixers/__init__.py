@@ -1,4 +1,4 @@
-"""The sequence mixers of the paper's Table 1, in its order. A new mixer is one file here and one line in MIXERS."""
+"""The sequence mixers of the paper's Table 1, in its order, and others. A new mixer is one file here and one line in MIXERS."""
 
 from distill_pl.mixers.delta_net import DeltaNet
 from distill_pl.mixers.gated_delta_net import GatedDeltaNet
@@ -12,6 +12,7 @@ from distill_pl.mixers.mixer import SequenceMixer
 from distill_pl.mixers.mlstm import MLSTM
 from distill_pl.mixers.rebased import ReBased
 from distill_pl.mixers.retnet import RetNet
+from distill_pl.mixers.rwkv7 import RWKV7
 from distill_pl.mixers.softmax import Softmax
 from distill_pl.mixers.swa import SlidingWindow
 
@@ -29,4 +30,5 @@ MIXERS: dict[str, type[SequenceMixer]] = {
     "swa": SlidingWindow,
     "gated_delta_net": GatedDeltaNet,
     "kda": KDA,
+    "rwkv7": RWKV7,
 }

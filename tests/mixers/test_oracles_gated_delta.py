@@ -1,14 +1,18 @@
-"""Gated DeltaNet and KDA against the layers of transformers, and their op against fla's naive recurrences."""
+"""Gated DeltaNet and KDA against transformers' layers, RWKV-7 against its formula, their op against fla's naive recurrences."""
 
+import math
 from types import ModuleType
 
 import pytest
 import torch
 from op_inputs import FAMILIES, fla_file, make, relative_error
 from torch import nn
+from torch.nn.functional import group_norm
 
+from distill_pl.errors import InputError
 from distill_pl.mixers import SequenceMixer
 from distill_pl.ops import gated_delta
+from distill_pl.student.factory import StudentFactory
 from distill_pl.student.transfer import expand_kv
 
 LENGTH, EPS = 70, 1e-6
@@ -67,7 +71,38 @@ def test_kda_is_transformers(trained, kv_heads, monkeypatch):
     assert relative_error(mixer(hidden, position)[0], layer(hidden)) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["gated_delta_net", "kda"])
+def test_rwkv7_is_its_formula(trained, kv_heads):
+    """Write out the time mixing of the paper in float64, with S [V, K] as there."""
+    mixer, hidden, position = trained("rwkv7", kv_heads=kv_heads)
+    w = {name: x.double() for name, x in mixer.state_dict().items()}
+    x, heads, kept = hidden.double(), mixer.heads, mixer.k_proj.out_features // 8
+    shifted = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
+    x = {name: x + w[f"shifts.{name}"] * (shifted - x) for name in ("q", "k", "v", "decay", "rate", "gate")}
+    r, k, v = (x[part] @ expand_kv(w[f"{part}_proj.weight"], heads, heads if part == "q" else kept).T for part in "qkv")
+    decay = torch.tanh(x["decay"] @ w["decay_proj.0.weight"].T) @ w["decay_proj.2.weight"].T + w["decay_proj.2.bias"]
+    decay = torch.exp(-(math.e**-0.5) * decay.sigmoid())
+    a = (x["rate"] @ w["rate_proj.0.weight"].T @ w["rate_proj.1.weight"].T + w["rate_proj.1.bias"]).sigmoid()
+    gate = (x["gate"] @ w["gate_proj.0.weight"].T).sigmoid() @ w["gate_proj.2.weight"].T
+    u, k = k * w["k_k"], k * (1 + (a - 1) * w["k_a"])
+    r, decay, k, v, u, a = (x.unflatten(-1, (heads, 8)) for x in (r, decay, k, v, u, a))
+    u = u / u.norm(dim=-1, keepdim=True)
+    state, outputs = x["q"].new_zeros(len(hidden), heads, 8, 8), []
+    for t in range(LENGTH):
+        transition = torch.diag_embed(decay[:, t]) - u[:, t, :, :, None] * (a * u)[:, t, :, None]
+        state = state @ transition + v[:, t, :, :, None] * k[:, t, :, None]
+        outputs.append((state @ r[:, t, :, :, None])[..., 0] / 8**0.5)
+    y = group_norm(torch.stack(outputs, 1).flatten(2).flatten(0, 1), heads, w["norm.weight"], w["norm.bias"], 8 * EPS)
+    bonus = (r * k * w["r_k"].unflatten(0, (heads, 8))).sum(-1, keepdim=True) * v
+    expected = ((y.view_as(gate) + bonus.flatten(2)) * gate) @ w["o_proj.weight"].T
+    assert relative_error(mixer(hidden, position)[0], expected) < 1e-5
+
+
+def test_rwkv7_refuses_a_retention_that_it_does_not_have(teacher):
+    with pytest.raises(InputError, match=r"student.retention 0.5: rwkv7 retains at least 0.545: give more"):
+        StudentFactory("rwkv7", retention=0.5).build(teacher, seed=0)
+
+
+@pytest.mark.parametrize("name", ["gated_delta_net", "kda", "rwkv7"])
 def test_padding_in_the_middle_and_at_the_end_leaves_no_trace_in_the_matrix(trained, name):
     """A masked token writes and erases nothing wherever it is, not only in padding on the left; it decays the state."""
     mixer, hidden, _ = trained(name)
