@@ -12,6 +12,7 @@ from distill_pl.stages.matrix_mixing import mixing_parameters
 from distill_pl.student.cache import StudentCache
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.modeling import Student
+from distill_pl.teacher import Teacher
 
 LENGTH = 21
 
@@ -89,6 +90,20 @@ def test_a_window_beside_a_mixer_is_the_teachers_attention_within_it(variant, na
     mixer.window_logit.copy_(torch.tensor([-100.0, -1.0, 0.0, 100.0]))
     share = mixer.window_logit.sigmoid()[:, None, None]
     assert relative_error(mixer.matrix(hidden, layer.position), share * own + (1 - share) * attention) < 1e-5
+
+
+@pytest.mark.parametrize("changes", [
+    {"model_type": "smollm3", "no_rope_layers": [1, 0]},
+    {"model_type": "gemma3_text", "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64},
+], ids=lambda changes: changes["model_type"])  # fmt: skip
+def test_a_window_beside_a_mixer_has_the_rope_of_each_layer(save_model, changes):
+    teacher = Teacher(str(save_model(**changes)))
+    student = StudentFactory("gla", window=LENGTH).build(teacher, seed=0).requires_grad_(False)
+    layers = zip(teacher.layers(some_tokens(teacher, length=LENGTH)), student.model.layers, strict=True)
+    for layer, student_layer in layers:
+        student_layer.self_attn.window_logit.fill_(-100)
+        a = student_layer.self_attn.matrix(student_layer.input_layernorm(layer.input), layer.position)
+        assert relative_error(a, softmax.matrix(layer.query, layer.key, layer.scale)) < 1e-5
 
 
 @pytest.mark.parametrize("pieces", [[1, 1, 8, 1, 4, 6], [8, 7, 1, 1, 1, 3]], ids=str)

@@ -48,6 +48,13 @@ def test_softmax_student_is_its_teacher(any_teacher, kv_heads):
         assert relative_error(logits_of(fresh, tokens), expected) > 0.05
 
 
+def test_a_student_with_a_window_of_the_whole_sequence_is_its_teacher(any_teacher, kv_heads):
+    student, tokens = build(any_teacher, "swa", window=20, kv_heads=kv_heads), some_tokens(any_teacher, length=40)
+    expected, within = logits_of(any_teacher.model, tokens), logits_of(student, tokens)
+    assert relative_error(within[:, :20], expected[:, :20]) < 1e-5
+    assert relative_error(within[:, -1:], expected[:, -1:]) > 1e-3
+
+
 def test_supported_teachers_are_accepted(any_teacher):
     check_teacher(any_teacher)
 
