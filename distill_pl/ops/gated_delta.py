@@ -112,10 +112,21 @@ def mix(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float, backend: Ba
 
     g, r, b: see `Inputs`. y has the dtype of v, the state is fp32 (float64 stays).
     """
-    if g is None and use_fla(backend, q.device) and v.dtype != torch.float32:  # the kernel refuses fp32
+    if use_fla(backend, q.device) and v.dtype != torch.float32:  # which the kernels refuse
         from distill_pl.ops.gpu import fla_kernels as kernels
 
-        return kernels.delta_rule(q.to(v.dtype), k.to(v.dtype), v, beta.float(), scale, state)
+        beta = beta.float()
+        if r is None and b is None:
+            q, k = q.to(v.dtype), k.to(v.dtype)
+            if g is None:
+                return kernels.delta_rule(q, k, v, beta, scale, state)
+            return kernels.gated_delta(q, k, v, g.float(), beta, scale, state)
+        r, b = (k if x is None else x for x in (r, b))
+        g = torch.zeros_like(k, dtype=torch.float32) if g is None else g.float().expand_as(k)
+        weight = beta[..., None]
+        written, read, erased = k * weight, r * g.exp(), -b * weight  # the kernel reads the state before it decays
+        q, k, r, b = (x.to(v.dtype) for x in (q, written, read, erased))
+        return kernels.rank_one(q, k, v, r, b, g, scale, state)
 
     length, dtype = q.shape[1], v.dtype
     size = min(length, CHUNK)

@@ -11,16 +11,21 @@ arguments, with another version of fla, or where the user chose a mode of fla's 
 
 import functools
 import importlib
+import inspect
 import json
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from fla.ops.common.fused_chunk import fused_chunk_bwd_kernel, fused_chunk_fwd_kernel
 from fla.ops.delta_rule.chunk import chunk_delta_rule_bwd, chunk_delta_rule_fwd
+from fla.ops.generalized_delta_rule.dplr.chunk import ChunkDPLRDeltaRuleFunction, chunk_dplr_fwd
 from fla.ops.gla import chunk_gla
+from fla.ops.kda.chunk_bwd import chunk_kda_bwd
+from fla.ops.kda.chunk_fwd import chunk_kda_fwd
 from fla.ops.rebased.parallel import parallel_rebased_bwd_kernel, parallel_rebased_fwd_kernel
 from fla.ops.utils import chunk_local_cumsum
 from fla.ops.utils.cache import FLA_CACHE_MODE, FlaCacheMode
@@ -33,7 +38,7 @@ from triton.runtime.autotuner import Autotuner
 
 from distill_pl.ops.gpu import contiguous
 
-__all__ = ["chunk_gla", "delta_rule", "scalar_decay", "squared"]
+__all__ = ["chunk_gla", "delta_rule", "gated_delta", "rank_one", "scalar_decay", "squared"]
 
 TUNED = json.loads(Path(__file__).with_name("tuned.json").read_text())
 COUNTS = {"B", "H", "HV"}  # arguments that set how many programs run, not what a program does
@@ -186,8 +191,78 @@ def _(q, k, v, beta, inverse, scale, state, dy, d_final):
     return _new(q), _new(k), _new(v), _new(beta), q.new_empty(0) if state is None else _new(state)
 
 
+@custom_op("distill_pl::gated_delta", mutates_args=())
+def _gated_delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float,
+                 state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Compute y, the state, and the sums of g and two [B, T, H, CHUNK] that the backward pass needs."""
+    q, k, v, g, beta, state = contiguous(q, k, v, g, beta, state)
+    with torch.cuda.device_of(q):
+        y, final, sums, q_k, k_k, *_ = chunk_kda_fwd(q, k, v, g, beta, scale, state, output_final_state=True)
+    return y, final, sums, q_k, k_k
+
+
+@_gated_delta.register_fake
+def _(q, k, v, g, beta, scale, state):
+    products = [k.new_empty(*k.shape[:3], CHUNK) for _ in range(2)]
+    return _new(v), _new(v, v.shape[0], *k.shape[2:], v.shape[3]), _new(g), *products
+
+
+@custom_op("distill_pl::gated_delta_backward", mutates_args=())
+def _gated_delta_backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, sums: Tensor, q_k: Tensor, k_k: Tensor,
+                          scale: float, state: Tensor | None, dy: Tensor,
+                          d_final: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Compute the gradients of q, k, v, g, beta and, unless it is None, of the initial state."""
+    q, k, v, beta, state, dy, d_final = contiguous(q, k, v, beta, state, dy, d_final)
+    with torch.cuda.device_of(q):
+        dq, dk, dv, d_beta, dg, d_state, *_ = chunk_kda_bwd(q, k, v, beta, q_k, k_k, scale, state, dy, d_final, g=sums)
+    return dq.to(q), dk.to(k), dv, dg, d_beta, q.new_empty(0) if state is None else d_state
+
+
+@_gated_delta_backward.register_fake
+def _(q, k, v, g, beta, sums, q_k, k_k, scale, state, dy, d_final):
+    return *(_new(x) for x in (q, k, v, g, beta)), q.new_empty(0) if state is None else _new(state)
+
+
+DPLR_CHUNK = 16  # at which fla takes any decay
+
+
+@custom_op("distill_pl::rank_one", mutates_args=())
+def _rank_one(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor, scale: float,
+              state: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Compute y and the state; the backward pass computes all else again."""
+    q, k, v, a, b, g, state = contiguous(q, k, v, a, b, g, state)
+    with torch.cuda.device_of(q):
+        y, final, *_ = chunk_dplr_fwd(q, k, v, a, b, g, scale, state, output_final_state=True, chunk_size=DPLR_CHUNK)
+    return y, final
+
+
+@_rank_one.register_fake
+def _(q, k, v, a, b, g, scale, state):
+    return _new(v), _new(v, v.shape[0], *k.shape[2:], v.shape[3])
+
+
+@custom_op("distill_pl::rank_one_backward", mutates_args=())
+def _rank_one_backward(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor, scale: float, state: Tensor | None,
+                       dy: Tensor, d_final: Tensor | None) -> list[Tensor]:  # fmt: skip
+    """Compute the gradients of q, k, v, a, b, g and, unless it is None, of the initial state, by fla's autograd function."""
+    context = SimpleNamespace(
+        saved_tensors=contiguous(q, k, v, a, b, g, state), scale=scale, chunk_size=DPLR_CHUNK, safe_gate=False,
+        disable_recompute=False, cu_seqlens=None, chunk_indices=None, cp_context=None,
+    )  # fmt: skip
+    backward = inspect.unwrap(ChunkDPLRDeltaRuleFunction.backward)  # without what only autograd's own context has
+    with torch.cuda.device_of(q):
+        dq, dk, dv, da, db, dg, _, d_state, *_ = backward(context, *contiguous(dy, d_final))
+    return [dq, dk, dv, da, db, dg, q.new_empty(0) if state is None else d_state]
+
+
+@_rank_one_backward.register_fake
+def _(q, k, v, a, b, g, scale, state, dy, d_final):
+    return [*(_new(x) for x in (q, k, v, a, b, g)), q.new_empty(0) if state is None else _new(state)]
+
+
 def _save(ctx, inputs, output) -> None:
     *tensors, ctx.scale, state = inputs
+    ctx.count = len(tensors)
     ctx.save_for_backward(*tensors, state, *output[2:])
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
@@ -195,10 +270,11 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(backward):
     def run(ctx, dy, d_final, *_):
-        q, k, v, gate, state, *kept = ctx.saved_tensors
-        dy = torch.zeros_like(v) if dy is None else dy
-        dq, dk, dv, d_gate, d_state = backward(q, k, v, gate, *kept, ctx.scale, state, dy, d_final)
-        return dq, dk, dv, None if gate is None else d_gate, None, None if state is None else d_state
+        tensors, (state, *kept) = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        dy = torch.zeros_like(tensors[2]) if dy is None else dy
+        *gradients, d_state = backward(*tensors, *kept, ctx.scale, state, dy, d_final)
+        gradients = [None if x is None else gradient for x, gradient in zip(tensors, gradients, strict=True)]
+        return *gradients, None, None if state is None else d_state
 
     return run
 
@@ -210,6 +286,8 @@ def _scalar_decay_gradients(q, k, v, g, sums, *rest) -> tuple[Tensor, ...]:
 
 _scalar_decay.register_autograd(_differentiate(_scalar_decay_gradients), setup_context=_save)
 _delta_rule.register_autograd(_differentiate(_delta_rule_backward), setup_context=_save)
+_gated_delta.register_autograd(_differentiate(_gated_delta_backward), setup_context=_save)
+_rank_one.register_autograd(_differentiate(_rank_one_backward), setup_context=_save)
 
 
 def scalar_decay(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float,
@@ -228,11 +306,30 @@ def scalar_decay(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float
 
 
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mix as `ops.delta_rule.mix` does, by fla's chunk_delta_rule -> y [B, T, H, V], state [B, H, K, V].
+    """Mix as `ops.gated_delta.mix` does where nothing decays, by fla's chunk_delta_rule -> y [B, T, H, V], state [B, H, K, V].
 
     q, k [B, T, H, K] and v [B, T, H, V] have one dtype, which is not fp32; beta is [B, T, H].
     """
     return _delta_rule(q, k, v, beta, scale, state)[:2]
+
+
+def gated_delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float,
+                state: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Mix as `ops.gated_delta.mix` does with a decay, by fla's chunk_kda -> y [B, T, H, V], state [B, H, K, V].
+
+    q, k [B, T, H, K] and v [B, T, H, V] have one dtype, which is not fp32; g is fp32 [B, T, H, K] or [B, T, H, 1], beta fp32
+    [B, T, H]. fla's chunk_gated_delta_rule, for one decay a head, refuses Hopper: Triton 3.4 to 3.7 miscompiles its backward.
+    """
+    return _gated_delta(q, k, v, g.expand_as(k), beta, scale, state)[:2]
+
+
+def rank_one(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor, scale: float,
+             state: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Mix by S_t = (diag(e^{g_t}) + b_t a_t^T) S_{t-1} + k_t v_t^T, by fla's chunk_dplr_delta_rule -> y, state [B, H, K, V].
+
+    q, k, a, b [B, T, H, K] and v [B, T, H, V] have one dtype, which is not fp32; g is fp32 [B, T, H, K].
+    """
+    return _rank_one(q, k, v, a, b, g, scale, state)
 
 
 def _squared_sizes(q: Tensor, v: Tensor, rows: int) -> tuple[tuple[int, int], dict[str, int]]:
