@@ -34,5 +34,5 @@ class DeltaNet(ConvolvedMixer):
         return gated_delta.Inputs(q, k, v, beta, self.scale, self.backend), hidden
 
     def output(self, mixed, hidden):
-        """Normalise each head and project back to the hidden size. mixed [B, T, H, V] -> [B, T, D]."""
-        return self.o_proj(self.norm(mixed).flatten(2))
+        """Normalise each head. mixed [B, T, H, V] -> [B, T, H V]."""
+        return self.norm(mixed).flatten(2)

@@ -50,5 +50,5 @@ class GatedDeltaNet(DeltaNet):
         return silu(self.gate_proj(hidden))
 
     def output(self, mixed, hidden):
-        """Normalise each head, gate it and project back to the hidden size. mixed [B, T, H, V] -> [B, T, D]."""
-        return self.o_proj(self.norm(mixed).flatten(2) * self.gate(hidden))
+        """Normalise each head and gate it. mixed [B, T, H, V] -> [B, T, H V]."""
+        return self.norm(mixed).flatten(2) * self.gate(hidden)

@@ -48,5 +48,5 @@ class HGRN2(SequenceMixer):
         return channel_decay.Inputs(q, k, v, g, self.scale, self.backend, TEMPERATURE), hidden
 
     def output(self, mixed, hidden):
-        """Normalise over all heads and project back to the hidden size. mixed [B, T, H, V] -> [B, T, D]."""
-        return self.o_proj(self.norm(mixed.flatten(2)))
+        """Normalise over all heads. mixed [B, T, H, V] -> [B, T, H V]."""
+        return self.norm(mixed.flatten(2))

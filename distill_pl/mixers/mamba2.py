@@ -65,7 +65,7 @@ class Mamba2(ConvolvedMixer):
         return scalar_decay.Inputs(q, k, v, g, scale=1.0, backend=self.backend), (v, hidden)
 
     def output(self, mixed, read_by_output):
-        """Add D x, gate, normalise each head and project back to the hidden size. mixed [B, T, H, V] -> [B, T, D]."""
+        """Add D x, gate and normalise each head. mixed [B, T, H, V] -> [B, T, H V]."""
         x, hidden = read_by_output
         gate = silu(self.gate_proj(hidden)).unflatten(-1, (self.heads, -1))
-        return self.o_proj(self.norm((mixed + self.D.to(x.dtype)[:, None] * x) * gate).flatten(2))
+        return self.norm((mixed + self.D.to(x.dtype)[:, None] * x) * gate).flatten(2)

@@ -66,9 +66,9 @@ class MetaLA(SequenceMixer):
         return channel_decay.Inputs(q, k, v, g, self.scale, self.backend, TEMPERATURE), read_by_output
 
     def output(self, mixed, read_by_output):
-        """Add the self-augmentation, normalise each head, gate, project back. mixed [B, T, H, V] -> [B, T, D]."""
+        """Add the self-augmentation, normalise each head and gate it. mixed [B, T, H, V] -> [B, T, H V]."""
         hidden, q, k, v = read_by_output
         augmented = mixed + torch.sigmoid((q * (self.augmentation * k)).sum(-1, keepdim=True) * v)
         # not RMSNorm: only subtracting the mean cancels the 1/2 that the sigmoid starts at
         normed = layer_norm(augmented.float(), (self.value_dim,), eps=self.eps).to(hidden.dtype)
-        return self.o_proj(normed.flatten(2) * silu(self.gate_proj(hidden)))
+        return normed.flatten(2) * silu(self.gate_proj(hidden))

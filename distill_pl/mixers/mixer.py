@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 Tables = tuple[Tensor, Tensor]  # cos and sin of RoPE, [B, T, K], or narrower where it rotates the first channels alone
 Position = Tables | dict[str, Tables]  # a dict, by type of layer, where these differ in RoPE
-# Logit of an op's first share of a head beside window attention, about 1/8: the window, with the teacher's own q, k and v, is
-# the better start, but a share also multiplies the op's gradients, which a smaller one would hide under the window's.
+# Logit of an op's first share of a head beside window attention, about 1/8. The window, with the teacher's own q, k and v, is
+# the better start, but the share multiplies the op's gradients: it is the largest that hardly shows. With a small teacher of
+# CE 0.610 and a window of 16, students that copy q, k and v start at CE + KL 0.611 (gla), 0.628 (delta_net), 0.618 (mamba2); at
+# logit -1 at 0.616, 1.379 and 0.949. Mixed before norms and gates, gla and delta_net start at 4.65 and 8.01 even at logit -4.
 SHARE_LOGIT = -2.0
 
 
@@ -79,8 +81,11 @@ class SequenceMixer(nn.Module):
     """Project the hidden state to the inputs of `op`, mix over time, and project back; base of all mixers.
 
     A subclass names its `op`, says in `copies` which of the q, k, v, o projections it can take from a teacher (Table 1), adds
-    its own weights in `__init__` and their start values in `start`, and implements `inputs` and, where more than o_proj
+    its own weights in `__init__` and their start values in `start`, and implements `inputs` and, where a norm or a gate
     follows A v, `output`. A subclass without k in `copies` has no k_proj and makes its key in another way.
+
+    With `student.window`, y = share * output(A v) + (1 - share) * window attention, with a learned share for each head, and
+    the mixing matrix is share * A + (1 - share) * A_window.
     """
 
     op: ClassVar[ModuleType]
@@ -144,8 +149,8 @@ class SequenceMixer(nn.Module):
         raise NotImplementedError
 
     def output(self, mixed: Tensor, read_by_output: Any) -> Tensor:
-        """Turn A v into the layer's output: mixed [B, T, H, V] and the second result of `inputs` -> [B, T, D]."""
-        return self.o_proj(mixed.flatten(2))
+        """Turn A v into what o_proj reads: mixed [B, T, H, V] and the second result of `inputs` -> [B, T, H V]."""
+        return mixed.flatten(2)
 
     def state_bytes(self, batch: int, length: int, itemsize: int) -> int:
         """Return the bytes that this layer keeps, in theory, after `length` tokens of `batch` rows while generating.
@@ -192,9 +197,9 @@ class SequenceMixer(nn.Module):
 
     def branches(self, hidden: Tensor, position: Position, mask: Tensor | None,
                  state: "MixerState | None") -> tuple[list[tuple[ModuleType, Any]], Any]:  # fmt: skip
-        """Return the ops whose results are mixed, each with its `Inputs`, and what `output` reads: see `inputs`.
+        """Return the op and, with `student.window`, window attention, each with its `Inputs`, and what `output` reads.
 
-        Window attention beside an op has the teacher's own q, k and v: no convolution, feature map or unit norm, but RoPE.
+        Arguments are those of `inputs`. Window attention has the teacher's own q, k and v, with RoPE and no convolution.
         """
         inputs, read_by_output = self.inputs(hidden, position, mask, state)
         if not self.beside_window:
@@ -205,9 +210,9 @@ class SequenceMixer(nn.Module):
         return [(self.op, inputs), (window, window_inputs)], read_by_output
 
     def combined(self, parts: list[Tensor], dims: int) -> Tensor:
-        """Mix the results of `branches`, share * op + (1 - share) * window -> their shape and dtype.
+        """Mix what `branches` lead to, share * op + (1 - share) * window -> their shape and dtype; one part stays as it is.
 
-        dims: number of dimensions after the heads: 1 for A v [B, T, H, V], 2 for A [B, H, T, T].
+        dims: number of dimensions after the heads: 1 for [B, T, H, V], 2 for [B, H, T, T].
         """
         if len(parts) == 1:
             return parts[0]
@@ -246,7 +251,10 @@ class SequenceMixer(nn.Module):
             after = [advance(*branch, state) for branch, state in zip(branches, before, strict=True)]
             parts, states = [y for y, _ in after], tuple(state for _, state in after)
             memory.update(states if len(states) > 1 else states[0], tokens=hidden_states.shape[1])
-        return self.output(self.combined(parts, dims=1), read_by_output), None
+        y = self.output(parts[0], read_by_output)
+        if self.beside_window:
+            y = self.combined([y.unflatten(-1, (self.heads, -1)), parts[1]], dims=1).flatten(2)
+        return self.o_proj(y), None
 
 
 def advance(op: ModuleType, inputs: Any, state: Any) -> tuple[Tensor, Any]:

@@ -52,6 +52,6 @@ class MLSTM(SequenceMixer):
         return mlstm.Inputs(q, k, v, i, g, self.scale, self.backend), hidden
 
     def output(self, mixed, hidden):
-        """Normalise each head, gate it and project back to the hidden size. mixed [B, T, H, V] -> [B, T, D]."""
+        """Normalise each head and gate it. mixed [B, T, H, V] -> [B, T, H V]."""
         gate = sigmoid(self.gate_proj(hidden)).unflatten(-1, (self.heads, -1))
-        return self.o_proj((self.norm(mixed) * gate).flatten(2))
+        return (self.norm(mixed) * gate).flatten(2)

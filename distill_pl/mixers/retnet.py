@@ -38,6 +38,6 @@ class RetNet(SequenceMixer):
         return scalar_decay.Inputs(q, k, v, g, self.scale, self.backend), hidden
 
     def output(self, mixed, hidden):
-        """Normalise each head, gate it and project back to the hidden size. mixed [B, T, H, V] -> [B, T, D]."""
+        """Normalise each head and gate it. mixed [B, T, H, V] -> [B, T, H V]."""
         gate = silu(self.gate_proj(hidden)).unflatten(-1, (self.heads, -1))
-        return self.o_proj((self.norm(mixed) * gate).flatten(2))
+        return (self.norm(mixed) * gate).flatten(2)

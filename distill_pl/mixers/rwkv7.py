@@ -93,8 +93,8 @@ class RWKV7(SequenceMixer):
         return inputs, (q, k, v, x["gate"])
 
     def output(self, mixed, read_by_output):
-        """Normalise each head, add the token's own value, gate, project back. mixed [B, T, H, V] -> [B, T, D]."""
+        """Normalise each head, add the token's own value and gate it. mixed [B, T, H, V] -> [B, T, H V]."""
         q, k, v, hidden = read_by_output
         bonus = (q * k * self.by_head(self.r_k).to(k.dtype)).sum(-1, keepdim=True) * v
         normed = self.norm(mixed.flatten(2).flatten(0, 1)).view_as(mixed)
-        return self.o_proj((normed + bonus).flatten(2) * self.gate_proj(hidden))
+        return (normed + bonus).flatten(2) * self.gate_proj(hidden)

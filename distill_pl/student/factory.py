@@ -42,7 +42,7 @@ class StudentFactory:
             whose cache grows with the sequence.
         window: number of last tokens, the token itself included, that sliding-window attention with the teacher's queries,
             keys and values reads: the mixer swa, where the default is 64, or attention beside another mixer, mixed with it
-            head by head, y = g mixer + (1 - g) window with a learned g. Default: none beside a mixer.
+            head by head after its norms and gates, y = g mixer + (1 - g) window with a learned g. Default: none beside a mixer.
         sinks: number of first tokens that window attention reads as well. Default: 4.
         retention: share of the state that a newly initialised decay gate keeps from one token to the next (section 3.1),
             between 0 and 1.
