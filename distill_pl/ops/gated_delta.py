@@ -153,11 +153,14 @@ def step(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float, backend: B
     dtype = v.dtype
     with torch.autocast(q.device.type, enabled=False):
         q, k, v, beta = promoted(q, k, v, beta[..., None])
-        added = k[..., :, None] * (beta * v)[..., None, :]
         if state is not None:
             if g is not None:
                 state = promoted(g)[0].exp()[..., None] * state
-            r, b = (k if x is None else promoted(x)[0] for x in (r, b))
-            found = torch.einsum("bhk,bhkv->bhv", r, state)
-            added = state + added - b[..., :, None] * (beta * found)[..., None, :]
-        return (torch.einsum("bhk,bhkv->bhv", q, added) * scale).to(dtype), added
+            found = torch.einsum("bhk,bhkv->bhv", k if r is None else promoted(r)[0], state)
+            if b is None:
+                v = v - found
+            else:
+                state = state - promoted(b)[0][..., :, None] * (beta * found)[..., None, :]
+        added = k[..., :, None] * (beta * v)[..., None, :]
+        state = added if state is None else state + added
+        return (torch.einsum("bhk,bhkv->bhv", q, state) * scale).to(dtype), state
