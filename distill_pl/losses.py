@@ -26,9 +26,14 @@ def matrix_distance(squared: Tensor, length: int, norm: Literal["frobenius", "ms
     return squared.mean() / length**2
 
 
-def hidden_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Compute Eq. 8 for one layer: |h_teacher - h_student|_2 of [B, T, D] hidden states, averaged over tokens, in fp32."""
+def hidden_distance(student: Tensor, teacher: Tensor, norm: Literal["l2", "mse"] = "l2") -> Tensor:
+    """Compute Eq. 8 for one layer: |h_teacher - h_student|_2 of [B, T, D] hidden states, averaged over tokens, in fp32.
+
+    norm `mse` gives the mean squared error over all entries instead.
+    """
     squared = (student.float() - teacher.float()).square().sum(-1)
+    if norm == "mse":
+        return squared.mean() / student.shape[-1]
     return (squared + 1e-12).sqrt().mean()  # keeps the gradient finite where the states are equal
 
 

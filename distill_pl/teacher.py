@@ -37,6 +37,7 @@ class Layer(NamedTuple):
     key: Tensor  # [B, T, kv_heads, K] after RoPE and q/k norms, kv heads not repeated
     scale: float
     position: tuple[Tensor, Tensor]  # RoPE's (cos, sin) of this layer
+    mixed: Tensor | None = None  # [B, T, D]: attention's output, after o_proj; None unless asked for
 
 
 def _tap(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -47,12 +48,22 @@ def _tap(module, query, key, value, attention_mask, scaling=None, **kwargs):
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
-def run_layer(layer, hidden: Tensor, position: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Run a decoder layer on hidden [B, T, D] -> its output, query, key and scale, shaped as in `Layer`."""
+def _tap_output(module, arguments, output) -> None:
+    """Leave the output of an attention module in `module.tapped` too, where that is not None."""
+    if getattr(module, "tapped", None) is not None:
+        module.tapped = (*module.tapped, output[0])
+
+
+def run_layer(layer, hidden: Tensor, position: tuple[Tensor, Tensor],
+              with_mixed: bool = False) -> tuple[Tensor, Tensor, Tensor, float, Tensor | None]:  # fmt: skip
+    """Run a decoder layer on hidden [B, T, D] -> its output, query, key, scale and, if asked for, what attention computed.
+
+    Shapes are those of `Layer`.
+    """
     layer.self_attn.tapped = ()
     output = layer(hidden, attention_mask=None, position_embeddings=position)
-    (query, key, scale), layer.self_attn.tapped = layer.self_attn.tapped, None
-    return output, query, key, scale
+    (query, key, scale, mixed), layer.self_attn.tapped = layer.self_attn.tapped, None
+    return output, query, key, scale, mixed if with_mixed else None
 
 
 def apply_norm(norm, hidden: Tensor) -> Tensor:
@@ -139,21 +150,29 @@ class Teacher:
         """Return the head, which maps final hidden states [..., D] to logits [..., vocab]."""
         return self.model.lm_head
 
+    def _set_taps(self) -> None:
+        """Let each attention module leave what it computes in its attribute `tapped`, where that is not None."""
+        if self.model.config._attn_implementation != TAP:
+            self.model.set_attn_implementation(TAP)
+        for layer in self.model.model.layers:
+            if not hasattr(layer.self_attn, "tapped"):
+                layer.self_attn.tapped = None
+                layer.self_attn.register_forward_hook(_tap_output)
+
     @torch.no_grad()
-    def layers(self, input_ids: Tensor) -> Iterator[Layer]:
+    def layers(self, input_ids: Tensor, with_mixed: bool = False) -> Iterator[Layer]:
         """Run input_ids [B, T] through the decoder, yielding each layer's tensors as soon as that layer is done.
 
         No layer's tensors are kept here: a caller who drops them bounds the memory by one layer.
         """
         decoder = self.model.model
-        if self.model.config._attn_implementation != TAP:
-            self.model.set_attn_implementation(TAP)
+        self._set_taps()
         hidden = scaled(decoder.embed_tokens(input_ids), getattr(decoder, "embedding_multiplier", 1.0))
         positions = rope_tables(decoder.rotary_emb, hidden, torch.arange(input_ids.shape[1], device=input_ids.device)[None])
         for index, layer in enumerate(decoder.layers):
             position = positions[decoder.config.layer_types[index]] if isinstance(positions, dict) else positions
-            output, query, key, scale = self.run_layer(layer, hidden, position)
-            yield Layer(hidden, output, query, key, scale, position)
+            output, query, key, scale, mixed = self.run_layer(layer, hidden, position, with_mixed)
+            yield Layer(hidden, output, query, key, scale, position, mixed)
             hidden = output
 
     @torch.no_grad()
@@ -162,13 +181,13 @@ class Teacher:
 
         All layers' tensors are kept.
         """
-        self.model.set_attn_implementation(TAP)
+        self._set_taps()
         found: list[Layer] = []
 
         def record(layer, args, kwargs, output):
-            query, key, scale = layer.self_attn.tapped
+            query, key, scale, mixed = layer.self_attn.tapped
             layer.self_attn.tapped = None
-            found.append(Layer(args[0], output, query, key, scale, kwargs["position_embeddings"]))
+            found.append(Layer(args[0], output, query, key, scale, kwargs["position_embeddings"], mixed))
 
         hooks = []
         for layer in self.model.model.layers:

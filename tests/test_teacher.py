@@ -410,9 +410,9 @@ def test_a_norm_of_one_cannot_hide(teacher_folder, monkeypatch):
 def test_taps_that_are_not_the_models_own_are_refused(teacher_folder, monkeypatch):
     run_layer = teacher_module.run_layer
 
-    def wrong(layer, hidden, position):
-        output, query, key, scale = run_layer(layer, hidden, position)
-        return output, query, 1.01 * key, scale
+    def wrong(layer, hidden, position, with_mixed):
+        output, query, key, scale, mixed = run_layer(layer, hidden, position, with_mixed)
+        return output, query, 1.01 * key, scale, mixed
 
     monkeypatch.setattr(teacher_module, "run_layer", wrong)
     with pytest.raises(InputError, match="keys"):

@@ -1,6 +1,6 @@
 """Stage 2, hidden-to-hidden alignment (paper, section 3.1, Eq. 8): train each block's output towards the teacher's."""
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,22 +12,26 @@ from distill_pl.teacher import Layer
 
 
 class HiddenAlignStage(Stage):
-    """Stage 2, hidden-to-hidden alignment: train each block's output towards the teacher's (Eq. 8).
+    """Stage 2, hidden-to-hidden alignment: train each block's output, or each mixer's, towards the teacher's (Eq. 8).
 
     Student block l reads the teacher's input of block l, and its output is compared with the teacher's output of block l.
     The mixers train; the norms and MLPs around them stay the teacher's until the last stage.
 
     Args:
+        target: what is compared: `block`, the output of the whole block (Eq. 8), or `mixer`, that of the mixer with the output
+            of the teacher's attention, after o_proj.
+        norm: distance of two hidden states: `l2` is Eq. 8's, `mse` the mean squared error.
         decay: share of the steps, at the end, in which the learning rate falls.
     """
 
     name = "hidden_align"
-    compiles: ClassVar[tuple[str, ...]] = ("block_distance",)
+    compiles: ClassVar[tuple[str, ...]] = ("layer_distance",)
 
-    def __init__(self, student, teacher, *, lr: float = 2e-3, decay: float = 0.1, **kwargs):
+    def __init__(self, student, teacher, *, lr: float = 2e-3, target: Literal["block", "mixer"] = "block",
+                 norm: Literal["l2", "mse"] = "l2", decay: float = 0.1, **kwargs):  # fmt: skip
         super().__init__(student, teacher, lr=lr, **kwargs)
-        self.decay = decay
-        self.block_distance = block_distance
+        self.target, self.norm, self.decay = target, norm, decay
+        self.layer_distance = layer_distance
 
     def trained(self) -> list[torch.nn.Parameter]:
         """Return the mixers' parameters."""
@@ -44,11 +48,14 @@ class HiddenAlignStage(Stage):
 
     def losses_given(self, tokens: Tensor, *drawn: Tensor) -> tuple[Tensor, Tensor]:
         """Average Eq. 8's distances over the layers of a batch of tokens [B, T]."""
-        layers = zip(self.student.model.layers, self.teacher.layers(tokens), strict=True)
-        parts = torch.stack([self.block_distance(student_layer, layer) for student_layer, layer in layers])
+        layers = zip(self.student.model.layers, self.teacher.layers(tokens, with_mixed=self.target == "mixer"), strict=True)
+        parts = torch.stack([self.layer_distance(student_layer, layer, self.norm) for student_layer, layer in layers])
         return parts.mean(), parts.detach()
 
 
-def block_distance(student_layer: nn.Module, layer: Layer) -> Tensor:
-    """Compute Eq. 8 for one layer, a scalar."""
-    return hidden_distance(student_layer(layer.input, position_embeddings=layer.position), layer.output)
+def layer_distance(student_layer: nn.Module, layer: Layer, norm: Literal["l2", "mse"]) -> Tensor:
+    """Compute Eq. 8 for one layer, a scalar: of mixers where the teacher's layer says what its attention computed."""
+    if layer.mixed is None:
+        return hidden_distance(student_layer(layer.input, position_embeddings=layer.position), layer.output, norm)
+    mixed, _ = student_layer.self_attn(student_layer.input_layernorm(layer.input), layer.position)
+    return hidden_distance(mixed, layer.mixed, norm)

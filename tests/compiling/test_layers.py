@@ -9,7 +9,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from distill_pl.compiling.joined_products import JoinProducts
 from distill_pl.compiling.layers import configure_compiler
 from distill_pl.mixers.short_conv import ShortConv
-from distill_pl.stages.hidden_align import block_distance
+from distill_pl.stages.hidden_align import layer_distance
 from distill_pl.stages.matrix_mixing import probed_distance, squared_distance
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.modeling import Student
@@ -58,7 +58,7 @@ def test_a_student_is_one_graph(teacher, tokens, name, graphs, keep, what):
         "exact": lambda own, theirs: squared_distance(
             own, theirs.input, theirs.query, theirs.key, theirs.scale, theirs.position
         ),
-        "block": lambda own, theirs: block_distance(own, theirs),
+        "block": lambda own, theirs: layer_distance(own, theirs, "l2"),
     }
     plain = functions[what]
     compiled = torch.compile(plain, backend=keep, fullgraph=True, dynamic=False)

@@ -73,10 +73,16 @@ def test_matrix_mixing_is_equation_7(variant, tokens, name, norm, shape):
     torch.testing.assert_close(loss, torch.stack(distances).mean(), rtol=1e-4, atol=0)
 
 
-def test_hidden_alignment_is_equation_8(variant, tokens, name):
+def distance(student: Tensor, teacher: Tensor, norm: str) -> Tensor:
+    difference = student - teacher
+    return torch.linalg.vector_norm(difference, dim=-1).mean() if norm == "l2" else difference.square().mean()
+
+
+@pytest.mark.parametrize("norm", ["l2", "mse"])
+def test_hidden_alignment_is_equation_8(variant, tokens, name, norm):
     """Compare with blocks tapped by hooks, since the last of transformers' hidden_states is after the final norm."""
     teacher = variant("qwen3")
-    stage = make(HiddenAlignStage, teacher, name)
+    stage = make(HiddenAlignStage, teacher, name, norm=norm)
     model = AutoModelForCausalLM.from_pretrained(teacher.path).eval()
     distances = []
 
@@ -85,7 +91,7 @@ def test_hidden_alignment_is_equation_8(variant, tokens, name):
             with torch.no_grad():
                 position = model.model.rotary_emb(output, torch.arange(LENGTH)[None])
                 student = stage.student.model.layers[index](inputs[0], position_embeddings=position)
-            distances.append(torch.linalg.vector_norm(student - output, dim=-1).mean())
+            distances.append(distance(student, output, norm))
 
         return hook
 
@@ -96,6 +102,31 @@ def test_hidden_alignment_is_equation_8(variant, tokens, name):
         loss, parts = stage.losses(tokens, seed=0)
     torch.testing.assert_close(parts, torch.stack(distances), rtol=1e-4, atol=0)
     torch.testing.assert_close(loss, torch.stack(distances).mean(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("norm", ["l2", "mse"])
+def test_mixers_may_be_aligned_to_what_attention_computes(variant, tokens, name, norm):
+    teacher = variant("qwen3")
+    stage = make(HiddenAlignStage, teacher, name, target="mixer", norm=norm)
+    model = AutoModelForCausalLM.from_pretrained(teacher.path).eval()
+    distances = []
+
+    def compare(index):
+        def hook(attention, arguments, keywords, output):
+            with torch.no_grad():
+                student, _ = stage.student.mixers[index](keywords["hidden_states"], keywords["position_embeddings"])
+            distances.append(distance(student, output[0], norm))
+
+        return hook
+
+    for index, block in enumerate(model.model.layers):
+        block.self_attn.register_forward_hook(compare(index), with_kwargs=True)
+    with torch.no_grad():
+        model(tokens)
+        loss, parts = stage.losses(tokens, seed=0)
+    torch.testing.assert_close(parts, torch.stack(distances), rtol=1e-4, atol=0)
+    torch.testing.assert_close(loss, torch.stack(distances).mean(), rtol=1e-4, atol=0)
+    assert next(teacher.layers(tokens)).mixed is None
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -166,9 +197,10 @@ def test_a_student_that_is_the_teacher_has_no_matrix_distance(any_teacher, token
     assert loss_of(make(MatrixMixingStage, any_teacher, "softmax", "fresh", estimator=estimator), tokens) > 0.1
 
 
-def test_a_student_that_is_the_teacher_has_no_hidden_distance(any_teacher, tokens):
-    assert loss_of(make(HiddenAlignStage, any_teacher, "softmax", "qkv"), tokens) < 5e-5
-    assert loss_of(make(HiddenAlignStage, any_teacher, "softmax", "fresh"), tokens) > 0.1
+@pytest.mark.parametrize("target", ["block", "mixer"])
+def test_a_student_that_is_the_teacher_has_no_hidden_distance(any_teacher, tokens, target):
+    assert loss_of(make(HiddenAlignStage, any_teacher, "softmax", "qkv", target=target), tokens) < 5e-5
+    assert loss_of(make(HiddenAlignStage, any_teacher, "softmax", "fresh", target=target), tokens) > 0.1
 
 
 def test_a_student_that_is_the_teacher_has_its_cross_entropy(any_teacher, tokens):
