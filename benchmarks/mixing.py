@@ -94,7 +94,7 @@ HEADER = """| mixer | backend | error of y | worst gradient | ms forward + backw
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mixers", default=",".join(name for name in MIXERS if name != "softmax"))
+    parser.add_argument("--mixers", default=",".join(name for name in MIXERS if name not in ("softmax", "swa")))
     parser.add_argument("--batch", type=int, default=48)
     args = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.batch} x {LENGTH}, bf16\n\n{HEADER}")

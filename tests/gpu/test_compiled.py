@@ -36,9 +36,18 @@ def loss_and_gradients(stage, tokens: torch.Tensor, losses=None) -> tuple[torch.
 
 @pytest.mark.parametrize("stage_name", [*STAGES, "exact"])
 def test_compiled_is_plain(small, name, stage_name):
+    check_compiled(small, StudentFactory(name, init="fresh"), stage_name)
+
+
+@pytest.mark.parametrize("stage_name", [*STAGES, "exact"])
+def test_a_window_compiled_is_plain(small, stage_name):
+    check_compiled(small, StudentFactory("gla", init="fresh", window=16), stage_name)
+
+
+def check_compiled(small: Teacher, factory: StudentFactory, stage_name: str) -> None:
     torch.compiler.reset()
     options = {"estimator": "exact"} if stage_name == "exact" else {}
-    student = StudentFactory(name, init="fresh").build(small, seed=0)
+    student, name = factory.build(small, seed=0), factory.mixer
     if name == "rebased":  # keep q . k away from 0, where its gradient jumps
         for mixer in student.mixers:
             torch.nn.init.ones_(mixer.feature_map.bias)

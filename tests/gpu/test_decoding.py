@@ -7,6 +7,7 @@ from distill_pl.decoding import Decoder
 from distill_pl.measure.bench import decode, prefill
 from distill_pl.measure.evaluate import generate
 from distill_pl.student.factory import StudentFactory
+from distill_pl.student.modeling import Student
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 STEPS = 12
@@ -16,10 +17,21 @@ STEPS = 12
 @pytest.mark.parametrize("rows", [1, 3])
 def test_tokens_are_those_of_plain_decoding(teacher, name, rows, compiled):
     """In fp32, where no two logits are equal: bf16 rounds elsewhere when compiled."""
-    model = StudentFactory(name, init="fresh", softmax_layers=[1]).build(teacher, seed=0).to("cuda").eval()
+    check_tokens(StudentFactory(name, init="fresh", softmax_layers=[1]).build(teacher, seed=0), rows, compiled)
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "captured"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("mixer", ["swa", "gla", "delta_net"])
+def test_tokens_with_a_window_are_those_of_plain_decoding(teacher, mixer, rows, compiled):
+    check_tokens(StudentFactory(mixer, init="fresh", window=8, sinks=2).build(teacher, seed=0), rows, compiled)
+
+
+def check_tokens(student: Student, rows: int, compiled: bool) -> None:
+    model = student.to("cuda").eval()
     decoder = Decoder(model, max_length=80, **{} if compiled else {"backend": None})
     for length in (40, 7):
-        prompt = torch.randint(1, teacher.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(length))
+        prompt = torch.randint(1, model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(length))
         prompt = prompt.to("cuda")
         token, cache = prefill(model, prompt)
         expected = torch.cat([token, decode(model, token, cache, STEPS - 1)], 1)
