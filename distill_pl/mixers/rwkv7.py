@@ -7,6 +7,7 @@
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from distill_pl.errors import InputError
 from distill_pl.mixers.mixer import SequenceMixer
 from distill_pl.mixers.short_conv import l2_norm
 from distill_pl.ops import gated_delta
+
+if TYPE_CHECKING:
+    from distill_pl.student.cache import MixerState
 
 FASTEST = -math.exp(-0.5)  # log decay: a token keeps at least 0.545 of each channel
 
@@ -63,34 +67,40 @@ class RWKV7(SequenceMixer):
         """Return the bytes of the K x V states and of the last token's hidden state."""
         return super().state_bytes(batch, length, itemsize) + batch * self.q_proj.in_features * itemsize
 
-    def log_decay(self, hidden: Tensor) -> Tensor:
-        """Compute the log decay g [B, T, H, K] in fp32, between FASTEST and 0, from the shifted hidden state [B, T, D]."""
-        return FASTEST * self.decay_proj(hidden).float().sigmoid().unflatten(-1, (self.heads, -1))
-
     def by_head(self, x: Tensor) -> Tensor:
         """Split [..., H K] -> [..., H, K]."""
         return x.unflatten(-1, (self.heads, -1))
 
-    def inputs(self, hidden, position, mask, state):
-        """Project the shifted hidden [B, T, D] to q, k, v, g and what is read and erased; a padded token has beta 0."""
-        beta = torch.ones_like(hidden[..., :1], dtype=torch.float32).expand(-1, -1, self.heads)
-        if mask is not None:
-            hidden, beta = hidden * mask[..., None], beta * mask[..., None]
+    def log_decay(self, hidden: Tensor) -> Tensor:
+        """Compute the log decay g [B, T, H, K] in fp32, between FASTEST and 0, from the shifted hidden state [B, T, D]."""
+        return FASTEST * self.by_head(self.decay_proj(hidden).float().sigmoid())
+
+    def shifted(self, hidden: Tensor, state: "MixerState | None") -> dict[str, Tensor]:
+        """Mix each token of hidden [B, T, D] with the one before it -> what each projection reads, by name, [B, T, D].
+
+        In generation, `state.tails["shift"]` [B, 1, D] holds the token before hidden; it is read and replaced.
+        """
         tail = None if state is None else state.tails.get("shift")
         before = pad(hidden[:, :-1], (0, 0, 1, 0)) if tail is None else torch.cat([tail, hidden[:, :-1]], 1)
         if state is not None:
             state.tails["shift"] = hidden[:, -1:].clone()  # a view would keep the whole prompt in memory
-        x = {name: hidden + shift.to(hidden.dtype) * (before - hidden) for name, shift in self.shifts.items()}
+        return {name: hidden + mu.to(hidden.dtype) * (before - hidden) for name, mu in self.shifts.items()}
+
+    def inputs(self, hidden, position, mask, state):
+        """Project the shifted hidden [B, T, D] to q, k, v, g and what is read and erased; a padded token has beta 0."""
+        beta = hidden.new_ones(*hidden.shape[:2], self.heads, dtype=torch.float32)
+        if mask is not None:
+            hidden, beta = hidden * mask[..., None], beta * mask[..., None]
+        x = self.shifted(hidden, state)
         q = self.q_norm(self.q_proj(x["q"]).unflatten(-1, (-1, self.key_dim)))
         k = self.k_norm(self.k_proj(x["k"]).unflatten(-1, (-1, self.key_dim)))
         q, k = self.rotated(position, q, k)
         k, v = self.repeat_kv(k), self.repeat_kv(self.v_proj(x["v"]).unflatten(-1, (-1, self.value_dim)))
-        g, rate = self.log_decay(x["decay"]), self.by_head(self.rate_proj(x["rate"]).sigmoid())
+        g, a = self.log_decay(x["decay"]), self.by_head(self.rate_proj(x["rate"]).sigmoid())
         u = l2_norm(k * self.by_head(self.k_k).to(k.dtype))
-        k = k * (1 + self.by_head(self.k_a).to(k.dtype) * (rate - 1))
-        # the op reads the state after it has decayed
-        inputs = gated_delta.Inputs(q, k, v, beta, self.scale, self.backend, g, r=u * (-g).exp(), b=u * rate)
-        return inputs, (q, k, v, x["gate"])
+        k = k * (1 + self.by_head(self.k_a).to(k.dtype) * (a - 1))
+        r = u * (-g).exp()  # because the op reads the state after it has decayed
+        return gated_delta.Inputs(q, k, v, beta, self.scale, self.backend, g, r, b=u * a), (q, k, v, x["gate"])
 
     def output(self, mixed, read_by_output):
         """Normalise each head, add the token's own value and gate it. mixed [B, T, H, V] -> [B, T, H V]."""

@@ -1,4 +1,4 @@
-"""The short causal convolution with which Mamba2, MetaLA and DeltaNet prepare the inputs of their op."""
+"""The short causal convolution with which Mamba2, MetaLA and the delta nets prepare the inputs of their op."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING

@@ -77,7 +77,7 @@ def _chunks(size: int, q: Tensor, k: Tensor, beta: Tensor, g: Tensor | None, r: 
 
     q_k, r_k = products(q, k), products(r, k)
     q_b, r_b = (q_k, r_k) if tied else (products(q, b), products(r, b))
-    since_start, until_end = g.cumsum(1).exp(), (g.flip(1).cumsum(1).flip(1) - g).exp()
+    since_start, until_end = g.cumsum(1).exp(), pad(g[:, 1:], (0, 0, 0, 0, 0, 1)).flip(1).cumsum(1).flip(1).exp()
     q, r, k, b = (x.transpose(1, 2) for x in (q * since_start, r * since_start, k * until_end, b * until_end))
     # what r_t finds in the decayed state at its token, as a map of the state before the chunk and of the chunk's v
     found = solve_triangular(r_b, torch.cat([r, r_k.tril(-1)], -1), upper=False, unitriangular=True)

@@ -1,5 +1,7 @@
 """The law of every op, matrix @ v == mix == step by step, in float64, fp32 and bf16 and under strong gates."""
 
+import math
+
 import pytest
 import torch
 from op_inputs import (
@@ -231,6 +233,19 @@ def test_delta_rules_are_the_recurrence(strong):
         assert relative_error(gated_delta.mix(**inputs | same)[0], expected) < 1e-12
     never = inputs | {"g": torch.zeros_like(inputs["g"])}
     assert relative_error(mixed(gated_delta, never), mixed(gated_delta, inputs | {"g": None})) < 1e-12
+
+
+@pytest.mark.parametrize("forgets", [-1e4, -math.inf])
+def test_a_delta_rule_whose_heads_forget_everything_is_exact(forgets):
+    """Differences of sums that contain such a log decay would have no digits."""
+    inputs = make("gated_delta", 130)
+    inputs["g"][:, [20, 64, 65, 100]] = forgets
+    expected, inputs = stepped(gated_delta, inputs), cast(inputs, torch.float32)
+    leaves = [leaf.requires_grad_(True) for leaf in tensors_of(inputs).values()]
+    for run in (matrix_times_v, mixed, stepped):
+        y = run(gated_delta, inputs)
+        assert relative_error(y, expected) < 1e-6
+        assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(y.sum(), leaves))
 
 
 def test_channel_decay_is_the_recurrence():
