@@ -47,9 +47,10 @@ def test_a_teacher_is_one_graph(any_teacher, tokens, graphs, keep, monkeypatch):
     assert len(graphs) == 1 < len(plain)
 
 
+@pytest.mark.parametrize("layout", ["grouped", "window"], indirect=True)
 @pytest.mark.parametrize("what", ["layer", "probe", "exact", "block"])
-def test_a_student_is_one_graph(teacher, tokens, name, graphs, keep, what):
-    student = StudentFactory(name, init="fresh").build(teacher, seed=0)
+def test_a_student_is_one_graph(teacher, tokens, name, layout, graphs, keep, what):
+    student = StudentFactory(name, init="fresh", **layout).build(teacher, seed=0)
     layers = list(zip(student.model.layers, teacher.layers(tokens), strict=True))
     signs = torch.ones(1, LENGTH, 1, 4)
     functions = {
@@ -70,7 +71,7 @@ def test_a_student_is_one_graph(teacher, tokens, name, graphs, keep, what):
 @pytest.mark.skipif(not all(map(importlib.util.find_spec, ("fla", "triton"))), reason="needs fla-core and triton")
 def test_a_graph_goes_around_the_kernels(save_model, name, graphs):
     """Trace the layer without running it, since there is no GPU here."""
-    if name == "softmax":
+    if name in ("softmax", "swa"):
         pytest.skip("torch's own")
     wide = Teacher(str(save_model("llama", hidden_size=64, head_dim=16)))
     config = StudentFactory(name, init="fresh").config(wide)
