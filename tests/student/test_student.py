@@ -225,7 +225,15 @@ def test_greedy_generation_with_a_cache_is_that_without(teacher, name, layout):
 
 
 def test_beam_search_with_a_cache_is_that_without(teacher, name, kv_heads):
-    student, tokens = build(teacher, name, kv_heads=kv_heads), some_tokens(teacher, rows=3, length=9)
+    check_beam_search(build(teacher, name, kv_heads=kv_heads), some_tokens(teacher, rows=3, length=9))
+
+
+@pytest.mark.parametrize("mixer", ["swa", "gla"])
+def test_beam_search_with_a_window(teacher, mixer):
+    check_beam_search(build(teacher, mixer, window=4, sinks=2), some_tokens(teacher, rows=3, length=9))
+
+
+def check_beam_search(student: Student, tokens: Tensor) -> None:
     cached, uncached = (generate(student, tokens, num_beams=3, use_cache=use_cache) for use_cache in (True, False))
     assert torch.equal(cached.sequences, uncached.sequences)
     assert relative_error(cached.sequences_scores, uncached.sequences_scores) < 1e-5
