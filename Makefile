@@ -12,15 +12,15 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-quickstart: $(BIN)/.installed  ## set up, train a tiny teacher, distil it into GLA, compare the two (CPU, minutes)
+quickstart: $(BIN)/.installed  ## set up, train a tiny teacher on made-up stories, distil it into GLA, compare the two (CPU, minutes)
 	$(BIN)/python experiments/quickstart.py
 	$(BIN)/distill-pl fit --config experiments/quickstart_teacher.yaml
 	$(BIN)/distill-pl fit --config experiments/quickstart.yaml
 	$(BIN)/distill-pl evaluate runs/quickstart/gla
 	@echo; echo "the teacher writes:"
-	@$(BIN)/distill-pl generate runs/quickstart/teacher --prompt "The following functions are"
+	@$(BIN)/distill-pl generate runs/quickstart/teacher --prompt "Once there was a" --max_new_tokens 120 --temperature 0.7
 	@echo; echo "the student writes:"
-	@$(BIN)/distill-pl generate runs/quickstart/gla --prompt "The following functions are"
+	@$(BIN)/distill-pl generate runs/quickstart/gla --prompt "Once there was a" --max_new_tokens 120 --temperature 0.7
 
 clean-quickstart:  ## delete the quickstart's runs, so that it starts over
 	rm -rf runs/quickstart
