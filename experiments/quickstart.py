@@ -27,8 +27,8 @@ WORDS = {
     "color": "red blue green yellow white brown silver striped".split(),
     "home": ["by the river", "at the edge of the wood", "on a green hill", "near the mill", "behind the old barn",
              "in a house with a crooked roof", "next to the bridge"],
-    "place": ["under the bridge", "behind the oven", "in the tall grass", "at the bottom of the well", "on the roof", "in the attic",
-              "between two stones", "in a hollow tree", "below the stairs", "at the market"],
+    "place": ["under the bridge", "behind the oven", "in the tall grass", "at the bottom of the well", "on the roof",
+              "in the attic", "between two stones", "in a hollow tree", "below the stairs", "at the market"],
     "weather": "rainy windy sunny cold foggy warm snowy".split(),
     "food": ["apple cake", "onion soup", "warm bread", "plum jam", "honey biscuits", "carrot stew"],
     "feeling": "happy glad proud relieved thankful".split(),
@@ -57,24 +57,29 @@ LOST = [
     ["{name} was so {feeling} that {name2} got a piece of {food}.", '"Thank you, {name2}," said {name}, and they ate {food}.'],
 ]  # fmt: skip
 VISIT = [
-    ["One {weather} day {name} wanted to visit {name2}.", "It was a {weather} day, and {name} had an idea. It was time to see {name2}."],
+    ["One {weather} day {name} wanted to visit {name2}.",
+     "It was a {weather} day, and {name} had an idea. It was time to see {name2}."],
     ["{name} put some {food} and a {color} {thing} into a bag and set out.", "{name} packed {food} and a {color} {thing}."],
     ["The way was long, and the path was hard to see.", "On the way {name} met a {animal3} who did not know the way either."],
     ["{name} rested {place} and wondered what {name2} was doing.", "Soon {name} was {sad}, for nothing looked as it should."],
-    ['"Are you lost?" asked a {animal3} {place2}. "The house of {name2} is right there."', "Then {name} heard {name2} singing {place2}."],
+    ['"Are you lost?" asked a {animal3} {place2}. "The house of {name2} is right there."',
+     "Then {name} heard {name2} singing {place2}."],
     ['"How good to see you, {name}!" said {name2}.', '{name2} opened the door. "Come in, {name}!"'],
-    ["{name} gave {name2} the {color} {thing}, and they shared the {food}.", "They ate the {food}, and {name2} was {feeling} about the {thing}."],
+    ["{name} gave {name2} the {color} {thing}, and they shared the {food}.",
+     "They ate the {food}, and {name2} was {feeling} about the {thing}."],
     ["When it was dark, {name} went home to sleep.", "That night {name} stayed with {name2}."],
 ]  # fmt: skip
 QUARREL = [
-    ["{name} and {name2} found a {color} {thing} {place}.", "One {weather} day {name} and {name2} saw a {color} {thing} {place}."],
+    ["{name} and {name2} found a {color} {thing} {place}.",
+     "One {weather} day {name} and {name2} saw a {color} {thing} {place}."],
     ['"It is mine," said {name}. "I saw it first."', '"I want the {thing}," said {name}.'],
     ['"No, it is mine," said {name2}, and ran away with it.', '"You always want everything," said {name2}, and went home.'],
     ["For three days they did not speak, and both were {sad}.", "{name} sat alone {place2} and felt {sad}. So did {name2}."],
     ["Then {name} cooked {food} and knocked at the door of {name2}.", "On the fourth day {name2} came with {food}."],
     ['"I am sorry," said {name}.', '"Let us not fight about a {thing}," said {name}.'],
     ['"I am sorry too," said {name2}. "The {thing} can be ours."', '"You are right," said {name2}. "Here is the {thing}."'],
-    ["They kept the {color} {thing} {place3}, and nobody fought about it again.", "From that day on they shared the {thing}, and were {feeling}."],
+    ["They kept the {color} {thing} {place3}, and nobody fought about it again.",
+     "From that day on they shared the {thing}, and were {feeling}."],
 ]  # fmt: skip
 
 
