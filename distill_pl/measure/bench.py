@@ -25,7 +25,7 @@ from distill_pl.measure.evaluate import load, weights_path
 from distill_pl.measure.params import smollm_360m
 from distill_pl.mixers import MIXERS
 from distill_pl.run.folder import write_aside
-from distill_pl.run.values import AT_LEAST_1, SEED, Range, check_numbers
+from distill_pl.run.values import AT_LEAST_1, SEED, Range, check_numbers, parse_lengths
 from distill_pl.student.cache import state_bytes
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.modeling import Student, StudentConfig
@@ -35,7 +35,7 @@ RANDOM = "random"  # in place of a path: random weights
 GPU_DEFAULTS, CPU_DEFAULTS = ("1024,4096,16384,65536", 5), ("128,256,512,1024", 3)  # lengths and repeats
 DECODE = ("auto", "graph", "plain")
 RANGES = {"new_tokens": AT_LEAST_1, "batch_size": AT_LEAST_1, "repeats": AT_LEAST_1, "prefill_chunk": Range(0, 1e15),
-          "length": AT_LEAST_1, "seed": SEED}  # fmt: skip
+          "seed": SEED}  # fmt: skip
 WIDTHS = {"prompt": 8, "prefill tokens/s": 16, "decode": 6, "ms/token (min to max)": 24, "of limit": 8, "decode tokens/s": 15,
           "prefill GiB": 11, "decode GiB": 10, "state bytes": 14, "state in theory": 15}  # fmt: skip
 
@@ -85,11 +85,11 @@ def bench(
     quiet()
     gpu = torch.cuda.is_available()
     default_lengths, default_repeats = GPU_DEFAULTS if gpu else CPU_DEFAULTS
-    prompt_lengths = parse(default_lengths if lengths is None else lengths)
+    prompt_lengths = parse_lengths(default_lengths if lengths is None else lengths)
     repeats = default_repeats if repeats is None else repeats
     settings = {"new_tokens": new_tokens, "batch_size": batch_size, "repeats": repeats, "prefill_chunk": prefill_chunk,
                 "decode": check_decode(decode, gpu), "seed": seed} | environment()  # fmt: skip
-    check_numbers(settings | {"length": prompt_lengths[-1]}, RANGES)
+    check_numbers(settings, RANGES)
     sources = {model: locate(model, prompt_lengths[-1] + new_tokens) for model in dict.fromkeys(models)}
     rows = earlier_rows(Path(out) / "bench.json", settings)
 
@@ -109,14 +109,6 @@ def bench(
         torch.cuda.empty_cache()
     write(Path(out), settings, rows)
     say(f"wrote bench.png, bench.csv and bench.json to {out}")
-
-
-def parse(lengths: str) -> list[int]:
-    """Parse `1024,4096` into numbers in ascending order. Raises InputError for anything else."""
-    parts = [part.strip() for part in lengths.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise InputError(f"lengths {lengths!r} are not whole positive numbers: write e.g. 1024,4096")
-    return sorted({int(part) for part in parts})
 
 
 def check_decode(decode: str, gpu: bool) -> str:

@@ -4,6 +4,7 @@ import json
 import tempfile
 from hashlib import sha256
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -15,15 +16,17 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, set_seed
 
 from distill_pl.console import aligned, percent, perplexity, quiet, say
 from distill_pl.data.datamodule import ChunkDataModule
+from distill_pl.data.sources import TextSource
 from distill_pl.errors import InputError
-from distill_pl.measure import study
+from distill_pl.measure import recall, study
 from distill_pl.measure.harness import check_tasks, prompt_tokenizer, run_tasks
 from distill_pl.run.card import add_results
 from distill_pl.run.folder import disk_refused, fingerprint, read_config, write_aside
-from distill_pl.run.values import AT_LEAST_1, SEED, Range, check_numbers
+from distill_pl.run.values import AT_LEAST_1, SEED, Range, check_numbers, parse_lengths
 from distill_pl.teacher import load_model
 from distill_pl.tokenizer import special_tokens
 
+HAYSTACK_DOCUMENTS = 2000  # of a dataset given for recall tasks
 Results = dict[str, dict[str, Any]]  # by task, and "held-out": a measure's name -> its value
 
 
@@ -33,9 +36,11 @@ def evaluate(
     data: str | None = None,
     limit: int | None = None,
     batch_size: int = 16,
+    lengths: str = "512,1024,2048,4096",
+    text: str | None = None,
     seed: int = 0,
 ) -> None:
-    """Measure models: perplexity on held-out text, and zero-shot accuracy on lm-eval tasks (paper, section 4.2).
+    """Measure models: perplexity on held-out text, zero-shot accuracy on lm-eval tasks (paper, section 4.2), and recall.
 
     Prints a table and writes JSON to RUN/eval/ for a run folder, to eval/ for any other model. A result in that JSON is reused
     as long as weights, questions, limit, seed and lm-eval are the same.
@@ -43,23 +48,30 @@ def evaluate(
     Args:
         models: run folders of `distill-pl fit`, whose teacher and held-out text are measured as well; or model folders or
             hub ids, for which there are only tasks.
-        tasks: names of lm-eval tasks, e.g. arc_easy,piqa; `study` stands for the paper's six benchmarks.
+        tasks: names of lm-eval tasks, e.g. arc_easy,piqa; `study` stands for the paper's six benchmarks, `recall` for the
+            tasks of finding again what was read: niah_single_1, niah_single_2, niah_multikey, niah_multivalue, mqar, induction
+            and copy.
         data: folder of <task>.jsonl files in the hub's columns; without it lm-eval downloads its data from the hub.
-        limit: score only this many first questions of each task.
+        limit: score only this many first questions of each task; of recall tasks, of each length (default 25).
         batch_size: sequences in a forward pass.
-        seed: seed of whatever lm-eval draws.
+        lengths: lengths of the prompts of recall tasks, in tokens.
+        text: local file, folder or hub dataset to hide the numbers of recall tasks in; by default the held-out text of a run.
+        seed: seed of whatever lm-eval and the recall tasks draw.
     """
     quiet()
     numbers = {"limit": limit, "batch_size": batch_size, "seed": seed}
     check_numbers(numbers, {"limit": AT_LEAST_1, "batch_size": AT_LEAST_1, "seed": SEED})
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    names = [task for name in names for task in (study.TASKS if name == "study" else [name])]
+    groups = {"study": study.TASKS, "recall": list(recall.TASKS)}
+    names = [task for name in names for task in groups.get(name, [name])]
+    harness_names = [name for name in names if name not in recall.TASKS]
+    questions = recall.Questions(parse_lengths(lengths), 25 if limit is None else limit, text, seed)
     runs = {model: read_config(Path(model)) for model in models if is_run(model)}
     for model in models:
         if not names and model not in runs:
             raise InputError(f"model {model!r} is no run folder, whose held-out text could be used: give --tasks, e.g. study")
-    if names:
-        check_tasks(names, data)
+    if harness_names:
+        check_tasks(harness_names, data)
     options = {"limit": limit, "seed": seed, "lm_eval": version("lm_eval")}
     suffix = ".json" if limit is None else f".limit{limit}.json"
     jobs: dict[str, list[tuple[str, str, Path]]] = {}  # what to measure for each of `models`: name, weights, file of results
@@ -78,17 +90,17 @@ def evaluate(
     for model in models:
         texts = runs.get(model, {}).get("data")
         for name, path, file in jobs[model]:
-            results[name] = measure(path, file, names, texts, data, batch_size, options, results.get(name, {}))
+            results[name] = measure(path, file, names, texts, data, batch_size, options, questions, results.get(name, {}))
         if model in runs and limit is None:
             add_results(Path(path), results[model])
-    text = table(results, {model: runs[model]["teacher"] for model in runs})
-    say("\n" + text)
-    if "kept" in text:
+    printed = table(results, {model: runs[model]["teacher"] for model in runs})
+    say("\n" + printed)
+    if "kept" in printed:
         say("kept: the share of the teacher's average margin over guessing that the student keeps")
 
 
 def measure(path: str, file: Path, tasks: list[str], texts: dict | None, data: str | None, batch_size: int,
-            options: dict, known: Results) -> Results:  # fmt: skip
+            options: dict, questions: recall.Questions, known: Results) -> Results:  # fmt: skip
     """Measure the model at `path` -> results by task; `file` is brought up to date after each task.
 
     Nothing that `file` holds and that still applies is measured again, nor what this call has measured already, `known`.
@@ -110,10 +122,21 @@ def measure(path: str, file: Path, tasks: list[str], texts: dict | None, data: s
         source = f"{texts['dataset']}, {texts['validation_tokens']} tokens in chunks of {texts['sequence_length']}"
         if report["results"].get("held-out", {}).get("source") != source:
             keep({"held-out": {"perplexity": held_out_perplexity(network, tokenizer, texts, batch_size)}}, source)
+    material = None
     for task in tasks:
-        source = "hub" if data is None else sha256(Path(data, f"{task}.jsonl").read_bytes()).hexdigest()
+        if task in recall.TASKS:
+            material = material or recall.make_source(tokenizer, haystack(network, tokenizer, texts, questions.text))
+            items = {length: recall.make_items(task, material, length, questions) for length in questions.lengths}
+            source = recall.fingerprint(items)
+        else:
+            source = "hub" if data is None else sha256(Path(data, f"{task}.jsonl").read_bytes()).hexdigest()
         if report["results"].get(task, {}).get("source") == source:
             say(f"{path}  {task}: measured before")
+        elif task in recall.TASKS:
+            scores = {length: recall.score(network, tokenizer, row, 2048 * batch_size) for length, row in items.items()}
+            keep({task: recall.summary(scores)}, source)
+            by_length = report["results"][task]["by_length"].items()
+            say(f"{path}  {task}: " + ", ".join(f"{accuracy:.0%} of {length}" for length, accuracy in by_length))
         else:
             say(f"{path}  {task}")
             keep(run_tasks(network, tokenizer, [task], data=data, limit=options["limit"], batch_size=batch_size,
@@ -275,13 +298,30 @@ def learned_positions(model: PreTrainedModel) -> int | None:
     return limit if limit and any(limit <= x.num_embeddings <= limit + 2 for x in others) else None
 
 
-@torch.no_grad()
-def held_out_perplexity(model: PreTrainedModel, tokenizer, data: dict[str, Any], batch_size: int) -> float:
-    """Compute perplexity on the chunks of a run's text that no stage trained on. data: the run's data keys."""
+def held_out_chunks(model: PreTrainedModel, tokenizer, data: dict[str, Any]) -> torch.Tensor:
+    """Read the chunks [N, T] of a run's text that no stage trained on. data: the run's data keys.
+
+    Raises InputError where they are no longer packed.
+    """
     module = ChunkDataModule(**data)
     chunks = torch.from_numpy(module.open(tokenizer, model.config).validation.astype("int64"))
     if len(chunks) == 0:
         raise InputError(f"the packed text of {data['dataset']!r} is no longer in {module.cache}: run distill-pl fit again")
+    return chunks
+
+
+def haystack(model: PreTrainedModel, tokenizer, data: dict[str, Any] | None, text: str | None) -> str:
+    """Read the text that recall tasks hide numbers in: the head of the dataset `text`, else a run's held-out text, or ""."""
+    if text is not None:
+        source = TextSource(text)
+        return " ".join(filter(None, islice(source.texts(source.open(["train"])[0]["train"]), HAYSTACK_DOCUMENTS)))
+    return "" if data is None else tokenizer.decode(held_out_chunks(model, tokenizer, data).flatten(), skip_special_tokens=True)
+
+
+@torch.no_grad()
+def held_out_perplexity(model: PreTrainedModel, tokenizer, data: dict[str, Any], batch_size: int) -> float:
+    """Compute perplexity on the chunks of a run's text that no stage trained on. data: the run's data keys."""
+    chunks = held_out_chunks(model, tokenizer, data)
     total = 0.0
     for tokens in chunks.split(batch_size):
         tokens = tokens.to(model.device)

@@ -73,6 +73,16 @@ def check_numbers(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> Non
             raise InputError(f"{key} {value} is {wrong}: give {allowed}")
 
 
+def parse_lengths(lengths: str) -> list[int]:
+    """Parse `1024,4096` into numbers in ascending order. Raises InputError for anything else."""
+    parts = [part.strip() for part in lengths.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise InputError(f"lengths {lengths!r} are not whole positive numbers: write e.g. 1024,4096")
+    numbers = sorted({int(part) for part in parts})
+    check_numbers({"length": numbers[-1]}, {"length": AT_LEAST_1})
+    return numbers
+
+
 def check_values(config: Namespace) -> None:
     """Raise InputError for a value of `distill-pl fit` that no run can use, before anything is read or written."""
     check_numbers({key: config.get(key) for key in RANGES}, RANGES)
