@@ -1,6 +1,7 @@
 """Build the Lightning Trainer of a stage from a run's configuration."""
 
 import os
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def build_loggers(config: Namespace, stage: StageRun, step: int, tokens: int) ->
     """Build the loggers of a stage, TensorBoard and those of `trainer.logger`, from step `step` and `tokens` of the run on.
 
     TensorBoard drops what was logged beyond `tokens`, by steps that are taken again. A CSV file is never written to twice: each
-    start of a stage has its own. Raises InputError where the wandb package is not installed.
+    start of a stage has its own. wandb has one run for all stages. Raises InputError where the wandb package is not installed.
     """
     loggers: list[Logger] = [TensorBoardLogger(stage.folder, name="", version="", purge_step=tokens + 1)]
     names = config.trainer.logger or []
@@ -73,7 +74,8 @@ def build_loggers(config: Namespace, stage: StageRun, step: int, tokens: int) ->
     if "wandb" in names:
         run = Path(config.out).resolve()
         try:
-            loggers.append(WandbLogger(f"{run.name}/{stage.name}", stage.folder, project="distill_pl", group=run.name))
+            identity = sha256(str(run).encode()).hexdigest()[:8]  # all stages, and resumed ones, are one run
+            loggers.append(WandbLogger(run.name, run, version=identity, project="distill_pl"))
         except ModuleNotFoundError as error:
             raise InputError("trainer.logger wandb needs the wandb package: pip install wandb, or leave it out") from error
     return loggers
