@@ -77,10 +77,11 @@ def describe(config: Namespace, teacher: Teacher, student: Student, plans: list[
         "qkv": f"all but attention copied, and of it {', '.join(student.mixers[0].copies)}",
     }[config.student.init]
     batch = config.data.batch_size * config.data.sequence_length
+    window = f" with a window of {student.config.window}" if student.config.window else ""
     say(
         f"teacher  {config.teacher}: {type(teacher.model).__name__}, {short(own)} parameters, "
         f"{base.num_hidden_layers} layers of {base.num_attention_heads} heads ({base.num_key_value_heads} kv)\n"
-        f"student  {config.student.mixer}: {short(count)} parameters, {copied}; "
+        f"student  {config.student.mixer}{window}: {short(count)} parameters, {copied}; "
         f"mixing by {'Triton kernels' if use_fla(config.student.backend, device(config)) else 'torch'}, {precision(config)}\n"
         f"text     {config.data.dataset}, chunks of {config.data.sequence_length}, {config.data.batch_size} a step\n"
         f"stages   "

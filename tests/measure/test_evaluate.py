@@ -2,11 +2,14 @@
 
 import json
 import math
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from helpers import refused
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
@@ -31,6 +34,13 @@ def test_perplexity_of_both_models_on_the_held_out_text(run, teacher_folder, cap
     expected = math.exp(teacher.model(tokens, labels=tokens).loss.item())
     assert results["teacher"]["held-out"]["perplexity"] == pytest.approx(expected, rel=1e-5)
     assert f"{expected:.4g}" in printed and f"{results['student']['held-out']['perplexity']:.4g}" in printed
+
+
+def test_a_run_is_measured_beside_the_teacher_it_had(run, tmp_path):
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    file = copy / "fingerprints.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"teacher": "another"}))
+    assert "is not the one that" in refused("evaluate", copy)
 
 
 def test_tasks_from_files_for_a_run_and_for_a_plain_model(run, teacher_folder, tmp_path, monkeypatch, capsys):
