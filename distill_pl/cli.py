@@ -34,7 +34,8 @@ TRAINER_KEYS = {
     "accelerator", "devices", "num_nodes", "strategy", "precision", "log_every_n_steps", "limit_val_batches",
     "deterministic", "benchmark", "detect_anomaly", "sync_batchnorm",
 }  # fmt: skip
-PATHS = {"out", "teacher", "data", "data.dataset", "data.cache", "model", "models"}  # keys of `fit` and of the other commands
+# keys of `fit` and of the other commands
+PATHS = {"out", "teacher", "data", "data.dataset", "data.cache", "student.start_from", "model", "models"}
 
 JSONARGPARSE_SAYS = {  # patterns of its messages -> what people can read
     r'^Parser key "([\w.]+)": ': r"\1: ",

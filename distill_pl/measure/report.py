@@ -38,6 +38,7 @@ class Run(NamedTuple):
             "mm": mixed,
             "mse": mixed and self.config["matrix_mixing"]["norm"] == "mse",
             "h2h": aligned,
+            "continued": bool(student.get("start_from")),
         }
         return "_".join([student["mixer"], *(word for word, applies in words.items() if applies)])
 

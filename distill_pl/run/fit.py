@@ -19,6 +19,7 @@ from distill_pl.run.folder import (
     check_run_folder,
     check_stage_files,
     disk_refused,
+    fingerprint,
     load_student,
     next_stage,
     read_metrics,
@@ -82,6 +83,8 @@ def fit(config: Namespace) -> None:
     if first < len(plans):
         data.open(teacher.tokenizer, teacher.config)
     student = factory.build(teacher, config.seed)
+    if factory.start is not None:
+        fingerprints["start"] = fingerprint(factory.start)
     stages = [STAGES[stage_run.name](student, teacher, **config[stage_run.name]) for stage_run in plans]
     check_room(out, plans, sum(p.numel() for p in student.parameters()))
     check_export(config, plans, student, teacher)

@@ -283,9 +283,10 @@ def check_fingerprints(config: Namespace, found: dict[str, str]) -> None:
             "or choose another out"
         ) from error
     for key in differing:
-        source = f"data.dataset {config.data.dataset!r}" if key == "text" else f"teacher {config.teacher!r}"
+        owner = {"text": "data.dataset", "start": "student.start_from"}.get(key, "teacher")
         raise InputError(
-            f"out {str(out)!r} was begun with another {key} than {source} has now: put the former back, or choose another out"
+            f"out {str(out)!r} was begun with another {key} than {owner} {config[owner]!r} has now: put the "
+            "former back, or choose another out"
         )
 
 

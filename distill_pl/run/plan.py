@@ -76,6 +76,8 @@ def describe(config: Namespace, teacher: Teacher, student: Student, plans: list[
         "fresh": "all but attention copied",
         "qkv": f"all but attention copied, and of it {', '.join(student.mixers[0].copies)}",
     }[config.student.init]
+    if config.student.start_from:
+        copied = f"going on from {config.student.start_from}"
     batch = config.data.batch_size * config.data.sequence_length
     window = f" with a window of {student.config.window}" if student.config.window else ""
     say(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakSet
 
@@ -14,8 +15,8 @@ from distill_pl.errors import InputError
 from distill_pl.mixers import MIXERS
 from distill_pl.ops import Backend, use_fla
 from distill_pl.student.modeling import DECODER_PARTS, Student, StudentConfig, mark_as_loaded, split_joint_projections
-from distill_pl.student.transfer import copy_weights
-from distill_pl.teacher import Teacher, shallow_copy, ties_embeddings
+from distill_pl.student.transfer import copy_student, copy_weights
+from distill_pl.teacher import Teacher, load_model, shallow_copy, ties_embeddings
 
 WINDOW, SINKS, MOST = 64, 4, 2**20  # tokens: student.window by default (mixer swa), student.sinks, and the most of either
 BOUNDS = ("attn_logit_softcapping", "final_logit_softcapping", "clip_qkv")  # of values too large to occur in a comparison
@@ -44,6 +45,9 @@ class StudentFactory:
             keys and values reads: the mixer swa, where the default is 64, or attention beside another mixer, mixed with it
             head by head after its norms and gates, y = g mixer + (1 - g) window with a learned g. Default: none beside a mixer.
         sinks: number of first tokens that window attention reads as well. Default: 4.
+        start_from: run folder of `distill-pl fit`, or folder of a student of the same teacher that it exported, to go on from.
+            Copied are all weights outside attention, and those of every layer with the same mixer; other layers start as init
+            says, so that softmax_layers puts layers back to the teacher's attention. Steps and text begin anew.
         retention: share of the state that a newly initialised decay gate keeps from one token to the next (section 3.1),
             between 0 and 1.
         backend: implementation of the mixing: `fla` for Triton kernels, `torch` for plain PyTorch, `auto` for fla on a GPU
@@ -60,6 +64,7 @@ class StudentFactory:
         softmax_layers: Sequence[int] = (),
         window: int | None = None,
         sinks: int | None = None,
+        start_from: str | None = None,
         retention: float = 0.982,
         backend: Backend = "auto",
     ):
@@ -97,6 +102,7 @@ class StudentFactory:
                 )
         self.mixer, self.init, self.shape, self.rope = mixer, init, shape, rope
         self.retention, self.backend = retention, backend
+        self.start = None if start_from is None else load_start(start_from)
         self.window = WINDOW if window is None and mixer == "swa" else window
         self.sinks = None if self.window is None else sinks or SINKS
         self.softmax_layers = sorted(set(softmax_layers))
@@ -144,7 +150,10 @@ class StudentFactory:
         Raises InputError for a teacher that is not supported, see `check_teacher`.
         """
         check_teacher(teacher)
-        return self.assemble(teacher, seed)
+        student = self.assemble(teacher, seed)
+        if self.start is not None:
+            copy_student(self.start, student)
+        return student
 
     def assemble(self, teacher: Teacher, seed: int) -> Student:
         """Build a student as `build` does, of a teacher that may not be supported."""
@@ -164,7 +173,15 @@ class StudentFactory:
     @property
     def is_teacher(self) -> bool:
         """Return whether a student computes its teacher's logits before training."""
-        return self.mixer == "softmax" and self.init == "qkv" and self.rope is not False
+        return self.mixer == "softmax" and self.init == "qkv" and self.rope is not False and self.start is None
+
+
+def load_start(path: str) -> PreTrainedModel:
+    """Load the student of a run folder, or of a folder that a run exported. Raises InputError where there is none."""
+    folder = Path(path, "student") if Path(path, "student").is_dir() else Path(path)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"student.start_from {path!r} is no finished run and no model folder: give either, or leave it out")
+    return load_model(str(folder), dtype=torch.float32)
 
 
 def attention_config(attention: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from distill_pl.errors import InputError
 from distill_pl.mixers import Softmax
 from distill_pl.student.modeling import Student, join_projections, split_joint_projections, teacher_config
 
@@ -45,6 +46,36 @@ def copy_weights(teacher: PreTrainedModel, student: Student, attention: bool) ->
             raise ValueError(f"{name}: {tuple(weight.shape)} in the teacher, {tuple(target[name].shape)} in the student")
         target[name].copy_(weight)
     return wanted
+
+
+@torch.no_grad()
+def copy_student(source: PreTrainedModel, student: Student) -> None:
+    """Copy another student's weights in place: all outside attention, and each mixer that has the same class and weights.
+
+    source: a student of the same teacher, or what a student of softmax attention is exported as. Raises InputError where a
+    tensor outside attention does not fit.
+    """
+    tensors, target = source.state_dict(), student.state_dict()
+    split_joint_projections(tensors, student.config)
+    if student.config.tie_word_embeddings and not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]):
+        raise InputError("student.start_from: its head is not tied to the embeddings, as the student's is: choose shape paper")
+    for index, mixer in enumerate(student.mixers):
+        prefix = f"model.layers.{index}{ATTENTION}"
+        kind = type(source.mixers[index]) if isinstance(source, Student) and index < len(source.mixers) else Softmax
+        shapes = [{name: x.shape for name, x in of.items() if name.startswith(prefix)} for of in (tensors, target)]
+        if kind is type(mixer) and shapes[0] == shapes[1]:
+            for name in shapes[0]:
+                target[name].copy_(tensors[name])
+    for name, tensor in target.items():
+        if ATTENTION not in name:
+            given = tensors.get(name)
+            if given is None or given.shape != tensor.shape:
+                shape = "not there" if given is None else f"of shape {tuple(given.shape)}"
+                raise InputError(
+                    f"student.start_from: its {name} is {shape}, the student's has shape {tuple(tensor.shape)}: start from a "
+                    "student of the same teacher and student.shape"
+                )
+            tensor.copy_(given)
 
 
 def as_transformer(student: Student) -> PreTrainedModel:

@@ -24,8 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 import distill_pl.run.folder
 from distill_pl import Student
 from distill_pl.cli import DistillCLI, main
+from distill_pl.console import perplexity
 from distill_pl.mixers import MIXERS
-from distill_pl.run.folder import sole_user
+from distill_pl.run.folder import read_metrics, sole_user
 from distill_pl.stages import STAGES
 
 KEYS = {  # 4 + 5 + 6 steps, with a checkpoint every second one
@@ -415,6 +416,17 @@ def test_several_nodes_need_a_launcher(arguments, monkeypatch):
         if name.startswith(("SLURM", "TORCHELASTIC", "MASTER", "NODE_RANK", "GROUP_RANK")):
             monkeypatch.delenv(name)
     assert "trainer.num_nodes 2, but no launcher" in refused(*arguments(**{"trainer.num_nodes": 2}))
+
+
+def test_a_run_goes_on_from_another(finished, arguments, tmp_path, capsys):
+    keys = {"student.start_from": finished, "data.sequence_length": 16, **KD_ONLY, "tokens": 2 * STEP}
+    capsys.readouterr()
+    fit_here(arguments(**keys))
+    assert f"going on from {finished}" in capsys.readouterr().out
+    fit_here(arguments("same", **{"student.start_from": finished}, **KD_ONLY, tokens=STEP))
+    began = re.search(r"step 0/1 held-out: .* perplexity (\S+)", capsys.readouterr().out)[1]
+    ended = perplexity(read_metrics(finished / "3_kd" / "student.safetensors")["student_ce"])
+    assert float(began) == pytest.approx(ended, rel=1e-3)
 
 
 @pytest.mark.slow

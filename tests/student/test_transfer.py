@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from distill_pl.errors import InputError
 from distill_pl.mixers import GLA
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.modeling import StudentConfig, join_projections, split_joint_projections
-from distill_pl.student.transfer import copy_weights, expand_kv
+from distill_pl.student.transfer import as_transformer, copy_weights, expand_kv
 
 HEADS = [(4, 1), (4, 2), (4, 4), (6, 2), (15, 5)]
 
@@ -82,3 +83,54 @@ def test_a_mixer_gets_only_what_it_says_it_can_take(teacher, monkeypatch):
     student = StudentFactory("gla", init="scratch").build(teacher, seed=0)
     copied = {key.split(".self_attn.")[1] for key in copy_weights(teacher.model, student, True) if "self_attn" in key}
     assert copied == {"q_proj.weight", "v_proj.weight"}
+
+
+def exported(student, folder) -> str:
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter += 0.1
+    student.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_student_goes_on_from_another(teacher, tmp_path):
+    source = StudentFactory("gla").build(teacher, 0)
+    path = exported(source, tmp_path / "gla")
+    again = StudentFactory("gla", start_from=path).build(teacher, 1)
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+    plain = StudentFactory("gla", softmax_layers=[1]).build(teacher, 1).state_dict()
+    for factory, kept in [
+        (StudentFactory("gla", softmax_layers=[1], start_from=path), "model.layers.0.self_attn."),
+        (StudentFactory("retnet", start_from=path), "no mixer"),
+    ]:
+        student = factory.build(teacher, 1)
+        begun = plain if factory.mixer == "gla" else StudentFactory("retnet").build(teacher, 1).state_dict()
+        for name, tensor in student.state_dict().items():
+            copied = name.startswith(kept) or ".self_attn." not in name
+            assert torch.equal(tensor, source.state_dict()[name] if copied else begun[name]), name
+
+
+def test_a_softmax_student_goes_on_from_its_export(teacher, tmp_path):
+    source = StudentFactory("softmax").build(teacher, 0)
+    path = exported(as_transformer(source), tmp_path / "softmax")
+    again = StudentFactory("softmax", start_from=path).build(teacher, 1)
+    assert torch.equal(again.mixers[1].q_proj.weight, source.mixers[1].q_proj.weight + 0.1)
+
+
+def test_a_start_with_a_head_of_its_own_is_refused_where_the_student_has_none(teacher, tmp_path):
+    source = StudentFactory("gla", "fresh", shape="paper").build(teacher, 0)
+    torch.nn.init.ones_(source.lm_head.weight)
+    path = exported(source, tmp_path / "paper")
+    StudentFactory("gla", "fresh", shape="paper", start_from=path).build(teacher, 0)
+    with pytest.raises(InputError, match="its head is not tied"):
+        StudentFactory("gla", start_from=path).build(teacher, 0)
+
+
+def test_a_start_that_is_no_student_of_this_teacher_is_refused(teacher, variant, save_model, tmp_path):
+    with pytest.raises(InputError, match="start_from '/nowhere' is no finished run"):
+        StudentFactory("gla", start_from="/nowhere")
+    wide = save_model("llama", intermediate_size=80)
+    with pytest.raises(InputError, match=r"start_from: its model.layers.0.mlp.gate_proj.weight is of shape \(80, 32\)"):
+        StudentFactory("gla", start_from=str(wide)).build(teacher, 0)
