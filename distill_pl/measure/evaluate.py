@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Iterator
 from hashlib import sha256
 from importlib.metadata import version
 from itertools import islice
@@ -18,7 +19,7 @@ from distill_pl.console import aligned, percent, perplexity, quiet, say
 from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.data.sources import TextSource
 from distill_pl.errors import InputError
-from distill_pl.measure import recall, study
+from distill_pl.measure import long_text, recall, study
 from distill_pl.measure.harness import check_tasks, prompt_tokenizer, run_tasks
 from distill_pl.run.card import add_results
 from distill_pl.run.folder import FINGERPRINTS, disk_refused, fingerprint, read_config, write_aside
@@ -54,8 +55,9 @@ def evaluate(
         data: folder of <task>.jsonl files in the hub's columns; without it lm-eval downloads its data from the hub.
         limit: score only this many first questions of each task; of recall tasks, of each length (default 25).
         batch_size: sequences in a forward pass.
-        lengths: lengths of the prompts of recall tasks, in tokens.
-        text: local file, folder or hub dataset to hide the numbers of recall tasks in; by default the held-out text of a run.
+        lengths: lengths of the prompts of recall tasks, in tokens; the largest is also that of the rows of `text`.
+        text: local file, folder or hub dataset on which to measure perplexity, by position too, and in which recall tasks hide
+            numbers; by default these use the held-out text of a run.
         seed: seed of whatever lm-eval and the recall tasks draw.
     """
     quiet()
@@ -68,8 +70,8 @@ def evaluate(
     questions = recall.Questions(parse_lengths(lengths), 25 if limit is None else limit, text, seed)
     runs = {model: read_config(Path(model)) for model in models if is_run(model)}
     for model in models:
-        if not names and model not in runs:
-            raise InputError(f"model {model!r} is no run folder, whose held-out text could be used: give --tasks, e.g. study")
+        if not names and text is None and model not in runs:
+            raise InputError(f"model {model!r} is no run folder, whose held-out text could be used: give --tasks or --text")
     if harness_names:
         check_tasks(harness_names, data)
     options = {"limit": limit, "seed": seed, "lm_eval": version("lm_eval")}
@@ -126,6 +128,14 @@ def measure(path: str, file: Path, tasks: list[str], texts: dict | None, data: s
         source = f"{texts['dataset']}, {texts['validation_tokens']} tokens in chunks of {texts['sequence_length']}"
         if report["results"].get("held-out", {}).get("source") != source:
             keep({"held-out": {"perplexity": held_out_perplexity(network, tokenizer, texts, batch_size)}}, source)
+    if questions.text is not None:
+        tokens = long_text.rows(documents(questions.text), tokenizer, network.config, questions.lengths[-1], questions.number)
+        source = sha256(tokens.numpy().tobytes()).hexdigest()
+        if report["results"].get("text", {}).get("source") != source:
+            at_once = max(1, batch_size * 2048 // tokens.shape[1])
+            keep({"text": long_text.summary(long_text.losses(network, tokens, at_once))}, source)
+        by_position = report["results"]["text"]["by_position"].items()
+        say(f"{path}  perplexity by position: " + ", ".join(f"{position} {value:.4g}" for position, value in by_position))
     material = None
     for task in tasks:
         if task in recall.TASKS:
@@ -145,7 +155,7 @@ def measure(path: str, file: Path, tasks: list[str], texts: dict | None, data: s
             say(f"{path}  {task}")
             keep(run_tasks(network, tokenizer, [task], data=data, limit=options["limit"], batch_size=batch_size,
                            seed=options["seed"]), source)  # fmt: skip
-    return {task: row for task, row in report["results"].items() if task == "held-out" or task in tasks}
+    return {task: row for task, row in report["results"].items() if task in ("held-out", "text", *tasks)}
 
 
 def generate(
@@ -314,11 +324,16 @@ def held_out_chunks(model: PreTrainedModel, tokenizer, data: dict[str, Any]) -> 
     return chunks
 
 
+def documents(text: str) -> Iterator[str]:
+    """Read the documents of a dataset given as `text`. Raises InputError where it cannot be read."""
+    source = TextSource(text)
+    return filter(None, source.texts(source.open(["train"])[0]["train"]))
+
+
 def haystack(model: PreTrainedModel, tokenizer, data: dict[str, Any] | None, text: str | None) -> str:
     """Read the text that recall tasks hide numbers in: the head of the dataset `text`, else a run's held-out text, or ""."""
     if text is not None:
-        source = TextSource(text)
-        return " ".join(filter(None, islice(source.texts(source.open(["train"])[0]["train"]), HAYSTACK_DOCUMENTS)))
+        return " ".join(islice(documents(text), HAYSTACK_DOCUMENTS))
     return "" if data is None else tokenizer.decode(held_out_chunks(model, tokenizer, data).flatten(), skip_special_tokens=True)
 
 

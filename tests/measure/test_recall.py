@@ -127,14 +127,15 @@ def test_evaluate_measures_recall_once(known_words, tmp_path, monkeypatch, capsy
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(vocab_size=len(known_words), **sizes)).save_pretrained(tmp_path / "model")
     known_words.save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text("This is a text. It has two sentences.")
+    (tmp_path / "text.txt").write_text("This is a text. It has two sentences. " * 20)
     monkeypatch.chdir(tmp_path)
     command = "evaluate model --tasks recall --lengths 192,256 --limit 2 --text text.txt".split()
     main(command)
     printed = capsys.readouterr().out
     assert "model  niah_multikey: 0% of 192, 0% of 256" in printed and "induction" in printed.splitlines()[-2]
     results = json.loads(next((tmp_path / "eval").glob("model*.json")).read_text())["results"]
-    assert list(results) == list(TASKS) and all(row["n"] == 4 for row in results.values())
+    assert list(results) == ["text", *TASKS] and all(results[task]["n"] == 4 for task in TASKS)
+    assert "perplexity by position: 1 " in printed and list(results["text"]["by_position"])[-1] == "128"
     main(command)
     assert capsys.readouterr().out.count("measured before") == len(TASKS)
     assert "lengths 'long'" in refused("evaluate", "model", "--tasks", "recall", "--lengths", "long")
