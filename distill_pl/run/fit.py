@@ -179,6 +179,8 @@ def run_stage(config: Namespace, stage_run: StageRun, stage: Stage, data: ChunkD
         raise SystemExit(stopped if trainer.is_global_zero else 1)
     if stage.validated_at != stage_run.steps:
         trainer.validate(stage, datamodule=data, verbose=False)
+    if config.trainer.profiler:
+        say(f"{stage_run.name}  the profile is in {stage_run.folder}")
     student = unsharded(stage.student)
     save_student(student, stage_run, stage.validation)
     trainer.strategy.barrier()

@@ -400,9 +400,10 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(begun, arguments, tmp_path
     assert stamps == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
 
 
-def test_loggers_and_profiler_write_beside_tensorboard(arguments, tmp_path, monkeypatch):
+def test_loggers_and_profiler_write_beside_tensorboard(arguments, tmp_path, monkeypatch, capsys):
     fit_here(arguments(**KD_ONLY, tokens=2 * STEP, **{"trainer.logger": "[csv]", "trainer.profiler": "simple"}))
     stage = tmp_path / "run" / "3_kd"
+    assert f"kd  the profile is in {stage}" in capsys.readouterr().out
     lines = (stage / "csv" / "from_step_0" / "metrics.csv").read_text().splitlines()
     assert "train/loss" in lines[0] and "validation/student_perplexity" in lines[0] and len(lines) > 3
     assert "run_training_batch" in next(stage.glob("fit-profile*.txt")).read_text()
