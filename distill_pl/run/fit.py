@@ -65,6 +65,11 @@ def fit(config: Namespace) -> None:
                 "restore either, or choose another out to train again"
             )
     first = next_stage(plans)
+    if later := [stage_run.folder for stage_run in plans[first + 1 :] if stage_run.folder.is_dir()]:
+        raise InputError(
+            f"{plans[first].weights} is gone, from which {later[0]} was begun: restore it, or delete {later[0]} and what "
+            f"follows it to train {plans[first].name} again"
+        )
     for stage_run in plans[max(0, first - 1) :]:
         check_stage_files(stage_run)
     data = ChunkDataModule(**config.data)

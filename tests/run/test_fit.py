@@ -344,6 +344,13 @@ def test_weights_of_finished_stages_may_be_deleted(begun, finished, arguments, c
     assert_same(begun, finished)
 
 
+def test_a_stage_whose_weights_are_needed_and_gone_is_not_trained_again_unasked(begun, arguments):
+    (begun / FIRST_WEIGHTS).unlink()
+    (begun / SECOND_CHECKPOINT).unlink()
+    line = refused(*arguments())
+    assert f"{begun / FIRST_WEIGHTS} is gone, from which {begun / '2_hidden_align'} was begun: restore it, or delete" in line
+
+
 def test_files_missing_from_an_exported_student_are_written_again(finished, arguments, tmp_path, capsys):
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     (run / "student" / "README.md").write_text("mine")
