@@ -56,6 +56,15 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) ->
     return config.eos_token_id if token is not None and token.special else tokenizer.eos_token_id
 
 
+def around_documents(tokenizer: PreTrainedTokenizerBase, end: int) -> tuple[list[int], list[int]]:
+    """Return the ids that are packed before and after each document: the tokenizer's own, and `end` once.
+
+    `end` is left out where it, or the tokenizer's EOS, is one of them. Raises InputError as `special_tokens` does.
+    """
+    before, after = special_tokens(tokenizer)
+    return before, after if {end, tokenizer.eos_token_id} & {*before, *after} else [*after, end]
+
+
 def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     """Copy the Rust tokenizer of a fast tokenizer, without a length limit or padding, and blind to special tokens.
 

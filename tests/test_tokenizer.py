@@ -1,4 +1,4 @@
-"""What a tokenizer puts around every text is found for any post-processor, or refused; texts mention special tokens freely."""
+"""Special tokens around texts are found for any post-processor, or refused; texts mention special tokens freely."""
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers

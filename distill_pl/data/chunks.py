@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 
 from distill_pl.data.sources import TextSource, counted
 from distill_pl.errors import InputError, one_line
-from distill_pl.tokenizer import special_tokens, text_encoder
+from distill_pl.tokenizer import around_documents, text_encoder
 from distill_pl.tokens import short
 
 FORMAT = 3  # part of the key: raise it when the same text would be packed differently
@@ -191,9 +191,7 @@ class Chunks:
 
     @cached_property
     def _around(self) -> tuple[list[int], list[int]]:
-        """Return the ids that are packed before and after each document (see `Chunks`)."""
-        before, after = special_tokens(self.tokenizer)
-        return before, after if {self.end, self.tokenizer.eos_token_id} & {*before, *after} else [*after, self.end]
+        return around_documents(self.tokenizer, self.end)
 
     @cached_property
     def _dtype(self) -> np.dtype:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, set_seed
 
 from distill_pl.console import aligned, percent, perplexity, quiet, say
@@ -337,16 +336,10 @@ def haystack(model: PreTrainedModel, tokenizer, data: dict[str, Any] | None, tex
     return "" if data is None else tokenizer.decode(held_out_chunks(model, tokenizer, data).flatten(), skip_special_tokens=True)
 
 
-@torch.no_grad()
 def held_out_perplexity(model: PreTrainedModel, tokenizer, data: dict[str, Any], batch_size: int) -> float:
     """Compute perplexity on the chunks of a run's text that no stage trained on. data: the run's data keys."""
     chunks = held_out_chunks(model, tokenizer, data)
-    total = 0.0
-    for tokens in chunks.split(batch_size):
-        tokens = tokens.to(model.device)
-        logits = model(tokens, use_cache=False).logits[:, :-1].float()
-        total += cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").item()
-    return perplexity(total / chunks[:, 1:].numel())
+    return perplexity(long_text.losses(model, chunks, batch_size).mean().item())
 
 
 def recovery(student: Results, teacher: Results) -> float | None:

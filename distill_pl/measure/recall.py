@@ -49,11 +49,12 @@ class Item(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Hold what items are made from: a tokenizer, the words that are one token of it, and sentences of real text."""
+    """Hold what items are made from."""
 
     tokenizer: Any
-    words: list[int]
-    sentences: list[list[int]]
+    before: list[int]  # what the tokenizer puts before every text
+    words: list[int]  # that are one token
+    sentences: list[list[int]]  # of real text
 
     def encode(self, text: str) -> list[int]:
         """Encode a part of a prompt, without special tokens."""
@@ -64,7 +65,8 @@ def make_source(tokenizer: Any, text: str) -> Source:
     """Prepare a tokenizer and, for niah_single_2, niah_multikey and niah_multivalue, a text to hide numbers in."""
     words = sorted(id for token, id in tokenizer.get_vocab().items() if re.fullmatch("[Ġ▁][a-z]{3,}", token))
     sentences = [" " + sentence for sentence in re.split(r"(?<=[.!?])\s+", text) if sentence]
-    return Source(tokenizer, words, [ids for ids in map(Source(tokenizer, [], []).encode, sentences) if ids])
+    encoded = (tokenizer.encode(sentence, add_special_tokens=False) for sentence in sentences)
+    return Source(tokenizer, special_tokens(tokenizer)[0], words, [ids for ids in encoded if ids])
 
 
 def needles(source: Source, chance: random.Random, length: int, depth: float, *, keys: int, values: int, filler: bool) -> Item:
@@ -78,8 +80,7 @@ def needles(source: Source, chance: random.Random, length: int, depth: float, *,
     hidden = [source.encode(NEEDLE.format(key=key, value=number))
               for key, row in zip(names, numbers, strict=True) for number in row]  # fmt: skip
     question = source.encode((QUESTION if values == 1 else QUESTION_OF_SEVERAL).format(key=names[0]))
-    before = special_tokens(source.tokenizer)[0]
-    room = length - len(before) - len(question) - sum(map(len, hidden))
+    room = length - len(source.before) - len(question) - sum(map(len, hidden))
     if room < 0:
         raise InputError(f"length {length} has no room for a question of this task: give at least {length - room}")
     sentences = [source.encode(" " + sentence) for sentence in FILLER] if filler else source.sentences
@@ -88,7 +89,7 @@ def needles(source: Source, chance: random.Random, length: int, depth: float, *,
     # from the last place to the first, so that no place moves
     for place, needle in sorted(zip(places, hidden, strict=True), key=lambda pair: pair[0], reverse=True):
         parts.insert(round(place * len(parts)) if place in (0, 1) else int(place * (len(parts) + 1)), needle)
-    return Item([*before, *(id for part in parts for id in part), *question], tuple(numbers[0]))
+    return Item([*source.before, *(id for part in parts for id in part), *question], tuple(numbers[0]))
 
 
 def take(sentences: Sequence[list[int]], first: int, tokens: int) -> list[list[int]]:
@@ -103,7 +104,7 @@ def take(sentences: Sequence[list[int]], first: int, tokens: int) -> list[list[i
 
 def pairs(source: Source, chance: random.Random, length: int, depth: float) -> Item:
     """List as many pairs, `key: value,`, as fit twice into `length`: each once, then all again in another order."""
-    before, colon, comma = special_tokens(source.tokenizer)[0], source.encode(":"), source.encode(",")
+    before, colon, comma = source.before, source.encode(":"), source.encode(",")
     size = 2 + len(colon) + len(comma)
     count = (length - len(before)) // (2 * size)
     words = chance.sample(source.words, 2 * count)
@@ -116,7 +117,7 @@ def pairs(source: Source, chance: random.Random, length: int, depth: float) -> I
 
 def induction(source: Source, chance: random.Random, length: int, depth: float) -> Item:
     """Write random words with A B at `depth` and A at the end; B comes next."""
-    before = special_tokens(source.tokenizer)[0]
+    before = source.before
     first, second, *others = chance.sample(source.words, min(len(source.words), 1024))
     rest = [chance.choice(others) for _ in range(length - len(before) - 3)]
     place = round(depth * len(rest))
@@ -125,7 +126,7 @@ def induction(source: Source, chance: random.Random, length: int, depth: float) 
 
 def copy(source: Source, chance: random.Random, length: int, depth: float) -> Item:
     """Write random words with a list of COPIED words at `depth`, and its first words again at the end."""
-    before = special_tokens(source.tokenizer)[0]
+    before = source.before
     words = chance.sample(source.words, COPIED + min(len(source.words) - COPIED, 1024))
     copied, others = words[:COPIED], words[COPIED:]
     rest = [chance.choice(others) for _ in range(length - len(before) - COPIED - 2)]
@@ -144,7 +145,7 @@ class Questions(NamedTuple):
 
 
 class Task(NamedTuple):
-    """Say how items of a task are made, whether they need real text, and what is right by chance."""
+    """Say how items of a task are made, and whether they need real text."""
 
     make: Callable[..., Item]
     options: dict[str, Any]

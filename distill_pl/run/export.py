@@ -26,7 +26,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "eps
 
 
 def lacking(folder: Path) -> list[str]:
-    """List the files that an exported folder should have and has not; None of them where `folder` is whole."""
+    """List the files that an exported folder should have and has not; nothing where `folder` is whole."""
     index = folder / "model.safetensors.index.json"
     weights = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
     names = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md", *weights]

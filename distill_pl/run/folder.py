@@ -282,7 +282,8 @@ def check_fingerprints(config: Namespace, found: dict[str, str]) -> None:
             f"{file}, which says what teacher and text the run was begun with, cannot be read ({one_line(error)}): restore it, "
             "or choose another out"
         ) from error
-    for key in differing:
+    if differing:
+        key = differing[0]
         owner = {"text": "data.dataset", "start": "student.start_from"}.get(key, "teacher")
         raise InputError(
             f"out {str(out)!r} was begun with another {key} than {owner} {config[owner]!r} has now: put the "

@@ -91,9 +91,11 @@ class KDStage(Stage):
             share = warmup_stable_decay(step, steps, self.warmup, self.decay)
         else:
             share = linear(step, steps, self.warmup)
-            if self.schedule == "cosine" and (step + 1) / steps > self.warmup:
-                share = (1 - math.cos(math.pi * share)) / 2
-        return self.final_lr + (1 - self.final_lr) * share if (step + 1) / steps > self.warmup else share
+        if (step + 1) / steps <= self.warmup:
+            return share
+        if self.schedule == "cosine":
+            share = (1 - math.cos(math.pi * share)) / 2
+        return self.final_lr + (1 - self.final_lr) * share
 
     def losses_given(self, tokens: Tensor, *drawn: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the objective for a batch of tokens [B, T]."""

@@ -1,6 +1,7 @@
 """Perplexity by position: segments with a carried state are one pass, and buckets are means over powers of two."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,3 +41,14 @@ def test_documents_are_packed_as_for_training(tokenizer, teacher):
     assert long_text.rows(texts, tokenizer, teacher.config, 4, 2).tolist() == [whole[:4], whole[4:8]]
     with pytest.raises(InputError, match=f"it holds {len(whole)} tokens, fewer than the largest of lengths, 4096"):
         long_text.rows(texts, tokenizer, teacher.config, 4096, 2)
+
+
+def test_a_model_that_hands_on_no_state_reads_one_segment_alone(teacher, monkeypatch):
+    tokens = torch.randint(0, teacher.config.vocab_size, (1, 20), generator=torch.Generator().manual_seed(0))
+    whole = long_text.losses(teacher.model, tokens, rows_at_once=1)
+    model = lambda ids, **options: SimpleNamespace(logits=teacher.model(ids, use_cache=False).logits)  # noqa: E731
+    model.device, model.config = "cpu", SimpleNamespace(model_type="mamba")
+    torch.testing.assert_close(long_text.losses(model, tokens, rows_at_once=1), whole)
+    monkeypatch.setattr(long_text, "SEGMENT", 16)
+    with pytest.raises(InputError, match="lengths 20: a mamba carries no past_key_values .* at most 17"):
+        long_text.losses(model, tokens, rows_at_once=1)
