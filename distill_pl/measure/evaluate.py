@@ -27,6 +27,7 @@ from distill_pl.teacher import load_model
 from distill_pl.tokenizer import special_tokens
 
 HAYSTACK_DOCUMENTS = 2000  # of a dataset given for recall tasks
+RECALL_TOKENS = {"cpu": 2048, "cuda": 16384}  # of prompts in memory together, for each of batch_size
 Results = dict[str, dict[str, Any]]  # by task, and "held-out": a measure's name -> its value
 
 
@@ -146,8 +147,9 @@ def measure(path: str, file: Path, tasks: list[str], texts: dict | None, data: s
         if report["results"].get(task, {}).get("source") == source:
             say(f"{path}  {task}: measured before")
         elif task in recall.TASKS:
-            scores = {length: recall.score(network, tokenizer, row, 2048 * batch_size) for length, row in items.items()}
-            keep({task: recall.summary(scores)}, source)
+            at_once = batch_size * RECALL_TOKENS[network.device.type]
+            scores = {length: recall.score(network, tokenizer, row, at_once) for length, row in items.items()}
+            keep({task: recall.summary(items, scores)}, source)
             by_length = report["results"][task]["by_length"].items()
             say(f"{path}  {task}: " + ", ".join(f"{accuracy:.0%} of {length}" for length, accuracy in by_length))
         else:
@@ -358,6 +360,8 @@ def recovery(student: Results, teacher: Results) -> float | None:
 def table(results: dict[str, Results], teachers: dict[str, str]) -> str:
     """Lay out a row for each model, a column for each measure; accuracies in percent with their standard error.
 
+    The chance levels of recall tasks are in a line beneath.
+
     results: by model, then by task. teachers: a student's name -> its teacher's.
     """
     rows: dict[str, dict[str, str]] = {}
@@ -379,4 +383,6 @@ def table(results: dict[str, Results], teachers: dict[str, str]) -> str:
             cells["kept"] = f"{kept:.0%}"
         rows[model] = cells
     header = list(dict.fromkeys(column for cells in rows.values() for column in cells))
-    return aligned([["", *header], *([model, *(cells.get(column, "-") for column in header)] for model, cells in rows.items())])
+    text = aligned([["", *header], *([model, *(cells.get(column, "-") for column in header)] for model, cells in rows.items())])
+    chance = {task: row["chance"] for measured in results.values() for task, row in measured.items() if "chance" in row}
+    return f"{text}\nguessing: {', '.join(f'{task} {share:.2%}' for task, share in chance.items())}" if chance else text

@@ -1,7 +1,7 @@
 """Perplexity of a model on any text, and by position: also far beyond the length that the model was trained at."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -35,6 +35,32 @@ def rows(documents: Iterable[str], tokenizer: Any, config: PreTrainedConfig, len
     return torch.tensor(ids[: count * length]).view(count, length)
 
 
+def read(model: PreTrainedModel, tokens: Tensor, size: int, cache: Any = None, places: Tensor | None = None) -> Iterator[Any]:
+    """Read tokens [B, T] in segments of `size` tokens, the state carried from one to the next -> the output of each.
+
+    cache: the `past_key_values` after earlier tokens, which are updated. places: ascending positions in T, [P]; an output has
+    logits [B, P of its segment, vocab] of these, [B, 1, vocab] where it has none, and by default [B, T of its segment, vocab].
+    Raises InputError for several segments and a model without `past_key_values`.
+    """
+    several = tokens.shape[1] > size
+    for start in range(0, tokens.shape[1], size):
+        segment = tokens[:, start : start + size].to(model.device)
+        options: dict[str, Any] = {"use_cache": True} | ({} if cache is None else {"past_key_values": cache})
+        if places is not None:
+            kept = (places[(places >= start) & (places < start + size)] - start).to(model.device)
+            options["logits_to_keep"] = kept if len(kept) else 1
+        output = model(segment, **options)
+        if places is not None and output.logits.shape[1] not in (1, len(kept)):  # of a model that knows no logits_to_keep
+            output.logits = output.logits[:, kept]
+        cache = getattr(output, "past_key_values", None)
+        if several and cache is None:
+            raise InputError(
+                f"rows of {tokens.shape[1]} tokens: a {model.config.model_type} carries no past_key_values from segment to "
+                f"segment: give lengths of at most {size}"
+            )
+        yield output
+
+
 @torch.no_grad()
 def losses(model: PreTrainedModel, tokens: Tensor, rows_at_once: int) -> Tensor:
     """Compute the mean cross-entropy of the token at each position from those before it: tokens [N, T] -> [T - 1], nats.
@@ -42,21 +68,15 @@ def losses(model: PreTrainedModel, tokens: Tensor, rows_at_once: int) -> Tensor:
     Rows are read in segments and the state is carried from one to the next: the memory of a student does not grow with T.
     Raises InputError for rows of several segments and a model without `past_key_values`.
     """
-    several = tokens.shape[1] - 1 > SEGMENT
     total = torch.zeros(tokens.shape[1] - 1, dtype=torch.float64)
     for batch in tokens.split(rows_at_once):
-        cache = None
-        for start in range(0, batch.shape[1] - 1, SEGMENT):
-            inputs = batch[:, start : min(start + SEGMENT, batch.shape[1] - 1)].to(model.device)
-            labels = batch[:, start + 1 : start + 1 + inputs.shape[1]].to(model.device)
-            output = model(inputs, past_key_values=cache, use_cache=True) if several else model(inputs, use_cache=False)
-            if several and (cache := getattr(output, "past_key_values", None)) is None:
-                raise InputError(
-                    f"lengths {batch.shape[1]}: a {model.config.model_type} carries no past_key_values from segment to "
-                    f"segment: give at most {SEGMENT + 1}"
-                )
-            loss = cross_entropy(output.logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-            total[start : start + inputs.shape[1]] += loss.double().sum(0).cpu()
+        labels = batch[:, 1:].to(model.device).split(SEGMENT, 1)
+        outputs = read(model, batch[:, :-1], SEGMENT)
+        found = [
+            cross_entropy(output.logits.float().flatten(0, 1), label.flatten(), reduction="none").view_as(label).double().sum(0)
+            for output, label in zip(outputs, labels, strict=True)
+        ]
+        total += torch.cat(found).cpu()
     return total / len(tokens)
 
 

@@ -8,13 +8,23 @@
 
 The answers of all but mqar are generated greedily and compared with the right ones exactly; mqar takes the likeliest token
 after each key. Lengths are in tokens of the model's own tokenizer, so that models with one tokenizer get the same items.
+
+Each item has a chance level, the score to be expected of a guesser that knows how an answer looks but not which one is right,
+and draws each answer from equally likely candidates:
+
+    niah_multikey              the hidden numbers, whatever their key: 1 in 4
+    mqar                       the listed values: 1 in the number of pairs
+    induction                  the words of the prompt: 1 in their number
+    niah_single_*, multivalue  all numbers of seven digits: 1 in 9 million, for each number asked for
+    copy                       the words of the prompt, for each of 14 in turn: 0 to all purposes
 """
 
 import math
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from hashlib import sha256
+from itertools import takewhile
 from statistics import mean
 from typing import Any, NamedTuple
 
@@ -23,6 +33,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from distill_pl.errors import InputError
+from distill_pl.measure.long_text import read
 from distill_pl.tokenizer import special_tokens
 
 FILLER = ["The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again."]
@@ -37,13 +48,16 @@ QUESTION_OF_SEVERAL = (
 )
 DISTRACTORS, VALUES = 3, 4  # other keys in niah_multikey, numbers of the key in niah_multivalue
 COPIED = 16  # words of copy
-PREFILL = 4096  # tokens of a prompt read at once: bounds the memory of long prompts
+LEAD = r"[\s:\"']*"  # what may stand before an answer
+NUMBERS = range(10**6, 10**7)
+SEGMENT = 16384  # tokens of all rows in one forward pass: bounds the memory of long prompts
 
 
 class Item(NamedTuple):
     """Hold one question: `answers` are to be written after the prompt, or tokens `expected` in it."""
 
     prompt: list[int]
+    chance: float  # the score to be expected of guessing
     answers: tuple[str, ...] = ()
     expected: tuple[tuple[int, int], ...] = ()  # positions in the prompt, and the token that follows each
 
@@ -65,18 +79,18 @@ def make_source(tokenizer: Any, text: str) -> Source:
     """Prepare a tokenizer and, for niah_single_2, niah_multikey and niah_multivalue, a text to hide numbers in."""
     words = sorted(id for token, id in tokenizer.get_vocab().items() if re.fullmatch("[Ġ▁][a-z]{3,}", token))
     sentences = [" " + sentence for sentence in re.split(r"(?<=[.!?])\s+", text) if sentence]
-    encoded = (tokenizer.encode(sentence, add_special_tokens=False) for sentence in sentences)
+    encoded = tokenizer(sentences, add_special_tokens=False).input_ids if sentences else []
     return Source(tokenizer, special_tokens(tokenizer)[0], words, [ids for ids in encoded if ids])
 
 
-def needles(source: Source, chance: random.Random, length: int, depth: float, *, keys: int, values: int, filler: bool) -> Item:
+def needles(source: Source, rng: random.Random, length: int, depth: float, *, keys: int, values: int, filler: bool) -> Item:
     """Hide `values` numbers under each of `keys` keys in a text and ask for those of one key.
 
     The first number asked for stands at `depth`, a share of the text from 0 to 1, and all others anywhere.
     """
     names = [f"{source.tokenizer.decode([a]).strip()}-{source.tokenizer.decode([b]).strip()}"
-             for a, b in (chance.sample(source.words, 2) for _ in range(keys))]  # fmt: skip
-    numbers = [[str(chance.randrange(10**6, 10**7)) for _ in range(values)] for _ in names]
+             for a, b in (rng.sample(source.words, 2) for _ in range(keys))]  # fmt: skip
+    numbers = [[str(rng.choice(NUMBERS)) for _ in range(values)] for _ in names]
     hidden = [source.encode(NEEDLE.format(key=key, value=number))
               for key, row in zip(names, numbers, strict=True) for number in row]  # fmt: skip
     question = source.encode((QUESTION if values == 1 else QUESTION_OF_SEVERAL).format(key=names[0]))
@@ -84,12 +98,13 @@ def needles(source: Source, chance: random.Random, length: int, depth: float, *,
     if room < 0:
         raise InputError(f"length {length} has no room for a question of this task: give at least {length - room}")
     sentences = [source.encode(" " + sentence) for sentence in FILLER] if filler else source.sentences
-    parts = take(sentences, 0 if filler else chance.randrange(len(sentences)), room)
-    places = [depth, *(chance.random() for _ in hidden[1:])]
+    parts = take(sentences, 0 if filler else rng.randrange(len(sentences)), room)
+    places = [depth, *(rng.random() for _ in hidden[1:])]
     # from the last place to the first, so that no place moves
     for place, needle in sorted(zip(places, hidden, strict=True), key=lambda pair: pair[0], reverse=True):
         parts.insert(round(place * len(parts)) if place in (0, 1) else int(place * (len(parts) + 1)), needle)
-    return Item([*source.before, *(id for part in parts for id in part), *question], tuple(numbers[0]))
+    guessing = 1 / keys if keys > 1 else 1 / len(NUMBERS)
+    return Item([*source.before, *(id for part in parts for id in part), *question], guessing, tuple(numbers[0]))
 
 
 def take(sentences: Sequence[list[int]], first: int, tokens: int) -> list[list[int]]:
@@ -102,37 +117,47 @@ def take(sentences: Sequence[list[int]], first: int, tokens: int) -> list[list[i
     return taken
 
 
-def pairs(source: Source, chance: random.Random, length: int, depth: float) -> Item:
-    """List as many pairs, `key: value,`, as fit twice into `length`: each once, then all again in another order."""
+def pairs(source: Source, rng: random.Random, length: int, depth: float) -> Item:
+    """List pairs, `key: value,`, then, after filler, all of them again in another order.
+
+    There are as many as fit twice into `length` and as the words of the vocabulary suffice for.
+    """
     before, colon, comma = source.before, source.encode(":"), source.encode(",")
     size = 2 + len(colon) + len(comma)
-    count = (length - len(before)) // (2 * size)
-    words = chance.sample(source.words, 2 * count)
+    count = min((length - len(before)) // (2 * size), len(source.words) // 2)
+    if count < 1:
+        raise InputError(f"length {length} has no room for a question of this task: give at least {len(before) + 2 * size}")
+    words = rng.sample(source.words, 2 * count)
     values = dict(zip(words[:count], words[count:], strict=True))
-    queries = chance.sample(words[:count], count)
-    listed = [id for key in (*values, *queries) for id in (key, *colon, values[key], *comma)]
-    colons = [len(before) + size * (count + index) + len(colon) for index in range(count)]  # the end of each
-    return Item([*before, *listed], expected=tuple((place, values[key]) for place, key in zip(colons, queries, strict=True)))
+    queries = rng.sample(words[:count], count)
+    listed, asked = ([id for key in keys for id in (key, *colon, values[key], *comma)] for keys in (values, queries))
+    room = length - len(before) - 2 * count * size
+    filler = [id for part in take([source.encode(" " + sentence) for sentence in FILLER], 0, room) for id in part]
+    first = length - count * size + len(colon)  # position of the end of the first colon
+    expected = tuple((first + size * index, values[key]) for index, key in enumerate(queries))
+    return Item([*before, *listed, *filler, *asked], 1 / count, expected=expected)
 
 
-def induction(source: Source, chance: random.Random, length: int, depth: float) -> Item:
+def induction(source: Source, rng: random.Random, length: int, depth: float) -> Item:
     """Write random words with A B at `depth` and A at the end; B comes next."""
     before = source.before
-    first, second, *others = chance.sample(source.words, min(len(source.words), 1024))
-    rest = [chance.choice(others) for _ in range(length - len(before) - 3)]
+    first, second, *others = rng.sample(source.words, min(len(source.words), 1024))
+    rest = [rng.choice(others) for _ in range(length - len(before) - 3)]
     place = round(depth * len(rest))
-    return Item([*before, *rest[:place], first, second, *rest[place:], first], (source.tokenizer.decode([second]).strip(),))
+    prompt = [*before, *rest[:place], first, second, *rest[place:], first]
+    return Item(prompt, 1 / len({first, second, *rest}), (source.tokenizer.decode([second]).strip(),))
 
 
-def copy(source: Source, chance: random.Random, length: int, depth: float) -> Item:
+def copy(source: Source, rng: random.Random, length: int, depth: float) -> Item:
     """Write random words with a list of COPIED words at `depth`, and its first words again at the end."""
     before = source.before
-    words = chance.sample(source.words, COPIED + min(len(source.words) - COPIED, 1024))
+    words = rng.sample(source.words, COPIED + min(len(source.words) - COPIED, 1024))
     copied, others = words[:COPIED], words[COPIED:]
-    rest = [chance.choice(others) for _ in range(length - len(before) - COPIED - 2)]
+    rest = [rng.choice(others) for _ in range(length - len(before) - COPIED - 2)]
     place = round(depth * len(rest))
     prompt = [*before, *rest[:place], *copied, *rest[place:], *copied[:2]]
-    return Item(prompt, (source.tokenizer.decode(copied[2:]).strip(),))
+    guessing = 1 / len({*copied, *rest}) ** (COPIED - 2)
+    return Item(prompt, guessing, (source.tokenizer.decode(copied[2:]).strip(),))
 
 
 class Questions(NamedTuple):
@@ -170,15 +195,14 @@ def make_items(task: str, source: Source, length: int, questions: Questions) -> 
     """
     if TASKS[task].needs_text and not source.sentences:
         raise InputError(f"tasks={task}: it hides numbers in real text: give --text FILE, or a run folder")
-    needed = length // 4 if task == "mqar" else 2 * COPIED
-    if len(source.words) < needed:
+    if len(source.words) < 2 * COPIED:
         raise InputError(
-            f"tasks={task}: length {length} needs {needed} words that are single tokens, and the tokenizer has "
-            f"{len(source.words)}: give smaller lengths"
+            f"tasks={task}: it needs {2 * COPIED} words that are single tokens, and the tokenizer has {len(source.words)}: "
+            "leave it out"
         )
-    chance = random.Random(f"{questions.seed} {task} {length}")  # of text, the seed is the same on every machine
+    rng = random.Random(f"{questions.seed} {task} {length}")  # of text, the seed is the same on every machine
     depths = [index / max(1, questions.number - 1) for index in range(questions.number)]
-    return [TASKS[task].make(source, chance, length, depth, **TASKS[task].options) for depth in depths]
+    return [TASKS[task].make(source, rng, length, depth, **TASKS[task].options) for depth in depths]
 
 
 def fingerprint(items: dict[int, list[Item]]) -> str:
@@ -197,24 +221,61 @@ def score(model: PreTrainedModel, tokenizer: Any, items: list[Item], tokens_at_o
     for batch in (items[start : start + rows] for start in range(0, len(items), rows)):
         prompts = torch.tensor([item.prompt for item in batch], device=model.device)
         if batch[0].expected:
-            likeliest = model(prompts, use_cache=False).logits.argmax(-1).tolist()
-            scores += [mean(row[place] == token for place, token in item.expected)
-                       for item, row in zip(batch, likeliest, strict=True)]  # fmt: skip
+            places = torch.tensor([place for place, _ in batch[0].expected])  # the same in all items of a length
+            expected = torch.tensor([[token for _, token in item.expected] for item in batch])
+            scores += (likeliest(model, prompts, places) == expected).double().mean(1).tolist()
             continue
         longest = max(len(tokenizer.encode(" " + ", ".join(item.answers), add_special_tokens=False)) for item in batch)
-        for item, text in zip(batch, continuations(model, tokenizer, prompts, longest + 4), strict=True):
-            scores.append(said(item.answers, text))
+        answers = [item.answers for item in batch]
+        scores += map(said, answers, continuations(model, tokenizer, prompts, answers, longest + 4))
     return scores
 
 
-def continuations(model: PreTrainedModel, tokenizer: Any, prompts: Tensor, new_tokens: int) -> Iterator[str]:
-    """Continue prompts [B, T] of one length greedily by `new_tokens` tokens or up to the end of the text."""
-    chunked = {"prefill_chunk_size": PREFILL} if prompts.shape[1] > PREFILL else {}
-    ids = model.generate(
-        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=new_tokens, do_sample=False,
-        pad_token_id=tokenizer.eos_token_id, **chunked,
-    )  # fmt: skip
-    yield from (tokenizer.decode(row, skip_special_tokens=True) for row in ids[:, prompts.shape[1] :])
+def segment(prompts: Tensor) -> int:
+    """Return how many tokens of each of the prompts [B, T] are read in one forward pass."""
+    return max(64, SEGMENT // len(prompts))
+
+
+def likeliest(model: PreTrainedModel, prompts: Tensor, places: Tensor) -> Tensor:
+    """Find the likeliest token after each of the ascending positions `places` [P] of prompts [B, T] -> [B, P], on the CPU."""
+    size = segment(prompts)
+    segments = places.split(torch.bincount(places // size, minlength=math.ceil(prompts.shape[1] / size)).tolist())
+    outputs = read(model, prompts, size, places=places)
+    found = [output.logits[:, : len(kept)].argmax(-1).cpu() for output, kept in zip(outputs, segments, strict=True)]
+    return torch.cat(found, 1)
+
+
+def continuations(model: PreTrainedModel, tokenizer: Any, prompts: Tensor, answers: Sequence[Sequence[str]],
+                  new_tokens: int) -> list[str]:  # fmt: skip
+    """Continue prompts [B, T] of one length greedily, by at most `new_tokens` tokens or up to the end of the text.
+
+    All rows stop as soon as nothing that follows can change their scores, given the right `answers` of each.
+    """
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    unread, new, cache = prompts, prompts[:, :0], None
+    for _ in range(new_tokens):
+        last = torch.tensor([unread.shape[1] - 1])
+        for output in read(model, unread, segment(prompts), cache, last):
+            cache = getattr(output, "past_key_values", None)
+        token = output.logits[:, -1:].argmax(-1)
+        new = torch.cat([new, token], 1)
+        rows = [list(takewhile(lambda token: token not in ends, row)) for row in new.tolist()]
+        texts = [tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False) for row in rows]
+        ended = (len(row) < new.shape[1] for row in rows)
+        if all(end or settled(*pair) for end, *pair in zip(ended, answers, texts, strict=True)):
+            break
+        unread = torch.cat([prompts, new], 1) if cache is None else token  # without past_key_values, all is read again
+    return texts
+
+
+def settled(answers: Sequence[str], text: str) -> bool:
+    """Return whether `said` scores a continuation that begins with `text` the same, however it goes on."""
+    text = text.rstrip("\ufffd")  # which stands for a character that has not all its bytes yet
+    if len(answers) > 1:
+        numbers = re.findall(r"\d+(?=\D)", text)  # that have ended
+        return all(answer in numbers for answer in answers)
+    return not answers[0].startswith(re.sub(rf"^{LEAD}", "", text))
 
 
 def said(answers: Sequence[str], text: str) -> float:
@@ -223,16 +284,17 @@ def said(answers: Sequence[str], text: str) -> float:
         numbers = re.findall(r"\d+", text)
         return mean(answer in numbers for answer in answers)
     answer = answers[0]
-    return float(re.match(rf"[\s:\"']*{re.escape(answer)}(?!\w)", text) is not None)
+    return float(re.match(rf"{LEAD}{re.escape(answer)}(?!\w)", text) is not None)
 
 
-def summary(scores: dict[int, list[float]]) -> dict[str, Any]:
-    """Summarise scores by length: accuracy and its standard error over all items, and accuracy by length."""
+def summary(items: dict[int, list[Item]], scores: dict[int, list[float]]) -> dict[str, Any]:
+    """Summarise scores by length: accuracy, its standard error and the chance level over all items, and accuracy by length."""
     every = [value for values in scores.values() for value in values]
     accuracy = mean(every)
     return {
         "acc": accuracy,
         "acc_stderr": math.sqrt(accuracy * (1 - accuracy) / len(every)),
+        "chance": mean(item.chance for row in items.values() for item in row),
         "n": len(every),
         "by_length": {str(length): mean(values) for length, values in scores.items()},
     }
