@@ -27,6 +27,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import LlamaForCausalLM
 
 from distill_pl.cli import main as distill_pl
+from distill_pl.errors import one_line
 from distill_pl.losses import hidden_distance
 from distill_pl.measure.params import count, smollm_360m
 from distill_pl.measure.report import scalars
@@ -51,6 +52,8 @@ def attention_by_hand(mixer: str, layer_idx: int) -> nn.Module | None:
         "retnet": lambda: layers.MultiScaleRetention(expand_v=1.0, **shape),
         "delta_net": lambda: layers.DeltaNet(**shape),
         "rebased": lambda: layers.ReBasedLinearAttention(feature_dim=64, num_key_value_heads=15, **shape),
+        "gated_delta_net": lambda: layers.GatedDeltaNet(head_dim=64, expand_v=1, **shape),
+        "kda": lambda: layers.KimiDeltaAttention(head_dim=64, **shape),
     }
     return made[mixer]() if mixer in made else None
 
@@ -227,6 +230,8 @@ def main() -> None:
                         cells += [f"{hand / 1e3:.1f}", f"{hand_memory:.1f}", f"{speed / hand:.2f}"]
                     except torch.OutOfMemoryError:
                         cells += ["out of memory", "", ""]
+                    except RuntimeError as error:  # fla refuses some of its kernels on some GPUs
+                        cells += [f"refused: {one_line(error)}", "", ""]
                 else:
                     cells += ["", "", f"{teacher / speed:.2f} x the teacher's forward"]
                 if stage == "kd":
