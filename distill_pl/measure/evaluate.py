@@ -27,7 +27,7 @@ from distill_pl.teacher import load_model
 from distill_pl.tokenizer import special_tokens
 
 HAYSTACK_DOCUMENTS = 2000  # of a dataset given for recall tasks
-RECALL_TOKENS = {"cpu": 2048, "cuda": 16384}  # of prompts in memory together, for each of batch_size
+TOKENS_IN_MEMORY = {"cpu": 2048, "cuda": 16384}  # of long rows read together, for each of batch_size
 Results = dict[str, dict[str, Any]]  # by task, and "held-out": a measure's name -> its value
 
 
@@ -93,12 +93,13 @@ def evaluate(
         texts = runs.get(model, {}).get("data")
         for name, path, file in jobs[model]:
             results[name] = measure(path, file, names, texts, data, batch_size, options, questions, results.get(name, {}))
-        if model in runs and limit is None:
-            add_results(Path(path), results[model])
+        if model in runs:
+            add_results(Path(path), measured_so_far(Path(model) / "eval", "student"))
     printed = table(results, {model: runs[model]["teacher"] for model in runs})
     say("\n" + printed)
     if "kept" in printed:
-        say("kept: the share of the teacher's average margin over guessing that the student keeps")
+        say("kept: the share of the teacher's average margin over guessing that the student keeps; of likelihood, that of the "
+            "teacher's probability of a token (geometric mean)")  # fmt: skip
 
 
 def measure(path: str, file: Path, tasks: list[str], texts: dict | None, data: str | None, batch_size: int,
@@ -128,12 +129,14 @@ def measure(path: str, file: Path, tasks: list[str], texts: dict | None, data: s
         source = f"{texts['dataset']}, {texts['validation_tokens']} tokens in chunks of {texts['sequence_length']}"
         if report["results"].get("held-out", {}).get("source") != source:
             keep({"held-out": {"perplexity": held_out_perplexity(network, tokenizer, texts, batch_size)}}, source)
+    in_memory = batch_size * TOKENS_IN_MEMORY[network.device.type]
     if questions.text is not None:
         tokens = long_text.rows(documents(questions.text), tokenizer, network.config, questions.lengths[-1], questions.number)
         source = sha256(tokens.numpy().tobytes()).hexdigest()
         if report["results"].get("text", {}).get("source") != source:
-            at_once = max(1, batch_size * 2048 // tokens.shape[1])
-            keep({"text": long_text.summary(long_text.losses(network, tokens, at_once))}, source)
+            length = tokens.shape[1]
+            at_once = min(in_memory // length, batch_size * long_text.SEGMENT // min(length, long_text.SEGMENT))
+            keep({"text": long_text.summary(long_text.losses(network, tokens, max(1, at_once)))}, source)
         by_position = report["results"]["text"]["by_position"].items()
         say(f"{path}  perplexity by position: " + ", ".join(f"{position} {value:.4g}" for position, value in by_position))
     material = None
@@ -147,8 +150,7 @@ def measure(path: str, file: Path, tasks: list[str], texts: dict | None, data: s
         if report["results"].get(task, {}).get("source") == source:
             say(f"{path}  {task}: measured before")
         elif task in recall.TASKS:
-            at_once = batch_size * RECALL_TOKENS[network.device.type]
-            scores = {length: recall.score(network, tokenizer, row, at_once) for length, row in items.items()}
+            scores = {length: recall.score(network, tokenizer, row, in_memory) for length, row in items.items()}
             keep({task: recall.summary(items, scores)}, source)
             by_length = report["results"][task]["by_length"].items()
             say(f"{path}  {task}: " + ", ".join(f"{accuracy:.0%} of {length}" for length, accuracy in by_length))
@@ -240,6 +242,24 @@ def read_report(file: Path) -> dict[str, Any]:
     if not isinstance(report, dict):
         raise InputError(f"{file} is damaged, no JSON object: delete it to measure again")
     return report
+
+
+def measured_so_far(folder: Path, name: str) -> Results:
+    """Collect what `evaluate` has written about a model: all in NAME.json, all but lm-eval's tasks in NAME.limitN.json.
+
+    name: `student` or `teacher`. A recall task that was measured several times counts with most items. Files of other weights
+    than the newest file's do not count, nor recall by versions that knew no chance level.
+    """
+    files = sorted(folder.glob(f"{name}*.json"), key=lambda file: file.stat().st_mtime, reverse=True)
+    reports = {file: read_report(file) for file in files}
+    results: Results = {}
+    for file, report in reports.items():
+        if report.get("weights") != reports[files[0]].get("weights"):
+            continue
+        for task, row in report.get("results", {}).items():
+            if "chance" in row if task in recall.TASKS else task in ("held-out", "text") or file.stem == name:
+                results[task] = max(results.get(task, row), row, key=lambda row: row.get("n", 0))
+    return results
 
 
 def check_writable(file: Path) -> None:
@@ -378,9 +398,9 @@ def table(results: dict[str, Results], teachers: dict[str, str]) -> str:
                 cells[task] = percent(row["acc"], row["acc_stderr"]) if metric == "acc" else f"{metric} {row[metric]:.4g}"
         if "Avg." in columns:
             cells["Avg."] = percent(*columns["Avg."])
-        kept = recovery(measured, results[teachers[model]]) if model in teachers else None
-        if kept is not None:
-            cells["kept"] = f"{kept:.0%}"
+        if model in teachers:
+            shares = {"kept": recovery(measured, results[teachers[model]])} | recall.kept(measured, results[teachers[model]])
+            cells |= {name: f"{share:.0%}" for name, share in shares.items() if share is not None}
         rows[model] = cells
     header = list(dict.fromkeys(column for cells in rows.values() for column in cells))
     text = aligned([["", *header], *([model, *(cells.get(column, "-") for column in header)] for model, cells in rows.items())])

@@ -1,12 +1,14 @@
 """Pictures of what `bench` and `report` measured. Imported only when something is drawn, since matplotlib loads slowly."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, ScalarFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
 
-from distill_pl.measure import study
+from distill_pl.measure import recall, study
 from distill_pl.mixers import MIXERS
 from distill_pl.run.folder import write_aside
 
@@ -27,6 +29,29 @@ class Training(NamedTuple):
     def distances(self) -> list[list[float]]:
         """Return each layer's distance to the teacher over time, layer 0 first; empty for a stage that aligns no layers."""
         return [self.scalars[tag][1] for tag in sorted(self.scalars) if tag.startswith("align/")]
+
+
+class Model(NamedTuple):
+    """A model with what `evaluate` measured of it and of its teacher, by task; a teacher has neither mixer nor teacher."""
+
+    name: str
+    mixer: str | None
+    results: dict[str, Any]
+    teacher: dict[str, Any]
+
+
+def line_styles(mixers: Sequence[str | None]) -> list[dict[str, Any]]:
+    """Choose how each of several models is drawn: a colour for each mixer, a dash style for each of its models.
+
+    Teachers, of mixer None, are black and have markers.
+    """
+    present = [mixer for mixer in MIXERS if mixer in mixers]
+    styles: list[dict[str, Any]] = []
+    for index, mixer in enumerate(mixers):
+        dash = DASHES[mixers[:index].count(mixer) % len(DASHES)]
+        color = "black" if mixer is None else f"C{present.index(mixer)}"
+        styles.append({"color": color, "linestyle": dash, "marker": "o" if mixer is None else None, "markersize": 3})
+    return styles
 
 
 def draw_bench(file: Path, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
@@ -83,13 +108,12 @@ def losses(trainings: list[Training]) -> Figure:
     stages = [stage for stage in study.STAGES if any(training.stage == stage for training in trainings)]
     mixers = {training.run: training.mixer for training in trainings}
     runs = sorted(mixers)
+    styles = dict(zip(runs, line_styles([mixers[run] for run in runs]), strict=True))
     figure = Figure(figsize=(5 * len(stages) + 2, max(4, 0.22 * len(runs))), layout="constrained")
     panels = dict(zip(stages, figure.subplots(1, len(stages), squeeze=False)[0], strict=True))
     lines = {}  # run -> its line in whichever panel, for the legend
-    for stage, run, mixer, scalars in trainings:
-        dash = [other for other in runs if mixers[other] == mixer].index(run)
-        style = {"color": f"C{list(MIXERS).index(mixer)}", "linestyle": DASHES[dash % len(DASHES)], "linewidth": 1}
-        (lines[run],) = panels[stage].plot(*scalars["train/loss"], label=run.name, **style)
+    for stage, run, _, scalars in trainings:
+        (lines[run],) = panels[stage].plot(*scalars["train/loss"], label=run.name, linewidth=1, **styles[run])
     for stage, axes in panels.items():
         axes.set(title=stage, xlabel="tokens since the run began", ylabel="training loss", yscale="log")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -97,6 +121,76 @@ def losses(trainings: list[Training]) -> Figure:
             set_formatter(ScalarFormatter())
     figure.legend(handles=[lines[run] for run in runs], loc="outside right center", fontsize="small")
     return figure
+
+
+def draw_recall(models: list[Model], file: Path) -> None:
+    """Draw accuracy against the length of the prompt: a panel for each recall task and for their mean, a line for each model.
+
+    The chance level is dotted; models without a recall task are left out.
+    """
+    models = [model for model in models if any(task in model.results for task in recall.TASKS)]
+    tasks = [task for task in recall.TASKS if any(task in model.results for model in models)]
+    names = [*tasks, "mean"] if len(tasks) > 1 else tasks
+    columns = min(4, len(names))
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(2.8 * columns + 2, 2.6 * lines + 0.4), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    for axes in panels[len(names) :]:
+        axes.set_axis_off()
+    handles = []
+    lengths: set[int] = set()
+    for model, style in zip(models, line_styles([model.mixer for model in models]), strict=True):
+        shares = {task: accuracies(model.results[task]) for task in tasks if task in model.results}
+        if len(shares) == len(tasks):  # a mean over fewer tasks would be another mean
+            common = set.intersection(*map(set, shares.values()))
+            shares["mean"] = {length: mean(row[length] for row in shares.values()) for length in sorted(common)}
+        for name, axes in zip(names, panels, strict=False):
+            points = shares.get(name, {})
+            (line,) = axes.plot(list(points), list(points.values()), label=model.name, linewidth=1.2, **style)
+            lengths |= points.keys()
+        handles.append(line)
+    for name, axes in zip(names, panels, strict=False):
+        axes.set_title(name, fontsize="medium")
+        axes.set_ylim(-4, 104)
+        guessing = [model.results[name]["chance"] for model in models if name in model.results]
+        if guessing:
+            axes.axhline(100 * guessing[0], color="grey", linestyle=":", linewidth=0.8, zorder=0)
+        length_axis(axes, sorted(lengths))
+    figure.legend(handles=handles, loc="outside right center", fontsize="small")
+    figure.supxlabel("length of the prompt, tokens", fontsize="medium")
+    figure.supylabel("recalled, %; dotted: guessing", fontsize="medium")
+    write_aside(file, lambda aside: figure.savefig(aside, format="png", dpi=120))
+
+
+def accuracies(row: dict[str, Any]) -> dict[int, float]:
+    """Read a recall task's accuracies in percent by length."""
+    return {int(length): 100 * accuracy for length, accuracy in row["by_length"].items()}
+
+
+def draw_positions(models: list[Model], file: Path) -> None:
+    """Draw perplexity by position in a long text, a line for each model that read one."""
+    models = [model for model in models if "text" in model.results]
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    for model, style in zip(models, line_styles([model.mixer for model in models]), strict=True):
+        points = {int(position): value for position, value in model.results["text"]["by_position"].items()}
+        axes.plot(list(points), list(points.values()), label=model.name, linewidth=1.2, **style)
+    axes.set(xlabel="position in the text, tokens: from each power of two to the next", ylabel="perplexity", yscale="log")
+    length_axis(axes, sorted({int(position) for model in models for position in model.results["text"]["by_position"]}))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    figure.legend(loc="outside right center", fontsize="small")
+    write_aside(file, lambda aside: figure.savefig(aside, format="png", dpi=120))
+
+
+def length_axis(axes: Any, lengths: list[int]) -> None:
+    """Make the x-axis logarithmic with ticks at `lengths`, of many at every second or so, written as in 4k for 4096."""
+    axes.set_xscale("log", base=2)
+    ticks = lengths[:: -(-len(lengths) // 8)]
+    axes.set_xticks(ticks, [f"{tick // 1024}k" if tick % 1024 == 0 else str(tick) for tick in ticks], fontsize="small")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(alpha=0.3)
 
 
 def heat_maps(stage: str, aligned: list[Training]) -> Figure:

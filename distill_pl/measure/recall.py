@@ -298,3 +298,22 @@ def summary(items: dict[int, list[Item]], scores: dict[int, list[float]]) -> dic
         "n": len(every),
         "by_length": {str(length): mean(values) for length, values in scores.items()},
     }
+
+
+def kept(student: dict[str, dict], teacher: dict[str, dict]) -> dict[str, float]:
+    """Compute what a student keeps of its teacher, from the results of both by task -> shares by name.
+
+    `recall kept` is the share of the teacher's mean margin over guessing, on tasks where both answered the same questions and
+    the teacher does better than guessing by two standard errors; without such tasks nothing is returned. `likelihood kept`, the
+    ratio of perplexities on held-out text, stands beside it: it stays high in a student that has forgotten most.
+    """
+    rows = [(student[task], teacher[task]) for task in TASKS if task in student and task in teacher]
+    rows = [(own, other) for own, other in rows if own["source"] == other["source"]
+            and other["acc"] - 2 * other["acc_stderr"] > other["chance"]]  # fmt: skip
+    if not rows:
+        return {}
+    margins = [sum(row["acc"] - row["chance"] for row in column) for column in zip(*rows, strict=True)]
+    shares = {"recall kept": margins[0] / margins[1]}
+    if "held-out" in student and "held-out" in teacher:
+        shares = {"likelihood kept": teacher["held-out"]["perplexity"] / student["held-out"]["perplexity"]} | shares
+    return shares

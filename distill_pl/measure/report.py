@@ -1,6 +1,5 @@
 """`distill-pl report`: the paper's tables filled with one's own runs, and how these trained, as Markdown and pictures."""
 
-import json
 import math
 from pathlib import Path
 from statistics import mean, stdev
@@ -8,11 +7,17 @@ from typing import Any, NamedTuple
 
 from distill_pl.console import markdown, perplexity, say
 from distill_pl.errors import InputError
-from distill_pl.measure import study
+from distill_pl.measure import recall, study
+from distill_pl.measure.evaluate import measured_so_far
 from distill_pl.measure.params import appendix_a
 from distill_pl.mixers import MIXERS
 from distill_pl.run.folder import differing, flat, read_config, read_metrics, write_aside
 from distill_pl.tokens import Tokens
+
+KEPT = (
+    "Recall tasks: % of answers, over all lengths. Recall kept: the share of the teacher's margin over guessing. Likelihood "
+    "kept: the share of the teacher's probability of a token of held-out text (geometric mean), which hides what is forgotten."
+)
 
 
 class Run(NamedTuple):
@@ -20,7 +25,7 @@ class Run(NamedTuple):
 
     folder: Path
     config: dict[str, Any]
-    results: dict[str, Any]  # the student's lm-eval results by task
+    results: dict[str, Any]  # what `evaluate` measured of the student, by task
     finished: bool
     held_out: float | None  # the student's cross-entropy on held-out text after the last finished stage, nats per token
 
@@ -58,7 +63,8 @@ def report(models: list[str], out: str = "report") -> None:
 
     Writes report.md to `out`, with losses.png (the training curves of every stage), matrix_mixing.png and hidden_align.png
     (heat maps of each layer's distance to the teacher's). Runs that differ only in their seed share a row: mean and 95%
-    confidence interval.
+    confidence interval. Where `evaluate` has measured recall or a text, also recall.png (accuracy against the length of the
+    prompt) and positions.png (perplexity by position).
 
     Args:
         models: run folders of `distill-pl fit`, or folders of such folders.
@@ -83,6 +89,7 @@ def report(models: list[str], out: str = "report") -> None:
             text += [f"## {title}", "", table(experiments, rows), ""]
         if title.startswith("Table 2"):
             text += [agreement(study.TABLE_2, rows), ""]
+    text += memory(runs, Path(out))
     text += ["## Appendix A: million parameters of SmolLM-360M's students", "", markdown(appendix_a()), ""]
     text += ["## Training", "", *pictures(runs, Path(out))]
     file = Path(out) / "report.md"
@@ -97,8 +104,7 @@ def find_runs(folder: Path) -> list[Run]:
         raise InputError(f"{folder} holds no run: give run folders of distill-pl fit, or the folder they are in")
     runs = []
     for path in paths:
-        file = path / "eval" / "student.json"
-        results = json.loads(file.read_text())["results"] if file.is_file() else {}
+        results = measured_so_far(path / "eval", "student")
         runs.append(Run(path, read_config(path), results, (path / "student").is_dir(), held_out(path).get("student_ce")))
     return runs
 
@@ -113,10 +119,9 @@ def teacher_row(runs: list[Run]) -> list[Run]:
     """Return the teacher's results as a run, if all runs have the same teacher and one of them measured it; else no run."""
     if len({run.config["teacher"] for run in runs}) > 1:
         return []
-    files = [file for run in runs if (file := run.folder / "eval" / "teacher.json").is_file()]
-    results = json.loads(files[0].read_text())["results"] if files else {}
+    results = next((found for run in runs if (found := measured_so_far(run.folder / "eval", "teacher"))), {})
     losses = [loss for run in runs if (loss := held_out(run.folder).get("teacher_ce")) is not None]
-    return [Run(runs[0].folder, runs[0].config, results, True, losses[0] if losses else None)] if files or losses else []
+    return [Run(runs[0].folder, runs[0].config, results, True, losses[0] if losses else None)] if results or losses else []
 
 
 def grouped(runs: list[Run]) -> dict[str, list[Run]]:
@@ -220,6 +225,36 @@ def agreement(published: dict[str, Any], rows: dict[str, list[Run]]) -> str:
             result = f"Kendall's tau {tau.statistic:.2f}, p = {tau.pvalue:.2g}"
             return f"Ranked by {name}, these {len(scores)} rows against the paper's averages: {result}."
     return "Too few rows are evaluated to compare their ranking with the paper's (Kendall's tau needs three)."
+
+
+def memory(runs: list[Run], folder: Path) -> list[str]:
+    """Show recall and perplexity by position of runs and their teachers -> Markdown lines; draws the pictures into `folder`."""
+    from distill_pl.measure.plots import Model, draw_positions, draw_recall
+
+    teachers: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        found = measured_so_far(run.folder / "eval", "teacher")
+        teachers[run.config["teacher"]] = found | teachers.get(run.config["teacher"], {})
+    models = [Model(f"teacher {Path(path).name}", None, found, {}) for path, found in teachers.items()]
+    for run in runs:
+        models.append(Model(run.folder.name, run.config["student"]["mixer"], run.results, teachers[run.config["teacher"]]))
+    tasks = [task for task in recall.TASKS if any(task in model.results for model in models)]
+    read_text = any("text" in model.results for model in models)
+    text = ["## Recall and long texts", ""] if tasks or read_text else []
+    if tasks:
+        rows = [["model", "likelihood kept", "recall kept", *tasks]]
+        for model in models:
+            shares = recall.kept(model.results, model.teacher)
+            cells = [f"{shares[name]:.0%}" if name in shares else "" for name in rows[0][1:3]]
+            cells += [f"{100 * model.results[task]['acc']:.1f}" if task in model.results else "" for task in tasks]
+            if any(cells):
+                rows.append([model.name, *cells])
+        draw_recall(models, folder / "recall.png")
+        text += [markdown(rows), "", KEPT, "", "![recall](recall.png)", ""]
+    if read_text:
+        draw_positions(models, folder / "positions.png")
+        text += ["![perplexity by position](positions.png)", ""]
+    return text
 
 
 def scalars(folder: Path) -> dict[str, tuple[list[int], list[float]]]:

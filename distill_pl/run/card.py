@@ -109,16 +109,29 @@ def licence_of(teacher: str) -> tuple[str | None, str]:
 
 
 def add_results(student: Path, results: dict[str, dict[str, Any]]) -> None:
-    """Write lm-eval results, by task, into an exported student's card as the paper's columns; the rest of the card stays."""
+    """Write what `evaluate` measured, by task, into an exported student's card; the rest of the card stays.
+
+    lm-eval's results as the paper's columns, and those of recall tasks by the length of the prompt.
+    """
     file = student / "README.md"
-    columns = study.columns(results)
-    if not columns or not file.is_file():
+    columns, recalled = study.columns(results), {task: row for task, row in results.items() if "by_length" in row}
+    if not (columns or recalled) or not file.is_file():
         return
     card = ModelCard(file.read_text())
-    rows = [["tasks", "zero-shot accuracy, %"]]
-    rows += [[", ".join(study.COLUMNS.get(column, ["average"])), percent(*value)] for column, value in columns.items()]
+    tables = []
+    if columns:
+        rows = [["tasks", "zero-shot accuracy, %"]]
+        rows += [[", ".join(study.COLUMNS.get(column, ["average"])), percent(*value)] for column, value in columns.items()]
+        tables.append(markdown(rows))
+    if recalled:
+        lengths = sorted({length for row in recalled.values() for length in row["by_length"]}, key=int)
+        rows = [["recall, % of prompts of so many tokens", *lengths, "by guessing"]]
+        for task, row in recalled.items():
+            shares = [f"{100 * row['by_length'][length]:.0f}" if length in row["by_length"] else "" for length in lengths]
+            rows.append([task, *shares, f"{100 * row['chance']:.1f}"])
+        tables.append(markdown(rows))
     before, after = (re.escape(part) for part in RESULTS.split("{}"))
-    written = RESULTS.format(markdown(rows))
+    written = RESULTS.format("\n\n".join(tables))
     card.text = re.sub(f"{before}.*{after}", lambda _: written, card.text, flags=re.DOTALL)
     data: Any = card.data
     data.model_name = student.resolve().parent.name
@@ -126,6 +139,6 @@ def add_results(student: Path, results: dict[str, dict[str, Any]]) -> None:
     data.eval_results = [
         EvalResult(dataset_type=task, dataset_name=task, metric_value=row["acc"], **kind)
         for task, row in results.items()
-        if "acc" in row
+        if "acc" in row and task not in recalled
     ]
     write_aside(file, lambda aside: aside.write_text(f"---\n{data.to_yaml()}\n---\n{card.text}"))

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelF
 import distill_pl.measure.evaluate
 from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.errors import InputError
-from distill_pl.measure import study
+from distill_pl.measure import recall, study
 from distill_pl.measure.evaluate import encode_prompt, evaluate, generate, recovery, table
 from distill_pl.teacher import Teacher
 from distill_pl.tokenizer import special_tokens
@@ -52,6 +52,28 @@ def test_tasks_from_files_for_a_run_and_for_a_plain_model(run, teacher_folder, t
     evaluate([str(teacher_folder)], tasks="piqa", data=str(tmp_path))
     report = json.loads(next((tmp_path / "eval").glob(f"*{teacher_folder.name}.json")).read_text())
     assert report["results"]["piqa"]["n"] == 3 and "held-out" not in report["results"]
+
+
+def test_the_card_holds_what_all_calls_have_measured(run, tmp_path, capsys):
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    evaluate([str(copy)])
+    file = copy / "eval" / "student.json"
+    report = json.loads(file.read_text())
+    accuracies = {task: {"acc": 0.5, "acc_stderr": 0.01, "source": "hub"} for task in study.TASKS}
+    file.write_text(json.dumps(report | {"results": report["results"] | accuracies}))
+
+    def recalled(limit: int, share: float, **changes) -> None:
+        row = {"acc": share, "chance": 0.25, "n": 2 * limit, "by_length": {"512": 1.0, "4096": share}}
+        results = {"results": {"mqar": row, "piqa": {"acc": 0.0}}}
+        (copy / "eval" / f"student.limit{limit}.json").write_text(json.dumps(report | results | changes))
+
+    recalled(200, 0.9, weights="of before")
+    recalled(100, 0.2)
+    recalled(3, 0.0)
+    evaluate([str(copy)])
+    card = (copy / "student" / "README.md").read_text()
+    assert "| recall, % of prompts of so many tokens | 512 | 4096 | by guessing |" in card
+    assert "| mqar | 100 | 20 | 25.0 |" in card and "| piqa | 50.00 ± 1.00 |" in card
 
 
 @pytest.mark.parametrize("keys", [{}, {"beams": 2}, {"temperature": 1.0, "seed": 3}])
@@ -181,6 +203,20 @@ def test_recovery_counts_from_chance():
     assert recovery(teacher, teacher) == pytest.approx(1)
     assert recovery(scores({column: chance + 0.15 for column, chance in study.CHANCE.items()}), teacher) == pytest.approx(0.5)
     assert recovery({}, teacher) is None
+
+
+def test_recall_kept_counts_from_chance_and_stands_beside_likelihood():
+    def row(accuracy, chance=0.2, source="x", error=0.01):
+        return {"acc": accuracy, "acc_stderr": error, "chance": chance, "source": source}
+
+    teacher = {"mqar": row(0.8), "copy": row(0.6, 0.0), "induction": row(0.21), "held-out": {"perplexity": 18.0}}
+    student = {"mqar": row(0.5), "copy": row(0.0, 0.0), "induction": row(0.9), "held-out": {"perplexity": 20.0}}
+    assert recall.kept(student, teacher) == pytest.approx({"likelihood kept": 0.9, "recall kept": 0.25})
+    assert recall.kept(teacher, teacher) == {"likelihood kept": 1, "recall kept": 1}
+    assert recall.kept({"mqar": row(0.8, source="y")}, teacher) == recall.kept({}, teacher) == {}
+    printed = table({"run": student, "a": teacher}, teachers={"run": "a"}).splitlines()
+    assert printed[0].endswith("likelihood kept  recall kept") and printed[1].split()[-2:] == ["90%", "25%"]
+    assert printed[-1] == "guessing: mqar 20.00%, copy 0.00%, induction 20.00%"
 
 
 def test_table_aligns():

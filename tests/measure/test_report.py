@@ -132,6 +132,28 @@ def test_mixers_beyond_the_paper_have_a_table_of_their_own(like, tmp_path, monke
     assert rows(tmp_path)["scratch_mlstm"][-1] == "33.39" and baseline("scratch_mlstm") is None
 
 
+def test_recall_and_perplexity_by_position(like, tmp_path, no_pictures):
+    def measured(share: float, perplexity: float) -> dict:
+        row = {"acc": share, "acc_stderr": 0.01, "chance": 0.1, "n": 50, "source": "x"}
+        row["by_length"] = {"512": share, "4096": share}
+        text = {"perplexity": 9.0, "by_position": {"1": 30.0, "2": 20.0, "4": perplexity}}
+        return {"held-out": {"perplexity": perplexity}, "text": text, "mqar": row, "copy": row}
+
+    for name, share in [("a", 0.5), ("b", 0.3)]:
+        (folder := like(name, {}) / "eval").mkdir()
+        (folder / "student.limit50.json").write_text(json.dumps({"results": measured(share, 20.0)}))
+        (folder / "teacher.limit50.json").write_text(json.dumps({"results": measured(0.9, 18.0)}))
+    like("not_evaluated", {})
+    report([str(tmp_path / "runs")], str(tmp_path))
+    found = rows(tmp_path, "Recall and long texts")
+    assert found["model"] == ["likelihood kept", "recall kept", "mqar", "copy"]
+    assert found["a"] == ["90%", "50%", "50.0", "50.0"] and found["b"][1] == "25%" and "not_evaluated" not in found
+    (teacher,) = [row for name, row in found.items() if name.startswith("teacher ")]
+    assert teacher == ["", "", "90.0", "90.0"]
+    for name in ("recall", "positions"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_stages_are_those_of_a_run():
     assert tuple(STAGES) == study.STAGES and set(DISTANCES) < set(STAGES)
 
