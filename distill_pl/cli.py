@@ -19,6 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 import distill_pl
 from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.errors import Diverged, InputError, one_line
+from distill_pl.exports.command import export
 from distill_pl.measure.bench import bench
 from distill_pl.measure.evaluate import evaluate, generate
 from distill_pl.measure.params import params
@@ -35,7 +36,7 @@ TRAINER_KEYS = {
     "deterministic", "benchmark", "detect_anomaly", "sync_batchnorm",
 }  # fmt: skip
 # keys of `fit` and of the other commands
-PATHS = {"out", "teacher", "data", "data.dataset", "data.cache", "student.start_from", "model", "models"}
+PATHS = {"out", "teacher", "data", "data.dataset", "data.cache", "student.start_from", "model", "models", "run"}
 
 JSONARGPARSE_SAYS = {  # patterns of its messages -> what people can read
     r'^Parser key "([\w.]+)": ': r"\1: ",
@@ -72,7 +73,7 @@ class DistillCLI(LightningCLI):
         self.parsers: dict[str, ArgumentParser] = {}
         self.commands: dict[str, Callable] = {
             "fit": fit, "evaluate": evaluate, "generate": generate, "params": params, "report": report,
-            "bench": bench, "experiments": experiments,
+            "bench": bench, "experiments": experiments, "export": export,
         }  # fmt: skip
         subcommands = parser.add_subcommands()
         for name, command in self.commands.items():

@@ -1,0 +1,1 @@
+"""Students rewritten for programs that do not know this package: `distill-pl export`."""

@@ -1,0 +1,109 @@
+"""`distill-pl export`: write a student for programs that do not know this package, and check that they compute the same."""
+
+import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from distill_pl.console import quiet, say
+from distill_pl.errors import InputError
+from distill_pl.exports import fresh, modeling_distill_pl
+from distill_pl.exports.native import as_native
+from distill_pl.measure.evaluate import weights_path
+from distill_pl.run.folder import disk_refused
+from distill_pl.student.modeling import Student
+from distill_pl.teacher import load_model
+
+TOLERANCE = 1e-5  # of the largest logit, in fp32
+IMPORT = "import distill_pl  # lets transformers load its students\n"  # in the card of a student, see run/card.py
+LOAD = 'AutoModelForCausalLM.from_pretrained("path/to/this/folder"'
+
+
+def export(run: str, to: Literal["transformers", "remote"] = "transformers", out: str | None = None) -> None:
+    """Write a student as a folder that programs without this package load, with the same logits; refuse what is not exact.
+
+    The folder is loaded again in a process that cannot import this package, in fp32 on the CPU: its logits of a prompt must be
+    the student's to 1e-5 of the largest, and 50 greedily generated tokens must be the same. docs/serving.md lists what has an
+    exact counterpart.
+
+    Args:
+        run: run folder of `distill-pl fit`, or folder of a student that it exported.
+        to: `transformers` rewrites the weights for a class of transformers, which vLLM may know as well; `remote` adds a module
+            with which transformers loads the student as it is, given trust_remote_code=True, where distill_pl is installed.
+        out: folder to write, with weights in fp32; it must not exist yet, or be empty.
+    """
+    quiet()
+    if out is None:
+        raise InputError("out: give --out FOLDER, a folder to write that does not exist yet")
+    source, target = Path(weights_path(run)), Path(out)
+    if not (source / "config.json").is_file():
+        raise InputError(f"run {run!r} is no finished run and no model folder: give either")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise InputError(f"out {out!r} exists already: give a folder that does not, or delete it")
+    student = load_model(str(source), dtype=torch.float32)
+    if not isinstance(student, Student):
+        raise InputError(
+            f"run {run!r}: its student is a {type(student).__name__} of transformers already and needs no export: use {source}"
+        )
+    expected = fresh.expectation(student)
+    model = as_native(student) if to == "transformers" else student
+    with disk_refused(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as name:
+            folder = Path(name) / "model"
+            write(model, source, folder, to)
+            del student, model
+            gc.collect()  # the other process needs the memory
+            save_file(expected, Path(name) / "expected.safetensors")
+            found = check(folder, Path(name) / "expected.safetensors", to == "remote")
+            folder.rename(target)
+    say(
+        f"{target} is a {found['model']}: loaded in a process of its own, its logits differ by {found['logits']:.1e} of the "
+        f"largest from the student's, and {fresh.GENERATED} greedily generated tokens are the same"
+    )
+
+
+def write(model: PreTrainedModel, source: Path, folder: Path, to: str) -> None:
+    """Write a model to a new folder, with tokenizer, generation config and card of the student's folder `source`."""
+    kept = shutil.ignore_patterns("config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.py")
+    shutil.copytree(source, folder, ignore=kept)
+    if to == "remote":
+        module = Path(modeling_distill_pl.__file__)
+        shutil.copy(module, folder)
+        classes = {"AutoConfig": "StudentConfig", "AutoModelForCausalLM": "Student"}
+        model.config.auto_map = {auto: f"{module.stem}.{name}" for auto, name in classes.items()}
+    model.save_pretrained(folder)
+    card = folder / "README.md"
+    if card.is_file():
+        load = f"{LOAD}, trust_remote_code=True" if to == "remote" else LOAD
+        card.write_text(card.read_text().replace(IMPORT, "").replace(LOAD, load))
+
+
+def check(folder: Path, expected: Path, remote: bool) -> dict:
+    """Compare a folder with what its student computes, in a fresh process -> what `fresh.main` prints.
+
+    Raises InputError where the folder cannot be loaded or computes something else.
+    """
+    arguments = [sys.executable, "-I", fresh.__file__, str(folder), str(expected)] + ["remote"] * remote
+    with tempfile.TemporaryDirectory() as cache:  # in which transformers keeps the modules that it ran
+        environment = os.environ | {"HF_MODULES_CACHE": cache, "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise InputError(f"export: a fresh process cannot load what was written ({lines[-1][:200]}); nothing is kept of it")
+    found = json.loads(done.stdout.splitlines()[-1])
+    if not (found["logits"] <= TOLERANCE and found["tokens"] == fresh.GENERATED):  # also true of nan
+        raise InputError(
+            f"export: as a {found['model']}, the student's logits differ by {found['logits']:.1e} of the largest and "
+            f"{found['tokens']} of {fresh.GENERATED} tokens are the same: there is no exact counterpart, nothing is kept of it"
+        )
+    return found

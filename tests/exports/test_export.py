@@ -1,0 +1,180 @@
+"""An exported student computes the same in programs that do not know this package, or is refused by name."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import refused
+
+from distill_pl.cli import main
+from distill_pl.errors import InputError
+from distill_pl.exports import command, fresh
+from distill_pl.exports.native import as_native
+from distill_pl.student.factory import StudentFactory
+from distill_pl.student.modeling import Student
+from distill_pl.teacher import Teacher
+
+
+@torch.no_grad()
+def trained(teacher: Teacher, mixer: str, **options) -> Student:
+    """Build a student all of whose weights differ from their start values, as if it had been trained."""
+    student = StudentFactory(mixer, **options).build(teacher, 0).eval()
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in student.named_parameters():
+        if ".self_attn." in name or parameter.ndim == 1:
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return student
+
+
+def save(student: Student, folder: Path, tokenizer) -> Path:
+    student.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def difference(model, student: Student) -> float:
+    """Return the largest difference of the logits of two models, as a share of the largest logit."""
+    tokens = torch.arange(2 * 70).reshape(2, 70)
+    expected = student(tokens, use_cache=False).logits
+    return ((model(tokens, use_cache=False).logits - expected).abs().max() / expected.abs().max()).item()
+
+
+MAMBA2 = {
+    "grouped": {"kv_heads": "grouped"}, "expanded": {}, "hybrid": {"softmax_layers": [1], "kv_heads": "grouped"},
+    "paper": {"shape": "paper", "init": "fresh"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", MAMBA2)
+@pytest.mark.parametrize("teacher_name", ["llama", "llama_wide_heads", "llama_untied", "llama_scaled_rope"])
+def test_mamba2_is_granite(layout, teacher_name, variant):
+    student = trained(variant(teacher_name), "mamba2", **MAMBA2[layout])
+    model = as_native(student)
+    assert type(model).__name__ == "GraniteMoeHybridForCausalLM"
+    assert difference(model, student) < command.TOLERANCE
+
+
+def test_scales_of_a_granite_teacher_are_kept(save_model):
+    scales = {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0, "attention_multiplier": 0.2}
+    teacher = Teacher(str(save_model("granite", randomise=True, **scales)))
+    student = trained(teacher, "mamba2", softmax_layers=[0])
+    assert difference(as_native(student), student) < command.TOLERANCE
+
+
+def test_the_comparison_sees_each_part_of_a_layer(teacher):
+    student = trained(teacher, "mamba2")
+    model = as_native(student)
+    for name in ("in_proj.weight", "conv1d.weight", "dt_bias", "A_log", "D", "norm.weight", "out_proj.weight"):
+        part = model.get_parameter(f"model.layers.1.mamba.{name}")
+        before = part.detach().clone()
+        with torch.no_grad():
+            part[-1] *= 1.01
+        assert difference(model, student) > command.TOLERANCE, name
+        with torch.no_grad():
+            part.copy_(before)
+
+
+def test_generation_by_a_native_class_needs_no_layer_of_the_teachers_attention(teacher):
+    student = trained(teacher, "mamba2")
+    prompt = torch.arange(12).reshape(2, 6)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])  # padded on the left
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(as_native(student).generate(prompt, **options), student.generate(prompt, **options))
+
+
+REFUSED = [
+    ("llama", "mamba2", {"window": 8}, "student.window"),
+    ("llama", "mamba2", {"rope": True}, "student.rope"),
+    ("llama", "softmax", {"rope": False}, "no RoPE"),
+    ("llama_bias", "mamba2", {}, "biases of q, k, v and o"),
+    ("qwen3", "mamba2", {}, "norms of q and k"),
+    ("qwen2", "mamba2", {}, "biases of q, k, v and o"),
+]
+
+
+@pytest.mark.parametrize("teacher_name, mixer, options, reason", REFUSED)
+def test_what_has_no_place_is_refused_by_name(teacher_name, mixer, options, reason, variant):
+    with pytest.raises(InputError, match=f"a {mixer} student of a {teacher_name.split('_')[0]} has no .*{reason}.*: choose"):
+        as_native(StudentFactory(mixer, **options).build(variant(teacher_name), 0))
+
+
+@pytest.mark.parametrize("changes, reason", [
+    ({"model_type": "olmo2"}, "norms of q and k"),
+    ({"model_type": "gemma"}, "not gelu"),
+    ({"model_type": "llama", "mlp_bias": True}, "differ from GraniteMoeHybrid's in mlp.down_proj.bias"),
+    ({"model_type": "llama", "head_dim": 12}, "not 48 and 32"),
+])  # fmt: skip
+def test_other_layers_are_refused_by_name(changes, reason, save_model):
+    teacher = Teacher(str(save_model(**changes)))
+    with pytest.raises(InputError, match=reason):
+        as_native(StudentFactory("mamba2").build(teacher, 0))
+
+
+def test_a_student_of_softmax_is_its_teachers_class(teacher):
+    student = trained(teacher, "gla", softmax_layers=[0, 1])
+    assert type(as_native(student)) is type(teacher.model) and difference(as_native(student), student) < command.TOLERANCE
+
+
+def test_bad_input_is_one_line_and_nothing_is_overwritten(teacher, teacher_folder, tokenizer, tmp_path):
+    student = save(trained(teacher, "gla"), tmp_path / "student", tokenizer)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "note.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    assert "out: give --out FOLDER" in refused("export", student)
+    assert "full' exists already" in refused("export", student, "--to=remote", "--out", tmp_path / "full")
+    assert "is no finished run and no model folder" in refused("export", tmp_path / "none", "--out", tmp_path / "new")
+    assert "LlamaForCausalLM of transformers already" in refused("export", teacher_folder, "--out", tmp_path / "new")
+    assert "to: Expected a Literal" in refused("export", student, "--to=gguf", "--out", tmp_path / "new")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_a_fresh_process_agrees(teacher, tokenizer, tmp_path, capsys):
+    student = save(trained(teacher, "mamba2", softmax_layers=[0]), tmp_path / "student", tokenizer)
+    main(["export", str(student), "--to", "transformers", "--out", str(tmp_path / "new")])
+    assert "is a GraniteMoeHybridForCausalLM" in capsys.readouterr().out
+    names = {file.name for file in (tmp_path / "new").iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["new", "student"]
+
+
+@pytest.mark.slow
+def test_a_fresh_process_refuses_what_differs(teacher, tokenizer, tmp_path):
+    student = trained(teacher, "mamba2")
+    expected = fresh.expectation(student)
+    with torch.no_grad():
+        student.mixers[1].D[0] *= 1.01
+    as_native(student).save_pretrained(tmp_path / "new")
+    command.save_file(expected, tmp_path / "expected")
+    with pytest.raises(InputError, match="logits differ by .* there is no exact counterpart"):
+        command.check(tmp_path / "new", tmp_path / "expected", remote=False)
+
+
+@pytest.mark.slow
+def test_the_card_of_a_remote_export_says_how_to_load_it(fitted, tmp_path):
+    run = fitted(**{"tokens": 512, "matrix_mixing.tokens": 128})
+    main(["export", str(run), "--to", "remote", "--out", str(tmp_path / "new")])
+    card = (tmp_path / "new" / "README.md").read_text()
+    assert "trust_remote_code=True" in card and "import distill_pl" not in card
+
+
+@pytest.mark.slow
+def test_remote_needs_no_import_of_this_package_and_can_be_saved_again(teacher, tokenizer, tmp_path):
+    student = trained(teacher, "gla")
+    command.write(student, save(student, tmp_path / "student", tokenizer), tmp_path / "new", "remote")
+    code = f"""
+import os
+os.environ["HF_MODULES_CACHE"] = {str(tmp_path / "modules")!r}
+from transformers import AutoModelForCausalLM, pipeline
+folder, again = {str(tmp_path / "new")!r}, {str(tmp_path / "again")!r}
+generate = pipeline("text-generation", model=folder, trust_remote_code=True)
+generate.model.save_pretrained(again)
+model = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
+assert all((x == y).all() for x, y in zip(model.parameters(), generate.model.parameters(), strict=True))
+print(generate("Story", max_new_tokens=5)[0]["generated_text"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("Story"), done.stderr[-2000:]
