@@ -25,7 +25,7 @@ import re
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from itertools import takewhile
-from statistics import mean
+from statistics import mean, pstdev
 from typing import Any, NamedTuple
 
 import torch
@@ -50,7 +50,7 @@ DISTRACTORS, VALUES = 3, 4  # other keys in niah_multikey, numbers of the key in
 COPIED = 16  # words of copy
 LEAD = r"[\s:\"']*"  # what may stand before an answer
 NUMBERS = range(10**6, 10**7)
-SEGMENT = 16384  # tokens of all rows in one forward pass: bounds the memory of long prompts
+SEGMENT = 8192  # tokens of all rows in one forward pass: bounds the memory of long prompts
 
 
 class Item(NamedTuple):
@@ -290,10 +290,9 @@ def said(answers: Sequence[str], text: str) -> float:
 def summary(items: dict[int, list[Item]], scores: dict[int, list[float]]) -> dict[str, Any]:
     """Summarise scores by length: accuracy, its standard error and the chance level over all items, and accuracy by length."""
     every = [value for values in scores.values() for value in values]
-    accuracy = mean(every)
     return {
-        "acc": accuracy,
-        "acc_stderr": math.sqrt(accuracy * (1 - accuracy) / len(every)),
+        "acc": mean(every),
+        "acc_stderr": pstdev(every) / math.sqrt(len(every)),
         "chance": mean(item.chance for row in items.values() for item in row),
         "n": len(every),
         "by_length": {str(length): mean(values) for length, values in scores.items()},
