@@ -27,6 +27,7 @@ from distill_pl.measure.report import report
 from distill_pl.mixers import MIXERS
 from distill_pl.run.experiments import bundled, experiments, with_paths
 from distill_pl.run.fit import fit
+from distill_pl.run.study import study
 from distill_pl.stages import STAGES
 from distill_pl.student.factory import StudentFactory
 from distill_pl.tokens import Tokens
@@ -36,7 +37,10 @@ TRAINER_KEYS = {
     "deterministic", "benchmark", "detect_anomaly", "sync_batchnorm",
 }  # fmt: skip
 # keys of `fit` and of the other commands
-PATHS = {"out", "teacher", "data", "data.dataset", "data.cache", "student.start_from", "model", "models", "run"}
+PATHS = {
+    "out", "teacher", "data", "data.dataset", "data.cache", "student.start_from", "model", "models",
+    "file", "dataset", "results", "run",
+}  # fmt: skip
 
 JSONARGPARSE_SAYS = {  # patterns of its messages -> what people can read
     r'^Parser key "([\w.]+)": ': r"\1: ",
@@ -73,7 +77,7 @@ class DistillCLI(LightningCLI):
         self.parsers: dict[str, ArgumentParser] = {}
         self.commands: dict[str, Callable] = {
             "fit": fit, "evaluate": evaluate, "generate": generate, "params": params, "report": report,
-            "bench": bench, "experiments": experiments, "export": export,
+            "bench": bench, "experiments": experiments, "export": export, "study": study,
         }  # fmt: skip
         subcommands = parser.add_subcommands()
         for name, command in self.commands.items():

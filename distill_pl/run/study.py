@@ -1,0 +1,426 @@
+"""`distill-pl study`: carry out the runs that a file lists, several at once, and keep what came out of each in a small JSON."""
+
+import contextlib
+import difflib
+import functools
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal, NamedTuple
+
+import torch
+import yaml
+from jsonargparse import Namespace
+from safetensors import safe_open
+
+from distill_pl.console import aligned, perplexity, quiet, say
+from distill_pl.data.datamodule import ChunkDataModule
+from distill_pl.data.sources import counted
+from distill_pl.errors import InputError, one_line
+from distill_pl.measure.evaluate import evaluate, read_report
+from distill_pl.measure.report import scalars
+from distill_pl.run.experiments import bundled, config_file
+from distill_pl.run.folder import StageRun, differing, disk_refused, flat, plain, read_metrics, write_aside
+from distill_pl.run.plan import plan
+from distill_pl.run.trainer import device
+from distill_pl.run.values import AT_LEAST_1, POSITIVE, check_numbers, check_values
+from distill_pl.stages import STAGES
+from distill_pl.student.factory import StudentFactory
+from distill_pl.tokens import Tokens, short
+
+FILE_KEYS: dict[str, type | tuple] = {"common": dict, "seeds": list, "evaluate": dict, "runs": list}
+GROUP_KEYS: dict[str, type | tuple] = {"config": (str, list), "name": str, "set": dict, "over": dict, "seeds": list}
+SECONDS_BETWEEN_LOOKS, SECONDS_TO_STOP = 0.2, 60.0
+STOPPED_BY = (signal.SIGINT, signal.SIGTERM)
+
+
+class Run(NamedTuple):
+    """Hold one run of a study."""
+
+    name: str  # of its folder and of its results
+    row: str  # its name without the seed: runs of one row are repetitions
+    seed: int
+    args: list[str]  # of distill-pl fit
+    config: Namespace
+    changed: dict[str, Any]  # of the configuration, by dotted key: what is not the default
+
+
+class Failed(Exception):
+    """The last line that a command of a run printed before it ended with an error."""
+
+
+def study(
+    file: str,
+    teacher: str | None = None,
+    dataset: str | None = None,
+    tokens: Tokens | None = None,
+    out: str = "runs/study",
+    results: str | None = None,
+    parallel: int = 1,
+    seeds: int | None = None,
+    only: str = "*",
+    index: int | None = None,
+    time_limit: float | None = None,
+    show: Literal["plan"] | None = None,
+) -> None:
+    """Carry out the runs that a file lists, several at once, and write what came out of each to a JSON of a few kB.
+
+    The same command goes on after an interruption of any kind, and skips what is done. The file's `runs` is a list of groups:
+    `config`, one or several experiments; `set`, keys of `fit`; `over`, keys of `fit` with lists of values, all combinations of
+    which are run; `seeds`; and `name`, appended to the experiment's. `common` are keys of `fit` for all runs, `seeds` those of
+    groups without their own, and `evaluate` options of `distill-pl evaluate`, which follows each run. Stages of an experiment
+    keep their share of its tokens.
+
+    Args:
+        file: YAML file, or `study` for the one that comes with this package.
+        teacher: teacher of all runs, instead of the file's.
+        dataset: text of all runs, instead of the file's.
+        tokens: tokens of all runs, such as 30M, instead of the file's.
+        out: folder of the run folders, and of the runs' console output, in logs/.
+        results: folder of the JSON files, by default `results` in `out`.
+        parallel: how many runs train at once on this machine; they share out its GPUs.
+        seeds: run only the first so many seeds of each group.
+        only: run only what matches this pattern, such as 'gla_*_s0'.
+        index: run only this one of the runs, counted from 1: for a Slurm array.
+        time_limit: minutes after which no run begins, and those that are running are stopped; they can be resumed.
+        show: print the `plan`, with what is done, instead of carrying it out.
+    """
+    quiet()
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of each run that was resumed
+    numbers = {"parallel": parallel, "seeds": seeds, "index": index, "time_limit": time_limit}
+    check_numbers(numbers, {key: POSITIVE if key == "time_limit" else AT_LEAST_1 for key in numbers})
+    deadline = math.inf if time_limit is None else time.monotonic() + 60 * time_limit
+    lines = read(file)
+    own = {"teacher": teacher, "data.dataset": dataset, "tokens": None if tokens is None else str(tokens)}
+    runs = expand(file, lines, {key: value for key, value in own.items() if value is not None}, Path(out), seeds)
+    if not runs:
+        raise InputError(f"study {file!r} has no runs: one of its lists of seeds, config or values to try is empty")
+    runs = [run for run in runs if fnmatch(run.name, only)]
+    if not runs:
+        raise InputError(f"only {only!r} leaves none of the runs of {file}: --show plan lists them without --only")
+    if index is not None:
+        check_numbers({"index": index}, {"index": AT_LEAST_1._replace(most=len(runs))})
+        runs = runs[index - 1 : index]
+    options = lines.get("evaluate")
+    folder = Path(results or Path(out) / "results")
+    done = {run.name for run in runs if is_done(run, folder, options)}
+    left = [run for run in runs if run.name not in done]
+    tokens_left = sum(run.config.tokens for run in left)
+    say(f"{counted(len(runs), 'run')}, {len(done)} done; {short(tokens_left)} tokens are left to train on")
+    if show == "plan":
+        say(plan_table(runs, done))
+        return
+    failed = carry_out({f"[{number:>{len(str(len(runs)))}}/{len(runs)}] {run.name}": run
+                        for number, run in enumerate(runs, start=1) if run.name not in done},
+                       Path(out), folder, options, parallel, deadline)  # fmt: skip
+    if failed:
+        sys.exit(1)
+
+
+def read(file: str) -> dict[str, Any]:
+    """Read a study's file. Raises InputError where it is no YAML or its keys are not those of a study."""
+    path = Path(file)
+    if not path.is_file() and file == "study":
+        path = bundled("experiments") / "study.yaml"
+    try:
+        lines = yaml.load(path.read_text(), yaml.BaseLoader)  # values stay text, as on the command line, which parses them
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"study {file!r} cannot be read as YAML ({one_line(error)}): give a file such as `study`") from error
+    check_keys(f"study {file!r}", lines, FILE_KEYS)
+    if not lines.get("runs"):
+        raise InputError(f"study {file!r} has no runs: list groups of them under `runs`, such as - {{config: gla_qkv}}")
+    for number, group in enumerate(lines["runs"], start=1):
+        check_keys(f"study {file!r}, group {number} of runs", group, GROUP_KEYS)
+    return lines
+
+
+def check_keys(where: str, found: Any, kinds: dict[str, type | tuple]) -> None:
+    """Raise InputError unless `found` is a mapping with no keys but those of `kinds`, whose types its values have."""
+    if not isinstance(found, dict):
+        raise InputError(f"{where} is {str(found)[:60]!r}: give a mapping with keys of {', '.join(kinds)}")
+    words = {str: "a text", dict: "a mapping", list: "a list", (str, list): "a name or a list of names"}
+    for key, value in found.items():
+        if key not in kinds:
+            near = difflib.get_close_matches(str(key), kinds, n=1) or [" or ".join(kinds)]
+            raise InputError(f"{where}: unknown key {key}: did you mean {near[0]}?")
+        if not isinstance(value, kinds[key]):
+            raise InputError(f"{where}: {key} is {str(value)[:60]!r}: give {words[kinds[key]]}")
+
+
+def expand(file: str, lines: dict[str, Any], own: dict[str, Any], out: Path, first: int | None) -> list[Run]:
+    """List all runs of a study's file, parsed and checked as `distill-pl fit` would; those of a group seed by seed.
+
+    own: keys from the command line, by dotted key. first: how many seeds of each group, by default all. Raises InputError,
+    naming the run, for what `fit` would refuse before it reads the teacher, and for two runs of one name.
+    """
+    parse = functools.cache(parser())
+    if options := lines.get("evaluate"):
+        with contextlib.redirect_stdout(io.StringIO()):  # without models, an empty table
+            evaluate(**parse(("evaluate", ".", *options_of(options))).as_dict() | {"models": []})
+    defaults = flat(plain(parse(("fit", "--out=."))))
+    runs: dict[str, Run] = {}
+    for group in lines["runs"]:
+        configs, over = group.get("config"), flat(group.get("over", {}))
+        configs = configs if isinstance(configs, list) else [configs]
+        seeds = group.get("seeds", lines.get("seeds", ["0"]))
+        if not all(isinstance(value, list) for value in over.values()):
+            raise InputError(f"study {file!r}: over {over} has a value that is no list: put those to be tried in [ ]")
+        if not all(isinstance(config, str | None) for config in configs):
+            raise InputError(f"study {file!r}: config {configs} are not all names of experiments or files")
+        for seed, config, *values in itertools.product(seeds[:first], configs, *over.values()):
+            varied = dict(zip(over, values, strict=True))
+            words = [Path(config).stem if config else "", group.get("name", ""), *(f"{k}={text(v)}" for k, v in varied.items())]
+            row = re.sub(r"[^\w.=-]+", "_", "_".join(filter(None, words)))
+            keys = flat(lines.get("common", {})) | flat(group.get("set", {})) | varied | own
+            if not row or {"seed", "out", "config"} & keys.keys():
+                raise InputError(f"study {file!r}: seed, out and config of a run come from the study: give `seeds`, --out and "
+                                 "`config`, and a group without `config` a `name`")  # fmt: skip
+            name = f"{row}_s{seed}"
+            if name in runs:
+                raise InputError(f"study {file!r} has two runs {name}: give one of their groups another `name`")
+            try:
+                runs[name] = settle(name, row, seed, config, keys, out, parse, defaults)
+            except InputError as error:
+                raise InputError(f"study {file!r}, run {name}: {error}") from error
+    return list(runs.values())
+
+
+def settle(name: str, row: str, seed: str, experiment: str | None, keys: dict[str, Any], out: Path,
+           parse: Callable[[tuple[str, ...]], Namespace], defaults: dict[str, Any]) -> Run:  # fmt: skip
+    """Parse and check a run. Stages of the experiment whose tokens `keys` don't give keep their share of all tokens."""
+    chosen = ("--config", config_file(experiment)) if experiment else ()
+    alone = parse(("fit", *chosen, "--out=."))
+    config = parse(("fit", *chosen, *options_of(keys), f"--out={out / name}", f"--seed={seed}"))
+    for stage in STAGES:
+        if alone[stage].tokens and f"{stage}.tokens" not in keys:
+            config[stage].tokens = Tokens(alone[stage].tokens * config.tokens // alone.tokens)
+            keys = keys | {f"{stage}.tokens": str(config[stage].tokens)}
+    config.pop("config", None)  # the files that the keys came from
+    config.pop("dry_run", None)
+    check_values(config)
+    plan(config)
+    StudentFactory(**config.student.as_dict() | {"start_from": None})  # without loading that
+    ChunkDataModule(**config.data)
+    args = [*chosen, *options_of(keys), f"--seed={seed}", f"--out={config.out}"]
+    changed = {key: value for key, value in flat(plain(config)).items() if key != "out" and defaults.get(key) != value}
+    return Run(name, row, config.seed, args, config, changed)
+
+
+def parser() -> Callable[[tuple[str, ...]], Namespace]:
+    """Return a function that parses the arguments of a command of `distill-pl`, with its errors, and runs nothing."""
+    from distill_pl.cli import DistillCLI, expand_home  # which imports this module
+
+    class Parser(DistillCLI):
+        def _run_subcommand(self, subcommand: str) -> None:
+            pass
+
+    cli = Parser(["fit", "--out=."])
+
+    def parse(args: tuple[str, ...]) -> Namespace:
+        cli.parse_arguments(cli.parser, args)
+        expand_home(cli.config[args[0]])
+        return cli.config[args[0]].clone(with_meta=False)
+
+    return parse
+
+
+def text(value: Any) -> str:
+    """Write a value of YAML, whose numbers are still text, as the command line takes it."""
+    return f"[{', '.join(map(text, value))}]" if isinstance(value, list) else str(value)
+
+
+def options_of(keys: dict[str, Any] | None) -> list[str]:
+    """Write keys of a command, by dotted key, as arguments."""
+    return [f"--{key}={text(value)}" for key, value in flat(keys or {}).items()]
+
+
+def is_done(run: Run, results: Path, options: dict[str, Any] | None) -> bool:
+    """Return whether a run's results are there, evaluated as `options` say. Raises InputError for another run's results."""
+    file = results / f"{run.name}.json"
+    kept = read_report(file)
+    if not kept:
+        return False
+    before, now = kept["config"], run.changed
+    if keys := differing(before, now):
+        changes = ", ".join(f"{key} {before.get(key, 'default')} -> {now.get(key, 'default')}" for key in keys)
+        raise InputError(f"{file} is of another configuration ({changes}): undo that, or choose other --out and --results")
+    return kept["evaluate"] == options
+
+
+def plan_table(runs: list[Run], done: set[str]) -> str:
+    """Lay out the runs of a study with the tokens of their stages, and what of them is done or begun."""
+    rows = [["", "run", "tokens", ""]]
+    for number, run in enumerate(runs, start=1):
+        batch = run.config.data.batch_size * run.config.data.sequence_length
+        stages = " + ".join(f"{stage.name} {short(stage.steps * batch)}" for stage in plan(run.config))
+        state = "done" if run.name in done else "begun" if Path(run.config.out).is_dir() else ""
+        rows.append([str(number), run.name, stages, state])
+    return aligned(rows)
+
+
+def carry_out(runs: dict[str, Run], out: Path, results: Path, options: dict[str, Any] | None, parallel: int,
+              deadline: float) -> int:  # fmt: skip
+    """Carry out runs, by the names they are printed with -> how many failed. Prints a line as each begins and ends.
+
+    deadline: of time.monotonic(). At it, and on Ctrl-C or SIGTERM, the running ones are stopped so that they can be resumed.
+    """
+    waiting, failed, finished = list(runs), 0, 0
+    width = max(map(len, runs), default=0)
+    places = environments(parallel)
+    running: dict[str, tuple[Iterator[subprocess.Popen], dict[str, str], float]] = {}
+    processes: dict[str, subprocess.Popen] = {}
+    signals: list[int] = []  # an exception could come between the start of a process and its place in `processes`
+    before = {number: signal.signal(number, lambda number, _: signals.append(number)) for number in STOPPED_BY}
+    try:
+        while (waiting or running) and time.monotonic() < deadline and not signals:
+            while waiting and places:
+                name, place = waiting.pop(0), places.pop(0)
+                say(f"{name:<{width}}   begins")
+                running[name] = steps(runs[name], out, results, options, place), place, time.monotonic()
+            for name, (work, place, began) in list(running.items()):
+                try:
+                    processes[name] = next(work)
+                    continue
+                except StopIteration as end:
+                    outcome, finished = f"held-out {end.value:.4g}", finished + 1
+                except (Failed, InputError) as error:
+                    outcome, failed = f"failed: {error}", failed + 1
+                say(f"{name:<{width}}   {outcome}   {time.monotonic() - began:.0f} s")
+                places.append(place)
+                del running[name]
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+    finally:
+        if running:
+            why = "interrupted" if signals else "the time is up" if time.monotonic() >= deadline else "error"
+            say(f"{why}: stopping {', '.join(runs[name].name for name in running)}")
+        stop([processes[name] for name in running if name in processes])
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    left = len(waiting) + len(running)
+    again = "; the same command goes on" if left or failed else ""
+    say(f"{finished} finished, {failed} failed, {left} left{again}; results are in {results}")
+    if signals:
+        sys.exit(128 + signals[0])
+    return failed
+
+
+def environments(parallel: int) -> list[dict[str, str]]:
+    """Return the environment variables of `parallel` processes that share out this machine's GPUs and processor cores."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = [str(index) for index in range(torch.cuda.device_count())] if given is None else given.split(",")
+    threads = {} if parallel == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // parallel))}
+    own = [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[place % len(gpus) :: parallel])} if gpus else {} for place in range(parallel)]
+    return [threads | dict(os.environ) | visible for visible in own]
+
+
+def steps(run: Run, out: Path, results: Path, options: dict[str, Any] | None,
+          environment: dict[str, str]) -> Iterator[subprocess.Popen]:  # fmt: skip
+    """Train, evaluate and summarise a run, yielding the process that it waits for -> its held-out perplexity.
+
+    Raises Failed with the last line that a command printed where it ended with an error.
+    """
+    folder = Path(run.config.out)
+    log = out / "logs" / f"{run.name}.log"
+    with disk_refused(log):
+        log.parent.mkdir(parents=True, exist_ok=True)
+    yield from command(["fit", *run.args], log, environment)
+    if options is not None:
+        own = folder / "eval" / f"teacher{suffix(options)}"
+        known = next(out.glob(f"*/eval/{own.name}"), own)
+        if not own.exists() and known != own:  # evaluate measures nothing twice, and checks what it finds
+            own.parent.mkdir(exist_ok=True)
+            shutil.copy(known, own)
+        yield from command(["evaluate", str(folder), *options_of(options)], log, environment)
+    summary = summarise(run, options)
+    write_aside(results / f"{run.name}.json", lambda aside: aside.write_text(json.dumps(summary, indent=1) + "\n"))
+    return summary["held_out"]["student"]
+
+
+def command(args: list[str], log: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen]:
+    """Run `distill-pl` with `args`, yielding its process until it ends; its output is appended to `log`."""
+    with open(log, "ab") as console:  # a session of its own: Ctrl-C reaches the study alone, which stops what it has started
+        process = subprocess.Popen([sys.executable, "-m", "distill_pl.cli", *args], stdin=subprocess.DEVNULL, stdout=console,
+                                   stderr=subprocess.STDOUT, env=environment, start_new_session=True)  # fmt: skip
+    while process.poll() is None:
+        yield process
+    if process.returncode:
+        printed = log.read_text(errors="replace").strip().splitlines() or ["nothing was printed"]
+        raise Failed(f"{printed[-1].removeprefix('distill-pl: ')[:300]} (exit code {process.returncode}, see {log})")
+
+
+def stop(processes: list[subprocess.Popen]) -> None:
+    """End processes by SIGTERM, after which a run can be resumed, and wait for them."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(SECONDS_TO_STOP)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def summarise(run: Run, options: dict[str, Any] | None) -> dict[str, Any]:
+    """Summarise a finished run in a few kB: configuration, held-out perplexity, what `evaluate` measured, speed, versions."""
+    stages, config = plan(run.config), run.config
+    metrics = read_metrics(stages[-1].weights)
+    curve: dict[int, float] = {}
+    speeds = {}
+    for stage in stages:
+        logged = scalars(stage.folder)
+        curve |= dict(zip(*logged["validation/student_perplexity"], strict=True))
+        if "train/tokens_per_second" in logged:
+            speeds[stage.name] = median(logged["train/tokens_per_second"][1])
+    held_out = {"student": perplexity(metrics["student_ce"])}
+    if stages[-1].name == "kd" and config.kd.alpha:
+        held_out["kl"] = (metrics["loss"] - config.kd.ce * metrics["student_ce"]) / config.kd.alpha
+    if "teacher_ce" in metrics:
+        held_out["teacher"] = perplexity(metrics["teacher_ce"])
+    with safe_open(stages[-1].weights, framework="pt") as weights:
+        parameters = sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())
+    evaluated = {}
+    for model in ("student", "teacher"):
+        results = read_report(Path(config.out) / "eval" / f"{model}{suffix(options)}").get("results", {})
+        evaluated[model] = {task: {key: value for key, value in row.items() if key not in ("source", "version")}
+                            for task, row in results.items()}  # fmt: skip
+    return rounded({
+        "name": run.name, "row": run.row, "seed": run.seed, "config": run.changed, "evaluate": options,
+        "stages": {stage.name: stage.steps * config.data.batch_size * config.data.sequence_length for stage in stages},
+        "held_out": held_out, "curve": {str(tokens): value for tokens, value in curve.items()}, "evaluated": evaluated,
+        "parameters": parameters, "tokens_per_second": speeds, "seconds": sum(map(seconds, stages)),
+        "device": torch.cuda.get_device_name() if device(config).type == "cuda" else "CPU",
+        "versions": {name: version(name) for name in ("distill_pl", "torch", "lightning", "transformers")},
+    })  # fmt: skip
+
+
+def suffix(options: dict[str, Any] | None) -> str:
+    """Return the ending of the names of files that `distill-pl evaluate` writes."""
+    return f".limit{options['limit']}.json" if options and "limit" in options else ".json"
+
+
+def seconds(stage: StageRun) -> float:
+    """Add up, over the times that a stage was started or resumed, the seconds from its first to its last logged value."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    times = [[event.wall_time for event in EventFileLoader(str(file)).Load()] for file in stage.folder.glob("events.out.*")]
+    return sum(max(row) - min(row) for row in times if row)
+
+
+def rounded(value: Any) -> Any:
+    """Round all floats in nested dicts to four digits."""
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value

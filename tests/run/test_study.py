@@ -1,0 +1,153 @@
+"""A study's file says what is run; what is done is not run again, and what is wrong is refused before anything is."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import STEP, fit_command, refused
+
+from distill_pl.cli import main
+from distill_pl.run.study import environments, expand, read
+
+RUNS = {"runs": [{"config": ["gla", "gla_qkv_mm_h2h"]}]}
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    return tmp_path / "study.yaml"
+
+
+def listed(file: Path, lines: dict, **own) -> dict:
+    """Return the runs of a study by name."""
+    file.write_text(yaml.safe_dump(lines))
+    return {run.name: run for run in expand(str(file), read(str(file)), own, file.parent, None)}
+
+
+def test_runs_are_all_combinations_seed_by_seed(file):
+    over = {"kd": {"lr": ["1e-3", "2e-3"]}, "student.softmax_layers": [[], [1, 2]]}
+    groups = [{"config": ["gla", "mlstm_qkv"], "over": over}]
+    runs = listed(file, {"seeds": [0, 7], "common": {"kd.lr": 5, "kd": {"alpha": 0.5}}, "runs": groups})
+    assert len(runs) == len({run.config.out for run in runs.values()}) == 2 * 2 * 4
+    assert [run.seed for run in runs.values()] == [0] * 8 + [7] * 8
+    run = runs["mlstm_qkv_kd.lr=2e-3_student.softmax_layers=_1_2__s7"]
+    assert (run.config.student.mixer, run.config.seed, run.config.kd.lr, run.config.kd.alpha) == ("mlstm", 7, 2e-3, 0.5)
+    assert run.config.student.softmax_layers == [1, 2] and run.row == run.name.removesuffix("_s7")
+
+
+def test_stages_keep_their_share_of_the_tokens(file):
+    runs = listed(file, RUNS | {"common": {"tokens": "30M"}})
+    assert runs["gla_s0"].config.matrix_mixing.tokens == 0
+    config = runs["gla_qkv_mm_h2h_s0"].config
+    assert (config.matrix_mixing.tokens, config.hidden_align.tokens, config.kd.tokens) == (2_400_000, 2_400_000, None)
+    assert "--hidden_align.tokens=2400k" in runs["gla_qkv_mm_h2h_s0"].args
+    runs = listed(file, RUNS | {"common": {"tokens": "30M", "hidden_align.tokens": "1M"}}, tokens="50M")
+    assert runs["gla_s0"].config.hidden_align.tokens == 1_000_000  # given for all runs
+    assert runs["gla_qkv_mm_h2h_s0"].config.matrix_mixing.tokens == 4_000_000
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ("a: [", "cannot be read as YAML"),
+        ("", "give a mapping with keys of common, seeds, evaluate, runs"),
+        ({"runs": []}, "has no runs: list groups of them"),
+        (RUNS | {"seeds": []}, "has no runs: one of its lists"),
+        (RUNS | {"comon": {}}, "unknown key comon: did you mean common?"),
+        (RUNS | {"common": 3}, "common is '3': give a mapping"),
+        ({"runs": [{"configs": "gla"}]}, "group 1 of runs: unknown key configs: did you mean config?"),
+        ({"runs": [{"config": "glaa"}]}, "run glaa_s0: config 'glaa' is no file .* did you mean gla?"),
+        ({"runs": [{"config": [["gla"]]}]}, "are not all names"),
+        ({"runs": [{"config": "gla", "over": {"kd.lr": 3}}]}, "put those to be tried in"),
+        ({"runs": [{"config": "gla", "set": {"student": {"mixer": "glaa"}}}]}, "run gla_s0: student.mixer 'glaa' is unknown"),
+        ({"runs": [{"config": "gla"}, {"config": "gla"}]}, "two runs gla_s0: .* another `name`"),
+        ({"runs": [{}]}, "a group without `config` a `name`"),
+        (RUNS | {"common": {"out": "x"}}, "seed, out and config of a run come from the study"),
+        (RUNS | {"common": {"kd": {"lrr": 1}}}, "run gla_s0: unknown key kd.lrr: did you mean kd.lr?"),
+        (RUNS | {"common": {"tokens": "10k"}}, "run gla_s0: kd.tokens 10k is less than one batch"),
+        (RUNS | {"seeds": ["a"]}, "seed: Expected int. Got value: a"),
+        (RUNS | {"evaluate": {"lengths": "9,x"}}, "lengths '9,x' are not whole positive numbers"),
+        (RUNS | {"evaluate": {"taskss": "x"}}, "unknown key taskss: did you mean tasks?"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_one_line(file, lines, says):
+    file.write_text(lines if isinstance(lines, str) else yaml.safe_dump(lines))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(file.parent)
+        assert re.search(says, refused("study", file))
+    assert os.listdir(file.parent) == [file.name]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [("parallel", 0, "at least 1"), ("seeds", 0, "at least 1"), ("time_limit", 0, "more than 0"),
+     ("index", 3, "index 3 is too large: give at least 1 and at most 2"), ("only", "x*", "leaves none of the runs"),
+     ("tokens", "x", "Expected Tokens")],
+)  # fmt: skip
+def test_what_is_wrong_on_the_command_line_is_one_line(file, key, value, says):
+    file.write_text(yaml.safe_dump(RUNS))
+    assert says in refused("study", file, f"--{key}={value}")
+
+
+def test_the_plan_is_printed_and_nothing_is_run(file, capsys):
+    file.write_text(yaml.safe_dump(RUNS | {"seeds": [0, 1, 2]}))
+    main(["study", str(file), "--seeds=2", "--only=gla_qkv*", "--tokens=50M", f"--out={file.parent}/out", "--show=plan"])
+    _, _, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[:2] for row in rows] == [["1", "gla_qkv_mm_h2h_s0"], ["2", "gla_qkv_mm_h2h_s1"]]
+    assert "matrix_mixing 3.98M + hidden_align 3.98M + kd 42M" in rows[0]
+    assert os.listdir(file.parent) == [file.name]
+
+
+@pytest.mark.parametrize(("gpus", "parallel", "shares"), [("0,1,2,3", 2, ["0,2", "1,3"]), ("5,7", 4, ["5", "7", "5", "7"]),
+                                                        ("0,1", 1, ["0,1"])])  # fmt: skip
+def test_gpus_are_shared_out(monkeypatch, gpus, parallel, shares):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in environments(parallel)] == shares
+
+
+@pytest.mark.slow
+def test_a_stopped_study_goes_on_and_a_failed_run_does_not_stop_it(file, teacher_folder, corpus, capsys):
+    out, command = file.parent / "out", fit_command(".", teacher_folder, corpus, file.parent / "cache")
+    common = dict(arg[2:].split("=", 1) for arg in command[2:]) | {"tokens": 60 * STEP}
+    groups = [{"config": "gla_qkv_mm_h2h", "set": {"matrix_mixing.tokens": 4 * STEP, "hidden_align.tokens": 4 * STEP}},
+              {"config": "gla", "name": "bad", "set": {"student.softmax_layers": [9]}}]  # fmt: skip
+    file.write_text(yaml.safe_dump({"common": common, "runs": groups, "evaluate": {"limit": 2}}))
+    arguments = [sys.executable, "-m", "distill_pl.cli", "study", str(file), f"--out={out}", "--parallel=2"]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+    printed = []
+    for line in process.stdout:
+        printed.append(line)
+        if "failed" in line:  # by now the other has begun too
+            process.send_signal(signal.SIGTERM)
+            break
+    printed += process.stdout
+    assert process.wait() == 128 + signal.SIGTERM
+    assert "[2/2] gla_bad_s0" in printed[3] and "softmax_layers [9] do not exist" in printed[3]
+    assert printed[-2] == "interrupted: stopping gla_qkv_mm_h2h_s0\n"
+    assert printed[-1].startswith("0 finished, 1 failed, 1 left; the same command goes on")
+    assert not (out / "results").exists()
+
+    ended = subprocess.run([*arguments, "--only=gla_qkv*"], stdout=subprocess.PIPE, text=True)
+    assert ended.returncode == 0 and "held-out" in ended.stdout
+    kept = out / "results" / "gla_qkv_mm_h2h_s0.json"
+    result = json.loads(kept.read_text())
+    assert kept.stat().st_size < 10_000
+    assert result["stages"] == {"matrix_mixing": 4 * STEP, "hidden_align": 4 * STEP, "kd": 52 * STEP}
+    assert list(result["curve"].values())[-1] == result["held_out"]["student"] < list(result["curve"].values())[0]
+    for model, row in result["evaluated"].items():
+        assert row["held-out"]["perplexity"] == pytest.approx(result["held_out"][model], rel=1e-3)
+    assert 0 < result["held_out"]["kl"] < 2 and result["config"]["tokens"] == "7680"
+
+    for missing in (out / "gla_qkv_mm_h2h_s0").rglob("*.safetensors"):
+        missing.unlink()  # nothing of a run that is done is needed
+    main(["study", str(file), f"--out={out}", "--only=gla_qkv*"])
+    assert "1 run, 1 done" in capsys.readouterr().out
+    line = refused("study", file, f"--out={out}", "--only=gla_qkv*", "--tokens=9k")
+    assert "of another configuration (tokens 7680 -> 9k): undo that" in line
+    kept.write_text("{")
+    assert "damaged" in refused("study", file, f"--out={out}", "--only=gla_qkv*")
