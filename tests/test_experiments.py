@@ -20,7 +20,7 @@ from distill_pl.student.factory import StudentFactory
 from distill_pl.student.modeling import Student
 
 FOLDER = Path(__file__).parent.parent / "experiments"
-STUDY = [file for file in sorted(FOLDER.glob("*.yaml")) if not file.stem.startswith("quickstart")]
+STUDY = [file for file in sorted(FOLDER.glob("*.yaml")) if not file.stem.startswith(("quickstart", "study"))]
 NAME = re.compile(rf"(scratch_)?({'|'.join(sorted(MIXERS, key=len, reverse=True))})((?:_\w+)?)")
 
 D, H, KV_HEADS, K = 960, 15, 5, 64  # SmolLM-360M's

@@ -16,7 +16,7 @@ def bundled(folder: str) -> Path:
 def named() -> dict[str, Path]:
     """Return the files of the paper's experiments by name, such as gla_qkv_mm_h2h."""
     files = sorted(bundled("experiments").glob("*.yaml"))
-    return {file.stem: file for file in files if not file.stem.startswith("quickstart")}
+    return {file.stem: file for file in files if not file.stem.startswith(("quickstart", "study"))}
 
 
 def experiments() -> None:

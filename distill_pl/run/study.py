@@ -68,6 +68,7 @@ def study(
     teacher: str | None = None,
     dataset: str | None = None,
     tokens: Tokens | None = None,
+    data: str | None = None,
     out: str = "runs/study",
     results: str | None = None,
     parallel: int = 1,
@@ -90,6 +91,7 @@ def study(
         teacher: teacher of all runs, instead of the file's.
         dataset: text of all runs, instead of the file's.
         tokens: tokens of all runs, such as 30M, instead of the file's.
+        data: folder of <task>.jsonl files for `evaluate`, instead of the file's.
         out: folder of the run folders, and of the runs' console output, in logs/.
         results: folder of the JSON files, by default `results` in `out`.
         parallel: how many runs train at once on this machine; they share out its GPUs.
@@ -105,6 +107,8 @@ def study(
     check_numbers(numbers, {key: POSITIVE if key == "time_limit" else AT_LEAST_1 for key in numbers})
     deadline = math.inf if time_limit is None else time.monotonic() + 60 * time_limit
     lines = read(file)
+    if data is not None:
+        lines["evaluate"] = lines.get("evaluate", {}) | {"data": data}
     own = {"teacher": teacher, "data.dataset": dataset, "tokens": None if tokens is None else str(tokens)}
     runs = expand(file, lines, {key: value for key, value in own.items() if value is not None}, Path(out), seeds)
     if not runs:
@@ -258,7 +262,12 @@ def is_done(run: Run, results: Path, options: dict[str, Any] | None) -> bool:
     if keys := differing(before, now):
         changes = ", ".join(f"{key} {before.get(key, 'default')} -> {now.get(key, 'default')}" for key in keys)
         raise InputError(f"{file} is of another configuration ({changes}): undo that, or choose other --out and --results")
-    return kept["evaluate"] == options
+    return without_data(kept["evaluate"]) == without_data(options)
+
+
+def without_data(options: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return options of `evaluate` without the folder of its questions, which may have moved."""
+    return options and {key: value for key, value in options.items() if key != "data"}
 
 
 def plan_table(runs: list[Run], done: set[str]) -> str:

@@ -13,6 +13,7 @@ import yaml
 from helpers import STEP, fit_command, refused
 
 from distill_pl.cli import main
+from distill_pl.measure import study
 from distill_pl.run.study import environments, expand, read
 
 RUNS = {"runs": [{"config": ["gla", "gla_qkv_mm_h2h"]}]}
@@ -49,6 +50,18 @@ def test_stages_keep_their_share_of_the_tokens(file):
     runs = listed(file, RUNS | {"common": {"tokens": "30M", "hidden_align.tokens": "1M"}}, tokens="50M")
     assert runs["gla_s0"].config.hidden_align.tokens == 1_000_000  # given for all runs
     assert runs["gla_qkv_mm_h2h_s0"].config.matrix_mixing.tokens == 4_000_000
+
+
+@pytest.mark.slow
+def test_the_papers_study_has_every_row_of_its_tables():
+    lines = read("study")
+    assert lines.pop("evaluate")["tasks"] == "study,recall" and lines["seeds"] == ["0", "1", "2"]
+    runs = expand("study", lines, {}, Path("out"), 1)
+    assert {run.row for run in runs} >= {*study.TABLE_2, *study.TABLE_3, *study.APPENDIX_B}
+    for run in runs:  # the experiment itself at another scale
+        assert {"tokens", "kd.lr"} <= run.changed.keys() and run.config.tokens == 30_000_000
+        assert run.config.matrix_mixing.tokens == (2_400_000 if "_mm" in run.row else 0)
+        assert run.config.hidden_align.tokens == (2_400_000 if "_h2h" in run.row else 0)
 
 
 @pytest.mark.parametrize(
