@@ -85,6 +85,27 @@ def test_generation_by_a_native_class_needs_no_layer_of_the_teachers_attention(t
     assert torch.equal(as_native(student).generate(prompt, **options), student.generate(prompt, **options))
 
 
+NATIVE = {
+    "mamba2": "GraniteMoeHybridForCausalLM", "gated_delta_net": "Qwen3_5ForCausalLM", "kda": "KimiLinearForCausalLM",
+    "delta_net": "KimiLinearForCausalLM", "mlstm": "xLSTMForCausalLM",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def wide(save_model) -> Teacher:
+    """Make a teacher whose heads are together 64 wide, the least for xLSTM's class, and whose head is tied."""
+    return Teacher(str(save_model("llama", randomise=True, hidden_size=64, head_dim=16)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", NATIVE)
+def test_a_native_class_agrees_in_a_fresh_process(mixer, wide, tmp_path):
+    student = trained(wide, mixer, kv_heads="grouped")
+    command.save_file(fresh.expectation(student), tmp_path / "expected")
+    as_native(student).save_pretrained(tmp_path / "new")
+    assert command.check(tmp_path / "new", tmp_path / "expected", remote=False)["model"] == NATIVE[mixer]
+
+
 REFUSED = [
     ("llama", "mamba2", {"window": 8}, "student.window"),
     ("llama", "mamba2", {"rope": True}, "student.rope"),
@@ -92,6 +113,12 @@ REFUSED = [
     ("llama_bias", "mamba2", {}, "biases of q, k, v and o"),
     ("qwen3", "mamba2", {}, "norms of q and k"),
     ("qwen2", "mamba2", {}, "biases of q, k, v and o"),
+    ("qwen3", "gated_delta_net", {}, "norms of q and k"),
+    ("llama", "gated_delta_net", {"softmax_layers": [1]}, "student.softmax_layers"),
+    ("llama", "kda", {"softmax_layers": [1]}, "student.softmax_layers"),
+    ("llama", "mlstm", {}, "multiples of 64, not 32 and 32"),
+    *[("llama", mixer, {}, "none of whose") for mixer in ("gla", "hgrn2", "retnet", "metala", "rebased", "hedgehog", "swa")],
+    ("llama", "rwkv7", {}, "whose RWKV is version 4"),
 ]
 
 
@@ -132,7 +159,7 @@ def test_bad_input_is_one_line_and_nothing_is_overwritten(teacher, teacher_folde
 
 
 @pytest.mark.slow
-def test_a_fresh_process_agrees(teacher, tokenizer, tmp_path, capsys):
+def test_the_command_writes_a_folder_and_nothing_else(teacher, tokenizer, tmp_path, capsys):
     student = save(trained(teacher, "mamba2", softmax_layers=[0]), tmp_path / "student", tokenizer)
     main(["export", str(student), "--to", "transformers", "--out", str(tmp_path / "new")])
     assert "is a GraniteMoeHybridForCausalLM" in capsys.readouterr().out
