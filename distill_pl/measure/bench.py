@@ -5,6 +5,7 @@ import difflib
 import functools
 import gc
 import json
+import math
 import platform
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers.cache_utils import Cache
 
-from distill_pl.console import quiet, say
+from distill_pl.console import aligned, quiet, say
 from distill_pl.errors import InputError
 from distill_pl.measure.evaluate import load, weights_path
 from distill_pl.measure.params import smollm_360m
@@ -36,8 +37,9 @@ GPU_DEFAULTS, CPU_DEFAULTS = ("1024,4096,16384,65536", 5), ("128,256,512,1024", 
 DECODE = ("auto", "graph", "plain")
 RANGES = {"new_tokens": AT_LEAST_1, "batch_size": AT_LEAST_1, "repeats": AT_LEAST_1, "prefill_chunk": Range(0, 1e15),
           "seed": SEED}  # fmt: skip
-WIDTHS = {"prompt": 8, "prefill tokens/s": 16, "decode": 6, "ms/token (min to max)": 24, "of limit": 8, "decode tokens/s": 15,
-          "prefill GiB": 11, "decode GiB": 10, "state bytes": 14, "state in theory": 15}  # fmt: skip
+PREFILL_CHUNK = 8192  # tokens that a model whose state does not grow reads at once by default
+WIDTHS = {"prompt": 8, "prefill tokens/s": 16, "first token ms": 14, "decode": 6, "ms/token (min to max)": 24, "of limit": 8,
+          "decode tokens/s": 15, "prefill GiB": 11, "decode GiB": 10, "state bytes": 14, "state in theory": 15}  # fmt: skip
 
 Row = dict[str, Any]
 
@@ -48,7 +50,7 @@ def bench(
     new_tokens: int = 64,
     batch_size: int = 1,
     repeats: int | None = None,
-    prefill_chunk: int = 0,
+    prefill_chunk: int | None = None,
     decode: str = "auto",
     seed: int = 0,
     out: str = "bench",
@@ -56,11 +58,14 @@ def bench(
     """Measure the time and memory of prefill and of decoding against the length of the prompt (paper, Figure 2).
 
     Each model reads a prompt of random tokens, then adds the likeliest token, one at a time; in bf16 on a GPU, in fp32 on a
-    CPU; wall-clock time. Prints a row for each length. Its columns: `decode`, how tokens are decoded (--decode); `ms/token`,
-    for the whole batch, median and range of the repeats; `of limit`, how close that is to the limit of memory bandwidth, the
+    CPU; wall-clock time. Prints a row for each length. Its columns: `first token`, the time from a prompt to the first new
+    token, in which `prefill tokens/s` are read; `decode`, how further tokens are decoded (--decode); `ms/token`, for the whole
+    batch, median and range of the repeats; `of limit`, how close that is to the limit of memory bandwidth, the
     time in which a large copy, timed in the same run, moves as many bytes as weights and state have; `decode tokens/s`, over
     the batch; `GiB`, on a GPU only, the peak beyond the weights; `state`, bytes before the first decoded token (with --decode
-    graph those of buffers that have room for all tokens), measured and from the architecture alone.
+    graph those of buffers that have room for all tokens), measured and from the architecture alone. Then, for each student and
+    each Transformer, the length of the prompt from which on the student takes less time or memory, read off a straight line
+    between two measured lengths on logarithmic scales.
 
     Writes bench.json (all repeats), bench.csv and bench.png after every row. The same command resumes where it stopped and
     measures no row twice.
@@ -74,8 +79,9 @@ def bench(
         new_tokens: tokens to decode after each prompt.
         batch_size: number of prompts decoded together.
         repeats: timed repetitions of each length, after one that is not counted. Default: 5; on a CPU 3.
-        prefill_chunk: read the prompt in chunks of this many tokens, which bounds the memory of prefill; 0 reads it at once,
-            the fastest way for softmax attention, whose kernels for a whole triangle do not apply to a chunk.
+        prefill_chunk: read the prompt in chunks of this many tokens, the state carried from one to the next, which bounds the
+            memory of prefill; 0 reads it at once, the fastest way for softmax attention, whose kernels for a whole triangle do
+            not apply to a chunk. Default: 8192 for models whose state does not grow, else 0.
         decode: graph: each step compiled and captured as one CUDA graph, states in fixed buffers (for softmax attention too,
             whose keys and values get room for prompt and new tokens), for models built like Llama; plain: the model's own
             cached forward pass; auto: graph on a GPU.
@@ -108,6 +114,8 @@ def bench(
         gc.collect()
         torch.cuda.empty_cache()
     write(Path(out), settings, rows)
+    if table := crossover_table(rows):
+        say(f"\n{table}\n")
     say(f"wrote bench.png, bench.csv and bench.json to {out}")
 
 
@@ -184,11 +192,13 @@ def model_rows(model: str, source: str, lengths: list[int], settings: dict[str, 
                 network = random_model(model, settings["seed"]) if source == RANDOM else load(source)[0]
                 warn_beyond_positions(model, network, positions)
                 mode = decode_mode(model, network, settings["decode"], positions)
+                chunk = prefill_chunk(network, settings["prefill_chunk"])
                 warm_up = settings["new_tokens"]
             row = {"model": model, "weights": source, "length": length, "softmax": not isinstance(network, Student),
-                   "weights_bytes": network.get_memory_footprint(), "decode": mode, "bandwidth": bandwidth()}  # fmt: skip
+                   "weights_bytes": network.get_memory_footprint(), "decode": mode, "prefill_chunk": chunk,
+                   "bandwidth": bandwidth()}  # fmt: skip
             try:
-                row |= measure(network, length, settings | {"decode": mode}, warm_up)
+                row |= measure(network, length, settings | {"decode": mode, "prefill_chunk": chunk}, warm_up)
                 row |= limit(network, row)
             except torch.OutOfMemoryError:
                 row["out_of_memory"] = True
@@ -227,6 +237,14 @@ def decode_mode(model: str, network: PreTrainedModel, decode: str, positions: in
             say(f"{model}: decodes without a CUDA graph: {reason}")
             return "plain"
     return decode
+
+
+def prefill_chunk(network: PreTrainedModel, chunk: int | None) -> int:
+    """Resolve --prefill_chunk for a model; 0 reads prompts at once."""
+    if chunk is not None:
+        return chunk
+    sizes = {theory(network, 1, length) for length in (2**30, 2**31)}
+    return PREFILL_CHUNK if len(sizes) == 1 and None not in sizes else 0
 
 
 def theory(network: PreTrainedModel, batch: int, length: int) -> int | None:
@@ -343,6 +361,7 @@ def measure(network: PreTrainedModel, length: int, settings: dict[str, Any], war
         "prefill_seconds": prefill_seconds,
         "decode_seconds": decode_seconds,
         "prefill_tokens_per_second": batch * length / median(prefill_seconds),
+        "first_token_ms": 1000 * median(prefill_seconds),
         "decode_ms": median(per_token),
         "decode_ms_min": min(per_token),
         "decode_ms_max": max(per_token),
@@ -359,6 +378,7 @@ def cells(row: Row) -> list[str]:
         row["model"],
         str(row["length"]),
         short(row["prefill_tokens_per_second"]),
+        f"{row['first_token_ms']:.1f}",
         row["decode"],
         f"{row['decode_ms']:.2f} ({row['decode_ms_min']:.2f} to {row['decode_ms_max']:.2f})",
         f"{row['decode_of_limit']:.0%}" if "decode_of_limit" in row else "",
@@ -372,6 +392,40 @@ def line(cells: list[str], width: int) -> str:
     """Lay out one line of the table, its first column `width` wide: lines are printed before later rows are known."""
     widths = list(WIDTHS.values())[: len(cells) - 1]
     return "  ".join([cells[0].ljust(width), *(cell.rjust(w) for cell, w in zip(cells[1:], widths, strict=True))]).rstrip()
+
+
+def crossover(student: dict[int, float], transformer: dict[int, float]) -> str:
+    """Say from which length on a student has less than a Transformer: of times or bytes by length, infinite if out of memory.
+
+    Between two measured lengths, both are taken to be straight lines on logarithmic scales. Empty without a common length.
+    """
+    lengths = sorted(student.keys() & transformer.keys())
+    worse = [length for length in lengths if student[length] >= transformer[length]]
+    if not lengths or not worse:
+        return f"{lengths[0]:,} or less" if lengths else ""
+    if worse[-1] == lengths[-1]:
+        return f"none up to {lengths[-1]:,}"
+    start, end = worse[-1], lengths[lengths.index(worse[-1]) + 1]
+    if transformer[end] == math.inf:
+        return f"{end:,}"
+    before, after = (math.log(student[length] / transformer[length]) for length in (start, end))
+    return f"about {start * (end / start) ** (before / (before - after)):,.0f}"
+
+
+def crossover_table(rows: list[Row]) -> str:
+    """Lay out from which length on each student takes less than each Transformer; empty where one of the two is lacking."""
+    memory = "decode_peak_bytes" if any(row.get("decode_peak_bytes") for row in rows) else "state_bytes"
+    measures = {"first_token_ms": "first token", "decode_ms": "time per token", memory: "memory"}
+    values: dict[bool, dict[str, dict[str, dict[int, float]]]] = {False: {}, True: {}}  # of students, of Transformers
+    for row in rows:
+        of_model = values[row["softmax"]].setdefault(row["model"], {key: {} for key in measures})
+        for key in measures:
+            of_model[key][row["length"]] = math.inf if "out_of_memory" in row else row[key]
+    table = [["takes less from a prompt of", *measures.values()]]
+    for student, own in values[False].items():
+        for transformer, other in values[True].items():
+            table.append([f"{student} against {transformer}", *(crossover(own[key], other[key]) for key in measures)])
+    return aligned(table) if len(table) > 1 else ""
 
 
 def write(folder: Path, settings: dict[str, Any], rows: list[Row]) -> None:

@@ -55,7 +55,7 @@ def line_styles(mixers: Sequence[str | None]) -> list[dict[str, Any]]:
 
 
 def draw_bench(file: Path, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Draw Figure 2 from the rows of bench.json: time per token and memory against length, a line for each model.
+    """Draw Figure 2 from the rows of bench.json: time per token, memory and prefill against length, a line for each model.
 
     Softmax models are black and dashed. Without a GPU the size of the state stands in for the peak of memory.
     """
@@ -63,8 +63,8 @@ def draw_bench(file: Path, settings: dict[str, Any], rows: list[dict[str, Any]])
     rows = [row for row in rows if "out_of_memory" not in row]
     gpu = any(row["decode_peak_bytes"] is not None for row in rows)
     memory, unit = ("decode_peak_bytes", 2**30) if gpu else ("state_bytes", 2**20)
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(15, 4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     students = 0
     for model in dict.fromkeys(row["model"] for row in rows):
         of_model = [row for row in rows if row["model"] == model]
@@ -75,11 +75,13 @@ def draw_bench(file: Path, settings: dict[str, Any], rows: list[dict[str, Any]])
             style = {"color": f"C{students % 10}", "marker": MARKERS[students % 10]}
             students += 1
         left.errorbar(lengths, times, spread, label=model, capsize=2, fillstyle="none", **style)
-        right.plot(lengths, [row[memory] / unit for row in of_model], fillstyle="none", **style)
+        middle.plot(lengths, [row[memory] / unit for row in of_model], fillstyle="none", **style)
+        right.plot(lengths, [row["first_token_ms"] for row in of_model], fillstyle="none", **style)
     left.set(title="Time per token", ylabel="ms per decoded token, median and range", ylim=(0, None))
-    right.set(title="Peak memory of decoding" if gpu else "Size of the state", yscale="log")
-    right.set_ylabel("GiB beyond the weights" if gpu else "MiB after the prompt")
-    for axes in (left, right):
+    middle.set(title="Peak memory of decoding" if gpu else "Size of the state", yscale="log")
+    middle.set_ylabel("GiB beyond the weights" if gpu else "MiB after the prompt")
+    right.set(title="Time to the first token", yscale="log", ylabel="ms")
+    for axes in (left, middle, right):
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, map(str, ticks), rotation=45 if len(ticks) > 6 else 0)
         axes.minorticks_off()

@@ -3,6 +3,8 @@
 import ast
 import csv
 import json
+import math
+import re
 import sys
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import torch
 import distill_pl.measure.bench
 from distill_pl.cli import main
 from distill_pl.errors import InputError
-from distill_pl.measure.bench import bench, decode, limit, measure, prefill, theory
+from distill_pl.measure.bench import bench, crossover, decode, limit, measure, prefill, prefill_chunk, theory
 from distill_pl.mixers import MIXERS
 from distill_pl.student.cache import state_bytes
 from distill_pl.student.factory import StudentFactory
@@ -88,6 +90,21 @@ def test_prefill_and_decode_are_generate(teacher, name):
         assert cache.get_seq_length() == 48
 
 
+def test_what_does_not_grow_is_read_in_chunks(teacher, name):
+    network = StudentFactory(name).build(teacher, seed=0)
+    assert prefill_chunk(network, None) == (0 if name == "softmax" else 8192) and prefill_chunk(network, 7) == 7
+    assert prefill_chunk(teacher.model, None) == 0
+    assert prefill_chunk(StudentFactory(name, softmax_layers=[1]).build(teacher, seed=0), None) == 0
+
+
+def test_crossover_is_where_straight_lines_on_logarithmic_scales_meet():
+    grows, constant = {length: float(length) for length in (1, 4, 16, 64)}, dict.fromkeys((4, 16, 64, 256), 8.0)
+    assert crossover(constant, grows) == "about 8" and crossover(grows, constant) == "none up to 64"
+    assert crossover(dict.fromkeys(grows, 0.5), grows) == "1 or less" and crossover({2: 1.0}, grows) == ""
+    assert crossover(constant, grows | {16: math.inf}) == "16"  # where the Transformer runs out of memory
+    assert crossover(dict.fromkeys(grows, 8.0) | {64: 100.0}, grows) == "none up to 64"  # not for good
+
+
 @pytest.mark.slow
 def test_bench_of_a_mixer_and_a_folder(here, teacher_folder, capsys):
     main(["bench", "gla", str(teacher_folder), "--lengths=24,8,160", "--new_tokens=2", "--repeats=2"])
@@ -97,8 +114,10 @@ def test_bench_of_a_mixer_and_a_folder(here, teacher_folder, capsys):
     for row in rows.values():
         assert len(row["prefill_seconds"]) == len(row["decode_seconds"]) == 2
         assert row["decode_ms_min"] <= row["decode_ms"] <= row["decode_ms_max"] and row["prefill_tokens_per_second"] > 0
+        assert row["first_token_ms"] == pytest.approx(1000 * row["length"] / row["prefill_tokens_per_second"])
         assert row["state_bytes"] == row["state_in_theory"] and row["decode_peak_bytes"] is None
         assert f"{row['state_bytes']:,}" in printed
+    assert re.search(rf"gla against {teacher_folder} .* (about \d+|8 or less|none up to 160)$", printed, re.MULTILINE)
     sizes = {model: [rows[model, length]["state_bytes"] for length in (8, 24, 160)] for model, _ in rows}
     assert len(set(sizes["gla"])) == 1
     softmax = sizes[str(teacher_folder)]
