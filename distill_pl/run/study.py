@@ -36,6 +36,7 @@ from distill_pl.measure.report import scalars
 from distill_pl.run.experiments import bundled, config_file
 from distill_pl.run.folder import StageRun, differing, disk_refused, flat, plain, read_metrics, write_aside
 from distill_pl.run.plan import plan
+from distill_pl.run.summary import summary
 from distill_pl.run.trainer import device
 from distill_pl.run.values import AT_LEAST_1, POSITIVE, check_numbers, check_values
 from distill_pl.stages import STAGES
@@ -45,6 +46,7 @@ from distill_pl.tokens import Tokens, short
 FILE_KEYS: dict[str, type | tuple] = {"common": dict, "seeds": list, "evaluate": dict, "runs": list}
 GROUP_KEYS: dict[str, type | tuple] = {"config": (str, list), "name": str, "set": dict, "over": dict, "seeds": list}
 SECONDS_BETWEEN_LOOKS, SECONDS_TO_STOP = 0.2, 60.0
+NAMED = ("teacher", "data.dataset", "tokens")  # keys that results name, changed or not
 STOPPED_BY = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -56,7 +58,7 @@ class Run(NamedTuple):
     seed: int
     args: list[str]  # of distill-pl fit
     config: Namespace
-    changed: dict[str, Any]  # of the configuration, by dotted key: what is not the default
+    changed: dict[str, Any]  # of the configuration, by dotted key: NAMED and what is not the default
 
 
 class Failed(Exception):
@@ -76,7 +78,7 @@ def study(
     only: str = "*",
     index: int | None = None,
     time_limit: float | None = None,
-    show: Literal["plan"] | None = None,
+    show: Literal["plan", "summary"] | None = None,
 ) -> None:
     """Carry out the runs that a file lists, several at once, and write what came out of each to a JSON of a few kB.
 
@@ -99,12 +101,16 @@ def study(
         only: run only what matches this pattern, such as 'gla_*_s0'.
         index: run only this one of the runs, counted from 1: for a Slurm array.
         time_limit: minutes after which no run begins, and those that are running are stopped; they can be resumed.
-        show: print the `plan`, with what is done, instead of carrying it out.
+        show: instead of carrying out the study, print its `plan`, with what is done, or a `summary` of its results as Markdown.
     """
     quiet()
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of each run that was resumed
     numbers = {"parallel": parallel, "seeds": seeds, "index": index, "time_limit": time_limit}
     check_numbers(numbers, {key: POSITIVE if key == "time_limit" else AT_LEAST_1 for key in numbers})
+    folder = Path(results or Path(out) / "results")
+    if show == "summary":
+        say(summary(folder))
+        return
     deadline = math.inf if time_limit is None else time.monotonic() + 60 * time_limit
     lines = read(file)
     if data is not None:
@@ -120,7 +126,6 @@ def study(
         check_numbers({"index": index}, {"index": AT_LEAST_1._replace(most=len(runs))})
         runs = runs[index - 1 : index]
     options = lines.get("evaluate")
-    folder = Path(results or Path(out) / "results")
     done = {run.name for run in runs if is_done(run, folder, options)}
     left = [run for run in runs if run.name not in done]
     tokens_left = sum(run.config.tokens for run in left)
@@ -220,7 +225,8 @@ def settle(name: str, row: str, seed: str, experiment: str | None, keys: dict[st
     StudentFactory(**config.student.as_dict() | {"start_from": None})  # without loading that
     ChunkDataModule(**config.data)
     args = [*chosen, *options_of(keys), f"--seed={seed}", f"--out={config.out}"]
-    changed = {key: value for key, value in flat(plain(config)).items() if key != "out" and defaults.get(key) != value}
+    changed = {key: value for key, value in flat(plain(config)).items()
+               if key != "out" and (key in NAMED or defaults.get(key) != value)}  # fmt: skip
     return Run(name, row, config.seed, args, config, changed)
 
 
@@ -354,9 +360,9 @@ def steps(run: Run, out: Path, results: Path, options: dict[str, Any] | None,
             own.parent.mkdir(exist_ok=True)
             shutil.copy(known, own)
         yield from command(["evaluate", str(folder), *options_of(options)], log, environment)
-    summary = summarise(run, options)
-    write_aside(results / f"{run.name}.json", lambda aside: aside.write_text(json.dumps(summary, indent=1) + "\n"))
-    return summary["held_out"]["student"]
+    result = summarise(run, options)
+    write_aside(results / f"{run.name}.json", lambda aside: aside.write_text(json.dumps(result, indent=1) + "\n"))
+    return result["held_out"]["student"]
 
 
 def command(args: list[str], log: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen]:

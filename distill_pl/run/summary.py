@@ -1,0 +1,227 @@
+"""Summarise the results of a study as Markdown: the paper's tables, the rankings, and what became of its claims.
+
+A claim is judged by the difference of two students with the same seed: by its mean over the seeds and the 95% interval of that
+mean (Student's t). It is confirmed where the whole interval agrees with the claim, contradicted where none of it does, and
+otherwise undecided.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+from distill_pl.console import markdown
+from distill_pl.errors import InputError
+from distill_pl.measure import recall, study
+
+PUBLISHED = study.TABLE_2 | study.TABLE_3 | study.APPENDIX_B
+OTHERS = [mixer for mixer in study.TABLE_1[1:] if mixer not in ("mlstm", "gla")]  # of the nine subquadratic ones
+GAINS = [f"{mixer}_mm - {mixer}" for mixer in study.TABLE_1 if mixer != "metala"]
+DIGITS = {"perplexity": 2, "KL": 3, "nats": 3, "points": 2}  # after the point; 1 of all other measures
+LITTLE = {"nats": 0.02, "points": 0.5}  # differences that the paper would call similar or minimal
+SPANS = {  # of a claim: least and most that the left student may be better, in units of LITTLE
+    "better": (0, math.inf), "worse": (-math.inf, 0), "similar": (-1, 1), "little or worse": (-math.inf, 1),
+}  # fmt: skip
+
+
+class Claim(NamedTuple):
+    """Hold a claim of the paper: each left student is `span` (a key of SPANS) compared with the right one of its pair.
+
+    A student is named by its experiment; `a - b` stands for the gain of a over b.
+    """
+
+    section: str
+    text: str
+    span: str
+    pairs: list[tuple[str, str]]
+
+
+def each(left: str, others: list[str]) -> list[tuple[str, str]]:
+    """Pair a student with each of the others."""
+    return [(left, other) for other in others]
+
+
+CLAIMS = [
+    Claim("5.1", "GLA is ahead of the seven others", "better", each("gla", OTHERS)),
+    Claim("5.1", "xLSTM is ahead of the seven others, all with matrix mixing", "better",
+          each("mlstm_mm", [f"{mixer}_mm" for mixer in OTHERS])),
+    Claim("5.1", "matrix mixing helps MetaLA", "better", [("metala_mm", "metala")]),
+    Claim("5.1", "matrix mixing helps MetaLA most", "better", each("metala_mm - metala", GAINS)),
+    Claim("5.1", "matrix mixing helps Hedgehog", "better", [("hedgehog_mm", "hedgehog")]),
+    Claim("5.1", "matrix mixing helps softmax attention", "better", [("softmax_mm", "softmax")]),
+    Claim("5.1", "matrix mixing harms Mamba2", "worse", [("mamba2_mm", "mamba2")]),
+    Claim("5.1, 6", "matrix mixing does little or harm for DeltaNet and RetNet", "little or worse",
+          [("delta_net_mm", "delta_net"), ("retnet_mm", "retnet")]),
+    Claim("5.2", "QKV copying helps GLA", "better", [("gla_qkv", "gla")]),
+    Claim("5.2", "QKV copying helps xLSTM", "better", [("mlstm_qkv", "mlstm")]),
+    Claim("5.2", "QKV copying helps more with matrix mixing", "better",
+          [("gla_qkv_mm", "gla_qkv"), ("mlstm_qkv_mm", "mlstm_qkv")]),
+    Claim("Table 3", "hidden alignment without QKV copying harms GLA", "worse", [("gla_mm_h2h", "gla_mm")]),
+    Claim("5.2", "hidden alignment after matrix mixing helps xLSTM", "better", [("mlstm_mm_h2h", "mlstm_mm")]),
+    Claim("5.2", "hidden alignment helps GLA and xLSTM with QKV copying and matrix mixing", "better",
+          [("gla_qkv_mm_h2h", "gla_qkv_mm"), ("mlstm_qkv_mm_h2h", "mlstm_qkv_mm")]),
+    Claim("5.2", "GLA gains by all techniques together", "better", [("gla_qkv_mm_h2h", "gla")]),
+    Claim("5.2", "xLSTM with all techniques is best of all", "better",
+          each("mlstm_qkv_mm_h2h", [name for name in study.TABLE_3 if name != "mlstm_qkv_mm_h2h"])),
+    Claim("6", "xLSTM with all techniques is close to softmax attention", "similar", [("mlstm_qkv_mm_h2h", "softmax")]),
+    Claim("B", "distillation is better than plain training", "better", [("mlstm", "mlstm_plain")]),
+    Claim("B", "copying all but attention is better than nothing", "better", [("mlstm_plain", "scratch_mlstm")]),
+    Claim("B", "Frobenius norm and MSE do similarly well", "similar", [("mlstm_qkv_mm", "mlstm_qkv_mm_mse")]),
+]  # fmt: skip
+Rows = dict[str, dict[int, dict[str, float]]]  # by name and seed: a student's measures
+
+
+def summary(folder: Path) -> str:
+    """Summarise all results in a folder. Raises InputError where there are none, or a file is none of `distill-pl study`."""
+    results = []
+    for file in sorted(folder.glob("*.json")):
+        try:
+            results.append(json.loads(file.read_text()))
+            measured(results[-1], "student")
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{file} is damaged or no result of distill-pl study: delete it") from error
+    if not results:
+        raise InputError(f"results {str(folder)!r} has no result yet: run the study first, or give the --results that it had")
+    rows: Rows = {}
+    for result in results:
+        rows.setdefault(result["row"], {})[result["seed"]] = measured(result, "student")
+    teacher: Rows = {"teacher": {0: measured(results[0], "teacher")}}
+    tables: dict[str, dict[str, Any]] = {
+        "Table 3": study.TABLE_3, "Table 2": study.TABLE_2, "Appendix B": study.APPENDIX_B,
+        "Beyond the paper": dict.fromkeys(sorted(rows.keys() - PUBLISHED.keys(), key=lambda name: lowest(rows[name]))),
+    }  # fmt: skip
+    text = [overview(results)]
+    for title, published in tables.items():
+        names = [name for name in published if name in rows]
+        if names:
+            found = {name: published[name] for name in names}
+            text += [f"### {title}", table({"teacher": study.TEACHER} | found, teacher | rows)]
+        if title in ("Table 3", "Table 2") and len(names) >= 3:
+            text.append(ranking(names, rows))
+    signs = (
+        "A + says that the student that the claim names first is better. Similar, close and little mean up to "
+        f"{LITTLE['nats']} nats or {LITTLE['points']} points. Of a claim about several students, the one that speaks for it "
+        "least is shown. Intervals are not corrected for the number of claims."
+    )
+    return "\n\n".join([*text, "### The paper's claims", signs, claims(rows)])
+
+
+def measured(result: dict[str, Any], model: str) -> dict[str, float]:
+    """Collect the measures of `student` or `teacher` from a result: accuracies in percent, recall as the mean of its tasks."""
+    held_out, tasks = result["held_out"], result["evaluated"][model]
+    values = {"perplexity": held_out[model]} if model in held_out else {}
+    if model == "student" and "kl" in held_out:
+        values["KL"] = held_out["kl"]
+    values |= {column: 100 * accuracy for column, (accuracy, _) in study.columns(tasks).items()}
+    if found := [100 * tasks[task]["acc"] for task in recall.TASKS if task in tasks]:
+        values["recall"] = mean(found)
+    return values
+
+
+def overview(results: list[dict[str, Any]]) -> str:
+    """Say in a sentence how many runs there are, of what."""
+
+    def of(read: Callable[[dict], object]) -> str:
+        return ", ".join(sorted({str(read(result)) for result in results}))
+
+    config = [f"{key.split('.')[-1]} {of(lambda result, key=key: result['config'][key])}"
+              for key in ("teacher", "data.dataset", "tokens")]  # fmt: skip
+    device, version = of(lambda result: result["device"]), of(lambda result: result["versions"]["torch"])
+    return f"{len(results)} runs ({'; '.join(config)}) on {device}, torch {version}. Mean ± half the 95% interval over seeds."
+
+
+def table(published: dict[str, Any], rows: Rows) -> str:
+    """Lay out rows in the order of `published`, the paper's averages in the last column, without measures that none has."""
+    columns = [column for column in ("perplexity", "KL", *study.COLUMNS, "Avg.", "recall")
+               if any(column in values for name in published for values in rows.get(name, {}).values())]  # fmt: skip
+    lines = [["student", "seeds", *columns, "paper's Avg."]]
+    for name, accuracies in published.items():
+        runs = rows.get(name, {}).values()
+        cells = [interval([values[column] for values in runs if column in values], DIGITS.get(column, 1)) for column in columns]
+        paper = f"{accuracies[-1]:.2f}" if accuracies and accuracies[-1] is not None else ""
+        lines.append([name, "" if name == "teacher" else str(len(runs)), *cells, paper])
+    return markdown(lines)
+
+
+def ranking(names: list[str], rows: Rows) -> str:
+    """Compare the ranking of rows with the paper's by Kendall's tau, in a sentence."""
+    from scipy.stats import kendalltau
+
+    parts = []
+    for measure, sign in [("perplexity", -1), ("Avg.", 1)]:
+        values = {name: [run[measure] for run in rows[name].values() if measure in run] for name in names}
+        if all(values.values()):
+            tau = kendalltau([sign * mean(found) for found in values.values()], [PUBLISHED[name][-1] for name in names])
+            parts.append(f"{tau.statistic:.2f} by {measure} (p = {tau.pvalue:.2g})")
+    return f"Kendall's tau to the paper's ranking of these {len(names)}: {', '.join(parts)}."
+
+
+def claims(rows: Rows) -> str:
+    """Lay out each claim of the paper with the paper's difference, that here and the verdict, by loss and by accuracy."""
+    lines = [["section", "claim", "paper: points", "here: nats of held-out loss", "here: points of accuracy"]]
+    for claim in CLAIMS:
+        paper = judge(claim, "points", lambda name: {0: average} if (average := PUBLISHED[name][-1]) else {})
+        loss = judge(claim, "nats", lambda name: values_of(rows, name, "perplexity", lambda value: -math.log(value)))
+        points = judge(claim, "points", lambda name: values_of(rows, name, "Avg.", lambda value: value))
+        lines.append([claim.section, claim.text, paper.removesuffix(", one seed"), loss, points])
+    return markdown(lines)
+
+
+def values_of(rows: Rows, name: str, measure: str, better: Callable[[float], float]) -> dict[int, float]:
+    """Return a measure of a student by seed, turned so that more is better."""
+    return {seed: better(values[measure]) for seed, values in rows.get(name, {}).items() if measure in values}
+
+
+def judge(claim: Claim, unit: str, values: Callable[[str], dict[int, float]]) -> str:
+    """Say how much better the left student of the least favourable pair is than the right one, and what that means.
+
+    values: a student's name -> its measure by seed, of which more is better.
+    """
+    least, most = (bound * LITTLE[unit] if bound else 0 for bound in SPANS[claim.span])
+    found: list[tuple[float, str, str]] = []  # how far the interval is within the claim, in words, verdict
+    for left, right in claim.pairs:
+        a, b = by_seed(left, values), by_seed(right, values)
+        differences = [a[seed] - b[seed] for seed in a.keys() & b.keys()]
+        if not differences:
+            continue
+        middle, spread = mean(differences), half_width(differences)
+        low, high = middle - spread, middle + spread
+        outside = high < least or low > most
+        verdict = "confirmed" if least <= low and high <= most else "contradicted" if outside else "undecided"
+        verdict = verdict if len(differences) > 1 else "one seed"
+        of_several = f" ({f'{left} ' * (claim.pairs[0][0] != claim.pairs[-1][0])}against {right})" * (len(claim.pairs) > 1)
+        found.append((min(low - least, most - high), interval(differences, DIGITS[unit], "+") + of_several, verdict))
+    if not found:
+        return "not run"
+    verdicts = {verdict for *_, verdict in found}
+    whole = "contradicted" if "contradicted" in verdicts else verdicts.pop() if len(verdicts) == 1 else "undecided"
+    if len(found) < len(claim.pairs):
+        whole = f"{whole.replace('confirmed', 'undecided')}, {len(found)} of {len(claim.pairs)} pairs run"
+    return f"{min(found)[1]}, {whole}"
+
+
+def by_seed(student: str, values: Callable[[str], dict[int, float]]) -> dict[int, float]:
+    """Return a student's measure by seed, or that of a gain `a - b`, for the seeds that both have."""
+    first, *rest = (values(name) for name in student.split(" - "))
+    return {seed: value - sum(other[seed] for other in rest) for seed, value in first.items() if all(seed in o for o in rest)}
+
+
+def lowest(runs: dict[int, dict[str, float]]) -> float:
+    """Return the lowest perplexity of a student's runs."""
+    return min(values["perplexity"] for values in runs.values())
+
+
+def half_width(values: list[float]) -> float:
+    """Return half of the 95% interval of a mean by Student's t; 0 for a single value, of which it is not known."""
+    from scipy.stats import t
+
+    return t.ppf(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def interval(values: list[float], digits: int, sign: str = "") -> str:
+    """Format the mean of values and half of its 95% interval, of a single value itself, of none nothing."""
+    if len(values) < 2:
+        return "".join(f"{value:{sign}.{digits}f}" for value in values)
+    return f"{mean(values):{sign}.{digits}f} ± {half_width(values):.{digits}f}"

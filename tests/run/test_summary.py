@@ -1,0 +1,98 @@
+"""A study's summary: a claim is confirmed or contradicted only where the whole interval over seeds says so."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from helpers import refused
+
+from distill_pl.measure import study
+from distill_pl.run.summary import CLAIMS, PUBLISHED, SPANS, Claim, half_width, interval, judge, summary
+
+
+def write(folder: Path, row: str, losses: list[float], accuracies: tuple = (), tokens: str = "30M") -> None:
+    """Write results of a row, one for each seed, as `distill-pl study` does."""
+    columns = zip(study.COLUMNS.values(), accuracies, strict=False)
+    tasks = {task: {"acc": accuracy / 100, "acc_stderr": 0.01} for column, accuracy in columns for task in column}
+    for seed, loss in enumerate(losses):
+        result = {
+            "row": row, "seed": seed, "held_out": {"student": math.exp(loss), "kl": 0.25, "teacher": 20.0},
+            "config": {"teacher": "T", "data.dataset": "D", "tokens": tokens}, "evaluated": {"student": tasks, "teacher": {}},
+            "device": "CPU", "versions": {"torch": "2.0"},
+        }  # fmt: skip
+        (folder / f"{row}_s{seed}.json").write_text(json.dumps(result))
+
+
+def line(text: str, start: str) -> list[str]:
+    """Return the cells of the line of a Markdown table that begins so."""
+    return next(line for line in text.splitlines() if line.startswith(f"| {start}")).strip("| ").split(" | ")
+
+
+@pytest.mark.parametrize(
+    ("span", "differences", "says"),
+    [
+        ("better", [0.03, 0.031, 0.032], "+0.031 ± 0.002, confirmed"),
+        ("better", [-0.03, -0.031, -0.032], "-0.031 ± 0.002, contradicted"),
+        ("better", [0.01, 0.03, 0.08], "+0.040 ± 0.090, undecided"),
+        ("better", [0.03], "+0.030, one seed"),
+        ("better", [], "not run"),
+        ("worse", [-0.03, -0.031, -0.032], "confirmed"),
+        ("similar", [0.001, -0.001, 0.002], "confirmed"),
+        ("similar", [0.03, 0.031, 0.032], "contradicted"),
+        ("little or worse", [0.01, 0.011, 0.012], "confirmed"),
+        ("little or worse", [0.03, 0.031, 0.032], "contradicted"),
+    ],
+)
+def test_verdicts(span, differences, says):
+    values = {"a": dict(enumerate(1 + difference for difference in differences)), "b": {0: 1.0, 1: 1.0, 2: 1.0, 7: 9.0}}
+    assert judge(Claim("", "", span, [("a", "b")]), "nats", values.get).endswith(says)
+
+
+def test_a_claim_about_several_needs_all_of_them_and_shows_the_one_against_it():
+    values = {"a": {0: 5.0, 1: 5.0}, "b": {0: 4.0, 1: 4.1}, "c": {0: 5.5, 1: 5.52}, "d": {0: 0.0, 1: 0.1}, "e": {}}
+    pairs = [("a", "b"), ("a", "d")]
+    assert "confirmed" in judge(Claim("", "", "better", pairs), "nats", values.get)
+    assert "(against c), contradicted" in judge(Claim("", "", "better", [*pairs, ("a", "c")]), "nats", values.get)
+    assert judge(Claim("", "", "better", [*pairs, ("a", "e")]), "nats", values.get).endswith("undecided, 2 of 3 pairs run")
+    gains = Claim("", "", "better", [("a - b", "c - d")])
+    assert judge(gains, "nats", values.get).startswith("-4.510 ± ")
+
+
+def test_intervals_are_those_of_students_t():
+    assert half_width([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    assert (interval([1.0, 2.0, 3.0], 2), interval([2.0], 1), interval([], 1)) == ("2.00 ± 2.48", "2.0", "")
+
+
+def test_claims_are_about_rows_of_the_paper_and_spans_that_exist():
+    for claim in CLAIMS:
+        assert claim.span in SPANS and claim.pairs
+        assert {name for pair in claim.pairs for side in pair for name in side.split(" - ")} <= PUBLISHED.keys()
+    most = next(claim for claim in CLAIMS if claim.text == "matrix mixing helps MetaLA most")
+    assert len(most.pairs) == 9
+
+
+def test_the_summary_has_tables_ranking_and_claims(tmp_path):
+    for name, accuracies in study.TABLE_3.items():
+        loss = 4 - accuracies[-1] / 100  # ranked as in the paper
+        write(tmp_path, name, [loss, loss + 0.001, loss - 0.001], accuracies)
+    write(tmp_path, "kda_qkv", [3.4, 3.5])
+    text = summary(tmp_path)
+    assert text.startswith("44 runs (teacher T; dataset D; tokens 30M) on CPU, torch 2.0.")
+    perplexity = math.exp(4 - 0.4785)
+    row = line(text, "gla | 3")
+    assert row[2].startswith(f"{perplexity:.2f} ± ") and row[3] == "0.250 ± 0.000" and row[-1] == "47.85"
+    assert line(text, "teacher")[2] == "20.00" and line(text, "kda_qkv")[1] == "2"
+    assert "ranking of these 14: 1.00 by perplexity" in text and "1.00 by Avg." in text
+    assert "### Table 2" in text and "| hedgehog" not in text
+    claim = line(text, "5.2 | QKV copying helps GLA ")
+    assert claim[2:] == ["+0.81", "+0.008 ± 0.000, confirmed", "+0.82 ± 0.00, confirmed"]  # of columns that are rounded
+    assert line(text, "5.1 | matrix mixing helps MetaLA ")[3:] == ["not run", "not run"]
+
+
+def test_bad_results_are_one_line(tmp_path):
+    assert "has no result yet" in refused("study", "study", "--show=summary", f"--results={tmp_path}")
+    (tmp_path / "x.json").write_text("{}")
+    assert "x.json is damaged or no result of distill-pl study" in refused(
+        "study", "study", "--show=summary", f"--results={tmp_path}"
+    )
