@@ -264,6 +264,8 @@ def is_done(run: Run, results: Path, options: dict[str, Any] | None) -> bool:
     kept = read_report(file)
     if not kept:
         return False
+    if not {"config", "evaluate"} <= kept.keys():
+        raise InputError(f"{file} is no result of distill-pl study: delete it, or choose other --out and --results")
     before, now = kept["config"], run.changed
     if keys := differing(before, now):
         changes = ", ".join(f"{key} {before.get(key, 'default')} -> {now.get(key, 'default')}" for key in keys)
@@ -385,7 +387,7 @@ def stop(processes: list[subprocess.Popen]) -> None:
         try:
             process.wait(SECONDS_TO_STOP)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def summarise(run: Run, options: dict[str, Any] | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from distill_pl.console import markdown
 from distill_pl.errors import InputError
 from distill_pl.measure import recall, study
+from distill_pl.run.folder import write_aside
 
 PUBLISHED = study.TABLE_2 | study.TABLE_3 | study.APPENDIX_B
 OTHERS = [mixer for mixer in study.TABLE_1[1:] if mixer not in ("mlstm", "gla")]  # of the nine subquadratic ones
@@ -74,7 +75,10 @@ Rows = dict[str, dict[int, dict[str, float]]]  # by name and seed: a student's m
 
 
 def summary(folder: Path) -> str:
-    """Summarise all results in a folder. Raises InputError where there are none, or a file is none of `distill-pl study`."""
+    """Summarise all results in a folder, and draw study.png into it.
+
+    Raises InputError where there are none, or a file is none of `distill-pl study`.
+    """
     results = []
     for file in sorted(folder.glob("*.json")):
         try:
@@ -92,7 +96,8 @@ def summary(folder: Path) -> str:
         "Table 3": study.TABLE_3, "Table 2": study.TABLE_2, "Appendix B": study.APPENDIX_B,
         "Beyond the paper": dict.fromkeys(sorted(rows.keys() - PUBLISHED.keys(), key=lambda name: lowest(rows[name]))),
     }  # fmt: skip
-    text = [overview(results)]
+    draw(rows, teacher["teacher"][0].get("perplexity"), folder / "study.png")
+    text = [overview(results), "![held-out perplexity of each student](study.png)"]
     for title, published in tables.items():
         names = [name for name in published if name in rows]
         if names:
@@ -206,6 +211,36 @@ def by_seed(student: str, values: Callable[[str], dict[int, float]]) -> dict[int
     """Return a student's measure by seed, or that of a gain `a - b`, for the seeds that both have."""
     first, *rest = (values(name) for name in student.split(" - "))
     return {seed: value - sum(other[seed] for other in rest) for seed, value in first.items() if all(seed in o for o in rest)}
+
+
+def draw(rows: Rows, teacher: float | None, file: Path) -> None:
+    """Draw each student's held-out perplexity with its 95% interval, the best on top, and against the paper's averages."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
+
+    found = {name: [values["perplexity"] for values in runs.values()] for name, runs in rows.items()}
+    names = sorted(found, key=lambda name: -mean(found[name]))
+    figure = Figure(figsize=(12, max(4, 0.2 * len(names))), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for place, name in enumerate(names):
+        middle, spread = mean(found[name]), half_width(found[name])
+        average = PUBLISHED[name][-1] if name in PUBLISHED else None
+        color = "C0" if name in PUBLISHED else "C1"
+        left.errorbar(middle, place, xerr=spread, marker="o", markersize=4, capsize=2, color=color)
+        if average is not None:
+            right.errorbar(middle, average, xerr=spread, marker="o", markersize=4, color="C0")
+            right.annotate(name, (middle, average), fontsize="xx-small", xytext=(4, 2), textcoords="offset points")
+    left.set_yticks(range(len(names)), names, fontsize="small")
+    left.set(title="blue: students of the paper; orange: beyond it; line: teacher", ylim=(-1, len(names)))
+    right.set(title="against the paper's accuracies", ylabel="paper's average accuracy, %")
+    for axes in (left, right):
+        axes.set(xscale="log", xlabel="held-out perplexity, mean and 95% interval over seeds")
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(ScalarFormatter())
+        axes.grid(axis="x", which="both", alpha=0.3)
+    if teacher is not None:
+        left.axvline(teacher, color="black", linewidth=1)
+    write_aside(file, lambda aside: figure.savefig(aside, format="png", dpi=120))
 
 
 def lowest(runs: dict[int, dict[str, float]]) -> float:

@@ -162,5 +162,7 @@ def test_a_stopped_study_goes_on_and_a_failed_run_does_not_stop_it(file, teacher
     assert "1 run, 1 done" in capsys.readouterr().out
     line = refused("study", file, f"--out={out}", "--only=gla_qkv*", "--tokens=9k")
     assert "of another configuration (tokens 7680 -> 9k): undo that" in line
+    kept.write_text('{"acc": 1}')
+    assert "no result of distill-pl study" in refused("study", file, f"--out={out}", "--only=gla_qkv*")
     kept.write_text("{")
     assert "damaged" in refused("study", file, f"--out={out}", "--only=gla_qkv*")

@@ -78,6 +78,7 @@ def test_the_summary_has_tables_ranking_and_claims(tmp_path):
         write(tmp_path, name, [loss, loss + 0.001, loss - 0.001], accuracies)
     write(tmp_path, "kda_qkv", [3.4, 3.5])
     text = summary(tmp_path)
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
     assert text.startswith("44 runs (teacher T; dataset D; tokens 30M) on CPU, torch 2.0.")
     perplexity = math.exp(4 - 0.4785)
     row = line(text, "gla | 3")
