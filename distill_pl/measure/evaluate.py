@@ -1,6 +1,7 @@
 """`distill-pl evaluate` and `distill-pl generate`: score a model, and let it write."""
 
 import json
+import math
 import tempfile
 from collections.abc import Iterator
 from hashlib import sha256
@@ -49,9 +50,9 @@ def evaluate(
     Args:
         models: run folders of `distill-pl fit`, whose teacher and held-out text are measured as well; or model folders or
             hub ids, for which there are only tasks.
-        tasks: names of lm-eval tasks, e.g. arc_easy,piqa; `study` stands for the paper's six benchmarks, `recall` for the
-            tasks of finding again what was read: niah_single_1, niah_single_2, niah_multikey, niah_multivalue, mqar, induction
-            and copy.
+        tasks: names of lm-eval tasks, e.g. arc_easy,piqa or, where the model writes, gsm8k,triviaqa,ifeval; `study` stands for
+            the paper's six benchmarks, `recall` for the tasks of finding again what was read: niah_single_1, niah_single_2,
+            niah_multikey, niah_multivalue, mqar, induction and copy.
         data: folder of <task>.jsonl files in the hub's columns; without it lm-eval downloads its data from the hub.
         limit: score only this many first questions of each task; of recall tasks, of each length (default 25).
         batch_size: sequences in a forward pass.
@@ -395,7 +396,11 @@ def table(results: dict[str, Results], teachers: dict[str, str]) -> str:
         for task, row in measured.items():
             if task not in covered | {"held-out"}:
                 metric = next(key for key in ("acc", *row) if key in row and key not in ("n", "version", "source"))
-                cells[task] = percent(row["acc"], row["acc_stderr"]) if metric == "acc" else f"{metric} {row[metric]:.4g}"
+                name, *filters = metric.split(",")  # of what a model wrote, as in exact_match,strict-match
+                is_share = name.endswith("acc") or name == "exact_match"
+                error = row.get(",".join([f"{name}_stderr", *filters]), math.nan)
+                label = [name] if name not in ("acc", "exact_match") else filters
+                cells[task] = " ".join([*label, percent(row[metric], error) if is_share else f"{row[metric]:.4g}"])
         if "Avg." in columns:
             cells["Avg."] = percent(*columns["Avg."])
         if model in teachers:

@@ -1,5 +1,7 @@
 """Zero-shot benchmark scores by lm-eval's own tasks, on rows from the hub or from a folder of jsonl files.
 
+Tasks rank choices by likelihood (arc_easy, piqa) or let the model write (gsm8k, triviaqa, ifeval).
+
 lm_eval takes seconds to import and to index its tasks, so both happen in the first call, not on import of this module.
 What is no documented interface of lm-eval is reached in `_stock_task`, `_from_file`, `_make_zero_shot` and
 `_no_metric_scripts` alone, each with a test of its name.
@@ -15,14 +17,19 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
-from distill_pl.errors import InputError
+from distill_pl.errors import InputError, one_line
 from distill_pl.tokenizer import special_tokens
+
+# what a task's own code imports beyond lm-eval's requirements, and the nltk data that it would download
+PACKAGES = {"ifeval": ["langdetect", "immutabledict", "nltk"]}
+NLTK_DATA = {"ifeval": "punkt_tab"}
 
 
 def check_tasks(tasks: list[str], data: str | Path | None) -> None:
@@ -33,7 +40,8 @@ def check_tasks(tasks: list[str], data: str | Path | None) -> None:
         data: folder with one `<task>.jsonl` for each task, or None for the hub.
 
     Raises:
-        InputError: no task, a name that lm-eval does not know or `data` cannot feed, no folder, a file absent or empty.
+        InputError: no task, a name that lm-eval does not know or `data` cannot feed, a package that a task needs, no folder,
+            a file absent or empty.
     """
     if not tasks:
         raise InputError("tasks=[]: name at least one lm-eval task, for example arc_easy")
@@ -42,6 +50,11 @@ def check_tasks(tasks: list[str], data: str | Path | None) -> None:
         if task not in known:
             close = ", ".join(difflib.get_close_matches(task, known)) or "one that `lm-eval ls tasks` lists"
             raise InputError(f"tasks={task}: lm-eval has no such task; did you mean {close}?")
+        if missing := [package for package in PACKAGES.get(task, []) if find_spec(package) is None]:
+            raise InputError(f"tasks={task}: it needs packages that are not installed: pip install {' '.join(missing)}")
+        if task in NLTK_DATA and not _has_nltk_data(NLTK_DATA[task]):
+            remedy = f"python -m nltk.downloader {NLTK_DATA[task]}"
+            raise InputError(f"tasks={task}: it needs nltk's data {NLTK_DATA[task]}, which is not there: {remedy}")
     if data is None:
         return
     if not Path(data).is_dir():
@@ -79,11 +92,13 @@ def run_tasks(
 
     Returns:
         For each task (and each named group) `n` (rows scored), `version` (of the task's definition) and lm-eval's
-        metrics under its own names, such as `acc`, `acc_stderr`, `acc_norm` (fractions of 1) and `perplexity` (per
-        word predicted). A stderr that lm-eval cannot estimate, as from a single row, is nan.
+        metrics under its own names, such as `acc`, `acc_stderr`, `acc_norm` (fractions of 1), `perplexity` (per word
+        predicted) and, after a filter of what the model wrote, `exact_match,strict-match`. A stderr that lm-eval cannot
+        estimate, as from a single row, is nan.
 
     Raises:
-        InputError: as for `check_tasks`; a hub that cannot be reached; a first row that does not fit its task.
+        InputError: as for `check_tasks`; a hub that cannot be reached; a first row that does not fit its task; a model with
+            no more positions than a task lets it write tokens.
     """
     check_tasks(tasks, data)
     # datasets' shared cache tells files apart by time stamp and can serve rows since replaced: use a cache of this call's own
@@ -102,6 +117,10 @@ def run_tasks(
         for name, task in loaded["tasks"].items():
             _make_zero_shot(name, task, seed)
         lm = HFLM(model, backend="causal", tokenizer=prompt_tokenizer(tokenizer), batch_size=batch_size)
+        for name, task in loaded["tasks"].items():
+            written = (task.config.generation_kwargs or {}).get("max_gen_toks", lm.max_gen_toks)
+            if task.OUTPUT_TYPE == "generate_until" and written >= lm.max_length:
+                raise InputError(f"tasks={name}: models may write {written} tokens, and this one has {lm.max_length} positions")
         # simple_evaluate returns nothing on local ranks above 0 and surveys the machine for its log
         results = evaluate(lm, loaded, limit=limit, log_samples=False)
     scores: dict[str, dict] = {}
@@ -109,7 +128,7 @@ def run_tasks(
         scores[name] = {"n": row["sample_len"], "version": results["versions"][name]}
         for key, value in row.items():
             if "," in key:  # "metric,filter", where almost every task's filter is "none"; other keys are labels
-                scores[name][key.removesuffix(",none")] = float("nan") if value == "N/A" else value
+                scores[name][key.removesuffix(",none")] = float("nan" if value == "N/A" else value)
     return scores
 
 
@@ -142,6 +161,16 @@ def _has_rows(file: Path) -> bool:
     return file.is_file() and bool(file.read_bytes().strip())
 
 
+def _has_nltk_data(name: str) -> bool:
+    import nltk
+
+    try:
+        nltk.data.find(f"tokenizers/{name}")
+    except LookupError:
+        return False
+    return True
+
+
 def _load(name: str, data: str | Path | None, cache: str) -> dict[str, dict]:
     """Load a task, group or tag with its rows -> {"tasks": {name: Task}, "groups": {name: Group}, ...}."""
     if data is None:
@@ -151,6 +180,8 @@ def _load(name: str, data: str | Path | None, cache: str) -> dict[str, dict]:
         remedy = f"give {name}.jsonl in data={data} the columns of the task's hub dataset"
     try:
         return _task_manager().load(spec)
+    except ImportError as error:
+        raise InputError(f"tasks={name}: its code cannot be imported ({one_line(error)}): install what is missing") from error
     except Exception as error:  # datasets, huggingface_hub and a task's own code raise errors of no common type
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise InputError(f"tasks={name}: its rows cannot be loaded ({reason}); {remedy}") from error

@@ -8,7 +8,8 @@ import pytest
 
 from distill_pl.measure import harness
 
-INDEXED = ("arc", "babilong", "fda", "hellaswag", "humaneval", "lambada", "mmlu/default", "piqa", "winogrande")
+INDEXED = ("arc", "babilong", "fda", "gsm8k", "hellaswag", "humaneval", "ifeval", "lambada", "mmlu/default", "piqa", "triviaqa",
+           "winogrande")  # fmt: skip
 
 
 @pytest.fixture(scope="session", autouse=True)

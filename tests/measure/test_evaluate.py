@@ -223,3 +223,7 @@ def test_table_aligns():
     rows = {"a": {"piqa": {"acc": 0.5, "acc_stderr": 0.1}}, "run": {"held-out": {"perplexity": 7.0}}}
     lines = ["     PIQA           perplexity", "a    50.00 ± 10.00  -", "run  -              7"]
     assert table(rows, teachers={"run": "a"}).splitlines() == lines
+    written = {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.1, "exact_match,flexible-extract": 0.5}
+    followed = {"n": 4, "prompt_level_strict_acc": 0.75, "prompt_level_strict_acc_stderr": 0.1}
+    lines = ["   gsm8k                       ifeval", "a  strict-match 25.00 ± 10.00  prompt_level_strict_acc 75.00 ± 10.00"]
+    assert table({"a": {"gsm8k": written, "ifeval": followed}}, {}).splitlines() == lines

@@ -25,6 +25,8 @@ from distill_pl.measure.harness import (
     prompt_tokenizer,
     run_tasks,
 )
+from distill_pl.student.factory import StudentFactory
+from distill_pl.teacher import Teacher
 
 pytestmark = pytest.mark.slow
 
@@ -143,6 +145,88 @@ def test_limit_holds_for_every_task(model, tokenizer, tmp_path):
         assert 0 <= row["acc"] <= 1 and math.isfinite(row["acc_stderr"])
     assert scores["lambada_openai"]["perplexity"] > 1 and scores["lambada_openai"]["perplexity_stderr"] >= 0
     assert math.isnan(run_tasks(model, tokenizer, ["piqa"], data=tmp_path, limit=1)["piqa"]["acc_stderr"])
+
+
+GSM8K = [{"question": f"How much is {n} + {n}?", "answer": f"{n} + {n} = {2 * n}\n#### {2 * n}"} for n in (4, 617, 3, 5)]
+TRIVIA = [{"question": question.rstrip("?"), "answer": {"aliases": ["Ice", "ice cream"]}} for question in QUESTIONS]
+IFEVAL = [{"key": n, "prompt": prompt, "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+          for n, prompt in enumerate(["Sing without a comma.", "Dance without a comma."])]  # fmt: skip
+
+
+@pytest.fixture
+def long_model():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=257, max_position_embeddings=2048, initializer_range=0.3, **sizes)).eval()
+
+
+@pytest.fixture
+def ifeval_possible(monkeypatch, tmp_path):
+    """Put an empty folder in the place of nltk's data, which only instructions about sentences read."""
+    nltk = pytest.importorskip("nltk")
+    pytest.importorskip("langdetect")
+    pytest.importorskip("immutabledict")
+    (tmp_path / "nltk" / "tokenizers" / "punkt_tab").mkdir(parents=True)
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk")])
+
+
+def test_what_a_model_writes_is_scored_as_the_task_says(long_model, tokenizer, tmp_path, monkeypatch):
+    from lm_eval.models.huggingface import HFLM
+
+    texts = {"gsm8k": ["It is 8.\n#### 8", "So 1,234", "#### 7", "none"], "triviaqa": ["ICE", " ice cream ", "iced", ""]}
+    write(tmp_path, "gsm8k", GSM8K)
+    write(tmp_path, "triviaqa", TRIVIA)
+    for task, answers in texts.items():
+        monkeypatch.setattr(HFLM, "generate_until", lambda self, requests, answers=answers: answers[: len(requests)])
+        scores = run_tasks(long_model, tokenizer, [task], data=tmp_path)[task]
+        if task == "gsm8k":
+            assert scores["exact_match,strict-match"] == 0.25 and scores["exact_match,flexible-extract"] == 0.5
+        else:
+            assert scores["exact_match,remove_whitespace"] == 0.5 and scores["n"] == 4
+
+
+def greedy(model, tokenizer, prompt: str, until: list[str], new_tokens: int) -> str:
+    ids = torch.tensor([tokenizer.encode(prompt)])
+    new = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens, pad_token_id=0)
+    text = tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True)
+    return min((text.split(stop)[0] for stop in until), key=len)
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "gla"])
+def test_models_write_in_batches_what_they_write_alone(long_model, tokenizer, tmp_path, mixer):
+    """In a batch, prompts of other lengths stand beside a prompt, which is then padded on the left."""
+    for part in (long_model, tokenizer):
+        part.save_pretrained(tmp_path / "teacher")
+    student = StudentFactory(mixer).build(Teacher(str(tmp_path / "teacher")), seed=0).eval()
+    texts = [greedy(student, tokenizer, f"Question: {row['question']}?\nAnswer:", ["\n", ".", ","], 256) for row in TRIVIA]
+    assert len(set(texts)) == 4
+    rows = [row | {"answer": {"aliases": [text, "x"]}} for row, text in zip(TRIVIA, texts, strict=True)]
+    rows[2]["answer"] = {"aliases": [texts[2] + "y"]}
+    write(tmp_path, "triviaqa", rows)
+    scores = run_tasks(student, tokenizer, ["triviaqa"], data=tmp_path, batch_size=3)["triviaqa"]
+    assert scores["exact_match,remove_whitespace"] == 0.75
+
+
+def test_instructions_are_followed_or_not(long_model, tokenizer, tmp_path, ifeval_possible):
+    write(tmp_path, "ifeval", IFEVAL)
+    texts = [greedy(long_model, tokenizer, row["prompt"], ["<eos>"], 1280) for row in IFEVAL]
+    scores = run_tasks(long_model, tokenizer, ["ifeval"], data=tmp_path, batch_size=2)["ifeval"]
+    assert scores["prompt_level_strict_acc"] == sum("," not in text for text in texts) / 2
+
+
+def test_what_a_written_task_needs_is_asked_for_before_work(model, tokenizer, tmp_path, monkeypatch):
+    write(tmp_path, "ifeval", IFEVAL)
+    write(tmp_path, "gsm8k", GSM8K)
+    absent = {"langdetect"}
+    monkeypatch.setattr(harness, "find_spec", lambda package: None if package in absent else object())
+    with pytest.raises(InputError, match="tasks=ifeval: it needs packages that are not installed: pip install langdetect$"):
+        check_tasks(["ifeval"], tmp_path)
+    absent.clear()
+    monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
+    with pytest.raises(InputError, match="nltk's data punkt_tab, which is not there: python -m nltk.downloader punkt_tab"):
+        check_tasks(["ifeval"], tmp_path)
+    with pytest.raises(InputError, match="tasks=gsm8k: models may write 256 tokens, and this one has 256 positions"):
+        run_tasks(model, tokenizer, ["gsm8k"], data=tmp_path)
 
 
 def test_bad_names_and_files_are_refused(tmp_path):
