@@ -108,11 +108,11 @@ def study(
     numbers = {"parallel": parallel, "seeds": seeds, "index": index, "time_limit": time_limit}
     check_numbers(numbers, {key: POSITIVE if key == "time_limit" else AT_LEAST_1 for key in numbers})
     folder = Path(results or Path(out) / "results")
+    deadline = math.inf if time_limit is None else time.monotonic() + 60 * time_limit
+    lines = read(file)
     if show == "summary":
         say(summary(folder))
         return
-    deadline = math.inf if time_limit is None else time.monotonic() + 60 * time_limit
-    lines = read(file)
     if data is not None:
         lines["evaluate"] = lines.get("evaluate", {}) | {"data": data}
     own = {"teacher": teacher, "data.dataset": dataset, "tokens": None if tokens is None else str(tokens)}
@@ -122,20 +122,18 @@ def study(
     runs = [run for run in runs if fnmatch(run.name, only)]
     if not runs:
         raise InputError(f"only {only!r} leaves none of the runs of {file}: --show plan lists them without --only")
-    if index is not None:
-        check_numbers({"index": index}, {"index": AT_LEAST_1._replace(most=len(runs))})
-        runs = runs[index - 1 : index]
+    check_numbers({"index": index}, {"index": AT_LEAST_1._replace(most=len(runs))})
+    numbered = {f"[{number:>{len(str(len(runs)))}}/{len(runs)}] {run.name}": run for number, run in enumerate(runs, start=1)}
     options = lines.get("evaluate")
-    done = {run.name for run in runs if is_done(run, folder, options)}
-    left = [run for run in runs if run.name not in done]
-    tokens_left = sum(run.config.tokens for run in left)
-    say(f"{counted(len(runs), 'run')}, {len(done)} done; {short(tokens_left)} tokens are left to train on")
+    wanted = numbered if index is None else dict(list(numbered.items())[index - 1 : index])
+    done = [name for name, run in wanted.items() if is_done(run, folder, options)]
+    left = {name: run for name, run in wanted.items() if name not in done}
+    tokens_left = sum(run.config.tokens for run in left.values())
+    say(f"{counted(len(wanted), 'run')}, {len(done)} done; {short(tokens_left)} tokens are left to train on")
     if show == "plan":
-        say(plan_table(runs, done))
+        say(plan_table(wanted, done))
         return
-    failed = carry_out({f"[{number:>{len(str(len(runs)))}}/{len(runs)}] {run.name}": run
-                        for number, run in enumerate(runs, start=1) if run.name not in done},
-                       Path(out), folder, options, parallel, deadline)  # fmt: skip
+    failed = carry_out(left, Path(out), folder, options, parallel, deadline)
     if failed:
         sys.exit(1)
 
@@ -278,14 +276,13 @@ def without_data(options: dict[str, Any] | None) -> dict[str, Any] | None:
     return options and {key: value for key, value in options.items() if key != "data"}
 
 
-def plan_table(runs: list[Run], done: set[str]) -> str:
+def plan_table(runs: dict[str, Run], done: list[str]) -> str:
     """Lay out the runs of a study with the tokens of their stages, and what of them is done or begun."""
-    rows = [["", "run", "tokens", ""]]
-    for number, run in enumerate(runs, start=1):
+    rows = [["run", "tokens", ""]]
+    for name, run in runs.items():
         batch = run.config.data.batch_size * run.config.data.sequence_length
         stages = " + ".join(f"{stage.name} {short(stage.steps * batch)}" for stage in plan(run.config))
-        state = "done" if run.name in done else "begun" if Path(run.config.out).is_dir() else ""
-        rows.append([str(number), run.name, stages, state])
+        rows.append([name, stages, "done" if name in done else "begun" if Path(run.config.out).is_dir() else ""])
     return aligned(rows)
 
 
@@ -314,7 +311,7 @@ def carry_out(runs: dict[str, Run], out: Path, results: Path, options: dict[str,
                     continue
                 except StopIteration as end:
                     outcome, finished = f"held-out {end.value:.4g}", finished + 1
-                except (Failed, InputError) as error:
+                except (Failed, InputError, OSError) as error:
                     outcome, failed = f"failed: {error}", failed + 1
                 say(f"{name:<{width}}   {outcome}   {time.monotonic() - began:.0f} s")
                 places.append(place)
@@ -398,7 +395,7 @@ def summarise(run: Run, options: dict[str, Any] | None) -> dict[str, Any]:
     speeds = {}
     for stage in stages:
         logged = scalars(stage.folder)
-        curve |= dict(zip(*logged["validation/student_perplexity"], strict=True))
+        curve |= dict(zip(*logged.get("validation/student_perplexity", ((), ())), strict=True))
         if "train/tokens_per_second" in logged:
             speeds[stage.name] = median(logged["train/tokens_per_second"][1])
     held_out = {"student": perplexity(metrics["student_ce"])}

@@ -111,8 +111,10 @@ def test_the_plan_is_printed_and_nothing_is_run(file, capsys):
     file.write_text(yaml.safe_dump(RUNS | {"seeds": [0, 1, 2]}))
     main(["study", str(file), "--seeds=2", "--only=gla_qkv*", "--tokens=50M", f"--out={file.parent}/out", "--show=plan"])
     _, _, *rows = capsys.readouterr().out.splitlines()
-    assert [row.split()[:2] for row in rows] == [["1", "gla_qkv_mm_h2h_s0"], ["2", "gla_qkv_mm_h2h_s1"]]
+    assert [row.split()[:2] for row in rows] == [["[1/2]", "gla_qkv_mm_h2h_s0"], ["[2/2]", "gla_qkv_mm_h2h_s1"]]
     assert "matrix_mixing 3.98M + hidden_align 3.98M + kd 42M" in rows[0]
+    main(["study", str(file), "--index=5", f"--out={file.parent}/out", "--show=plan"])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("[5/6] gla_s2 ")
     assert os.listdir(file.parent) == [file.name]
 
 
