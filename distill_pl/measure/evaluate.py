@@ -55,7 +55,7 @@ def evaluate(
             niah_multikey, niah_multivalue, mqar, induction and copy.
         data: folder of <task>.jsonl files in the hub's columns; without it lm-eval downloads its data from the hub.
         limit: score only this many first questions of each task; of recall tasks, of each length (default 25).
-        batch_size: sequences in a forward pass.
+        batch_size: sequences in a forward pass; in recall tasks and `text`, each stands for 2048 tokens, on a GPU for 16384.
         lengths: lengths of the prompts of recall tasks, in tokens; the largest is also that of the rows of `text`.
         text: local file, folder or hub dataset on which to measure perplexity, by position too, and in which recall tasks hide
             numbers; by default these use the held-out text of a run.

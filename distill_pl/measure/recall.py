@@ -19,6 +19,7 @@ and draws each answer from equally likely candidates:
     copy                       the words of the prompt, for each of 14 in turn: 0 to all purposes
 """
 
+import inspect
 import math
 import random
 import re
@@ -214,8 +215,11 @@ def fingerprint(items: dict[int, list[Item]]) -> str:
 def score(model: PreTrainedModel, tokenizer: Any, items: list[Item], tokens_at_once: int) -> list[float]:
     """Score items of one length -> for each the share of its answers that the model gives. Leaves the model as it was.
 
-    tokens_at_once: of all prompts of a batch together.
+    tokens_at_once: of all prompts of a batch together. Raises InputError for prompts of more than SEGMENT tokens and a model
+    that carries no `past_key_values` from one segment to the next.
     """
+    if "past_key_values" not in inspect.signature(model.forward).parameters:  # then a batch is read in one forward pass
+        tokens_at_once = min(tokens_at_once, SEGMENT)
     scores: list[float] = []
     rows = max(1, tokens_at_once // len(items[0].prompt))
     for batch in (items[start : start + rows] for start in range(0, len(items), rows)):

@@ -232,12 +232,12 @@ def memory(runs: list[Run], folder: Path) -> list[str]:
     from distill_pl.measure.plots import Model, draw_positions, draw_recall
 
     teachers: dict[str, dict[str, Any]] = {}
+    students = []
     for run in runs:
         found = measured_so_far(run.folder / "eval", "teacher")
-        teachers[run.config["teacher"]] = found | teachers.get(run.config["teacher"], {})
-    models = [Model(f"teacher {Path(path).name}", None, found, {}) for path, found in teachers.items()]
-    for run in runs:
-        models.append(Model(run.folder.name, run.config["student"]["mixer"], run.results, teachers[run.config["teacher"]]))
+        teachers.setdefault(run.config["teacher"], {}).update(found)
+        students.append(Model(run.folder.name, run.config["student"]["mixer"], run.results, found))
+    models = [*(Model(f"teacher {Path(path).name}", None, found, {}) for path, found in teachers.items()), *students]
     tasks = [task for task in recall.TASKS if any(task in model.results for model in models)]
     read_text = any("text" in model.results for model in models)
     text = ["## Recall and long texts", ""] if tasks or read_text else []

@@ -11,7 +11,7 @@ import torch
 from helpers import refused
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 from distill_pl.cli import main
 from distill_pl.errors import InputError
@@ -70,7 +70,10 @@ class PerfectMemory:
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
 
-    def __call__(self, tokens, use_cache, logits_to_keep, past_key_values=None):
+    def __call__(self, *args, **options):
+        return self.forward(*args, **options)
+
+    def forward(self, tokens, use_cache, logits_to_keep, past_key_values=None):
         if past_key_values is None:  # tokens still to be said
             answers = ["" if len(logits_to_keep) > 1 else self.answer(row) for row in tokens.tolist()]
             past_key_values = [self.tokenizer.encode(f" {text}", add_special_tokens=False) + [1] for text in answers]
@@ -198,6 +201,21 @@ def test_prompts_are_continued_as_by_generate_in_segments_too(teacher, mixer, mo
     without_cache.device, without_cache.generation_config = "cpu", student.generation_config
     monkeypatch.setattr(recall, "SEGMENT", 2**15)
     assert continuations(without_cache, teacher.tokenizer, prompts, [UNKNOWN * 2] * 2, 8) == expected
+
+
+@pytest.mark.parametrize("task", ["niah_single_1", "mqar"])
+def test_a_model_that_hands_on_no_state_reads_prompts_whole(source, known_words, task, monkeypatch):
+    torch.manual_seed(0)
+    model = MambaForCausalLM(MambaConfig(vocab_size=len(known_words), hidden_size=16, num_hidden_layers=1, state_size=4)).eval()
+    read = []
+    model.register_forward_pre_hook(lambda module, args: read.append(args[0].shape))
+    items = make_items(task, source, LENGTH, QUESTIONS)
+    monkeypatch.setattr(recall, "SEGMENT", 2 * LENGTH)
+    assert len(score(model, known_words, items, tokens_at_once=5 * LENGTH)) == 5
+    assert all(rows <= 2 and length >= LENGTH for rows, length in read)
+    monkeypatch.setattr(recall, "SEGMENT", LENGTH - 1)
+    with pytest.raises(InputError, match="rows of 256 tokens: a mamba carries no past_key_values .* at most 255"):
+        score(model, known_words, items, tokens_at_once=5 * LENGTH)
 
 
 def test_rows_stop_together_once_their_scores_are_settled(teacher):
