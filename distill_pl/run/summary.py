@@ -91,7 +91,8 @@ def summary(folder: Path) -> str:
     rows: Rows = {}
     for result in results:
         rows.setdefault(result["row"], {})[result["seed"]] = measured(result, "student")
-    teacher: Rows = {"teacher": {0: measured(results[0], "teacher")}}
+    of_teacher = next((result for result in results if "teacher" in result["held_out"]), results[0])  # not in plain training
+    teacher: Rows = {"teacher": {0: measured(of_teacher, "teacher")}}
     tables: dict[str, dict[str, Any]] = {
         "Table 3": study.TABLE_3, "Table 2": study.TABLE_2, "Appendix B": study.APPENDIX_B,
         "Beyond the paper": dict.fromkeys(sorted(rows.keys() - PUBLISHED.keys(), key=lambda name: lowest(rows[name]))),
