@@ -15,7 +15,7 @@ TOLERANCE = {
 }  # fmt: skip
 # in bf16 under strong gates: keys that come again and again are solved for, and gradients of rows that are all one token's
 # value are differences of equals
-STRONG_TOLERANCE = {"delta_rule": 4e-2, "mlstm": 6e-2}
+STRONG_TOLERANCE = {"delta_rule": 4e-2, "gated_delta": 4e-2, "mlstm": 6e-2}
 # the same dg as the log decay's, times sigmoid(-logit): channels that keep everything, whose dg is large and exact, count less
 LOGITS_TOLERANCE = {
     (torch.bfloat16, False): 1.2e-2, (torch.bfloat16, True): 6e-2,

@@ -20,8 +20,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from fla.ops.common.chunk_delta_h import chunk_gated_delta_rule_bwd_dhu, chunk_gated_delta_rule_fwd_h
+from fla.ops.common.chunk_o import chunk_bwd_dv_local
 from fla.ops.common.fused_chunk import fused_chunk_bwd_kernel, fused_chunk_fwd_kernel
 from fla.ops.delta_rule.chunk import chunk_delta_rule_bwd, chunk_delta_rule_fwd
+from fla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule_fwd
+from fla.ops.gated_delta_rule.wy_fast import prepare_wy_repr_bwd, recompute_w_u_fwd
 from fla.ops.generalized_delta_rule.dplr.chunk import ChunkDPLRDeltaRuleFunction, chunk_dplr_fwd
 from fla.ops.gla import chunk_gla
 from fla.ops.kda.chunk_bwd import chunk_kda_bwd
@@ -223,6 +227,93 @@ def _(q, k, v, g, beta, sums, q_k, k_k, scale, state, dy, d_final):
     return *(_new(x) for x in (q, k, v, g, beta)), q.new_empty(0) if state is None else _new(state)
 
 
+@custom_op("distill_pl::head_delta", mutates_args=())
+def _head_delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float,
+                state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Compute y, the state, and the sums of g and the inverses [B, T, H, CHUNK] that the backward pass needs."""
+    q, k, v, g, beta, state = contiguous(q, k, v, g, beta, state)
+    with torch.cuda.device_of(q):
+        sums, y, inverse, final, *_ = chunk_gated_delta_rule_fwd(q, k, v, g, beta, scale, state, output_final_state=True)
+    return y, final, sums, inverse
+
+
+@_head_delta.register_fake
+def _(q, k, v, g, beta, scale, state):
+    return _new(v), _new(v, v.shape[0], *k.shape[2:], v.shape[3]), _new(g), k.new_empty(*k.shape[:3], CHUNK)
+
+
+def chunk_gradients(q: Tensor, k: Tensor, v: Tensor, sums: Tensor, h: Tensor, dy: Tensor, dh: Tensor, dv: Tensor,
+                    scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Differentiate the outputs and states of all chunks -> gradients of q, k and w [B, T, H, K], and of g [B, T, H].
+
+    The function differentiated is, with a = 2^sums the decays from a chunk's start, e^(cumulative sum of g), a' until its end,
+
+        y = scale * (a q h + (q k^T * decays) v)        h' = a_end h + (a' k)^T v        v = u - w h
+
+    q, k, dy, dv, v [B, T, H, K or V]: v without what the state h [B, chunks, H, K, V] before each chunk holds, dh the gradient
+    of the state after it. This stands in for fla's chunk_bwd_dqkwg, which Triton 3.4 to 3.7.0 miscompiles on Hopper GPUs. It is
+    plain torch, outside of an operator, so that torch.compile fuses it.
+    """
+    length = q.shape[1]
+
+    def split(x: Tensor) -> Tensor:  # [B, chunks, H, CHUNK, X]; what is beyond T has no gradient
+        return pad(x, (0, 0, 0, 0, 0, -length % CHUNK)).unflatten(1, (-1, CHUNK)).transpose(2, 3)
+
+    def join(x: Tensor) -> Tensor:
+        return x.transpose(2, 3).flatten(1, 2)[:, :length]
+
+    sums = pad(sums.mT, (0, -length % CHUNK), mode="replicate").unflatten(2, (-1, CHUNK)).transpose(1, 2)
+    since_start, until_end = sums.exp2()[..., None], (sums[..., -1:] - sums).exp2()[..., None]
+    decays = (sums[..., :, None] - sums[..., None, :]).exp2().tril() * scale
+    q, k, v, dy, dv = (split(x) for x in (q, k, v, dy, dv))
+    weights = dy @ v.mT * decays
+    d_sums = weights * (q @ k.mT)
+    d_sums = d_sums.sum(-1) - d_sums.sum(-2)
+    weights = weights.to(q.dtype)
+    dq, dk = dy @ h.mT * (since_start * scale), v @ dh.mT * until_end
+    from_states = (k * dk).sum(-1)
+    d_sums += (q * dq).sum(-1) - from_states
+    d_sums[..., -1] += from_states.sum(-1) + (h * dh).sum((-2, -1), dtype=torch.float32) * since_start[..., -1, 0]
+    dq, dk, dw = dq.to(q.dtype) + weights @ k, dk.to(k.dtype) + weights.mT @ q, -(dv @ h.mT)
+    dg = d_sums.flip(-1).cumsum(-1).flip(-1)
+    return join(dq), join(dk), join(dw), join(dg[..., None])[..., 0]
+
+
+@custom_op("distill_pl::head_delta_states", mutates_args=())
+def _head_delta_states(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, sums: Tensor, inverse: Tensor, scale: float,
+                       state: Tensor | None, dy: Tensor,
+                       d_final: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Compute what `chunk_gradients` reads: h, v, dv and dh; and the gradient of the initial state."""
+    q, k, v, beta, state, dy, d_final = contiguous(q, k, v, beta, state, dy, d_final)
+    with torch.cuda.device_of(q):
+        w, u = recompute_w_u_fwd(k, v, beta, inverse, g=sums)
+        h, left, _ = chunk_gated_delta_rule_fwd_h(k, w, u, g=sums, initial_state=state)
+        dv = chunk_bwd_dv_local(q, k, dy, g=sums, scale=scale)
+        dh, d_state, dv = chunk_gated_delta_rule_bwd_dhu(q, k, w, dy, dv, g=sums, h0=state, dht=d_final, scale=scale)
+    return h, left, dv, dh, q.new_empty(0) if state is None else d_state
+
+
+@_head_delta_states.register_fake
+def _(q, k, v, beta, sums, inverse, scale, state, dy, d_final):
+    h = k.new_empty(k.shape[0], cdiv(k.shape[1], CHUNK), *k.shape[2:], v.shape[3])
+    return h, _new(v), _new(v), _new(h), q.new_empty(0) if state is None else _new(state)
+
+
+@custom_op("distill_pl::head_delta_solved", mutates_args=())
+def _head_delta_solved(k: Tensor, v: Tensor, beta: Tensor, sums: Tensor, inverse: Tensor, dw: Tensor,
+                       du: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Compute the gradients of k, v, g and beta by those of w and u, which the inverses make of them."""
+    k, v, beta, dw, du = contiguous(k, v, beta, dw, du)
+    with torch.cuda.device_of(k):
+        dk, dv, d_beta, d_sums = prepare_wy_repr_bwd(k, v, beta, inverse, dw, du, g=sums)
+        return dk, dv, chunk_local_cumsum(d_sums, chunk_size=CHUNK, reverse=True), d_beta
+
+
+@_head_delta_solved.register_fake
+def _(k, v, beta, sums, inverse, dw, du):
+    return _new(k), _new(v), _new(sums), _new(beta)
+
+
 DPLR_CHUNK = 16  # at which fla takes any decay
 
 
@@ -284,9 +375,17 @@ def _scalar_decay_gradients(q, k, v, g, sums, *rest) -> tuple[Tensor, ...]:
     return *(_add_up(parts).to(x.dtype) for parts, x in zip(gradients, (q, k, v, sums), strict=True)), d_state
 
 
+def _head_delta_gradients(q, k, v, g, beta, sums, inverse, scale, state, dy, d_final) -> tuple[Tensor, ...]:
+    h, left, dv, dh, d_state = _head_delta_states(q, k, v, beta, sums, inverse, scale, state, dy, d_final)
+    dq, dk, dw, dg = chunk_gradients(q, k, left, sums, h, dy, dh, dv, scale)
+    dk_of_w, dv, dg_of_w, d_beta = _head_delta_solved(k, v, beta, sums, inverse, dw, dv)
+    return dq, dk + dk_of_w, dv, dg + dg_of_w, d_beta, d_state
+
+
 _scalar_decay.register_autograd(_differentiate(_scalar_decay_gradients), setup_context=_save)
 _delta_rule.register_autograd(_differentiate(_delta_rule_backward), setup_context=_save)
 _gated_delta.register_autograd(_differentiate(_gated_delta_backward), setup_context=_save)
+_head_delta.register_autograd(_differentiate(_head_delta_gradients), setup_context=_save)
 _rank_one.register_autograd(_differentiate(_rank_one_backward), setup_context=_save)
 
 
@@ -315,12 +414,14 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float, stat
 
 def gated_delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float,
                 state: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Mix as `ops.gated_delta.mix` does with a decay, by fla's chunk_kda -> y [B, T, H, V], state [B, H, K, V].
+    """Mix as `ops.gated_delta.mix` does with a decay -> y [B, T, H, V], state [B, H, K, V].
 
-    q, k [B, T, H, K] and v [B, T, H, V] have one dtype, which is not fp32; g is fp32 [B, T, H, K] or [B, T, H, 1], beta fp32
-    [B, T, H]. fla's chunk_gated_delta_rule, for one decay a head, refuses Hopper: Triton 3.4 to 3.7 miscompiles its backward.
+    q, k [B, T, H, K] and v [B, T, H, V] have one dtype, which is not fp32; beta is fp32 [B, T, H]. g is fp32: [B, T, H, K],
+    mixed by fla's chunk_kda, or [B, T, H, 1], by the kernels of its chunk_gated_delta_rule, which itself refuses Hopper GPUs.
     """
-    return _gated_delta(q, k, v, g.expand_as(k), beta, scale, state)[:2]
+    if g.shape[-1] == 1:
+        return _head_delta(q, k, v, g[..., 0], beta, scale, state)[:2]
+    return _gated_delta(q, k, v, g, beta, scale, state)[:2]
 
 
 def rank_one(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor, scale: float,
