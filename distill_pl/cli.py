@@ -22,6 +22,7 @@ from distill_pl.errors import Diverged, InputError, one_line
 from distill_pl.exports.command import export
 from distill_pl.measure.bench import bench
 from distill_pl.measure.evaluate import evaluate, generate
+from distill_pl.measure.layers import layers
 from distill_pl.measure.params import params
 from distill_pl.measure.report import report
 from distill_pl.mixers import MIXERS
@@ -77,7 +78,7 @@ class DistillCLI(LightningCLI):
         self.parsers: dict[str, ArgumentParser] = {}
         self.commands: dict[str, Callable] = {
             "fit": fit, "evaluate": evaluate, "generate": generate, "params": params, "report": report,
-            "bench": bench, "experiments": experiments, "export": export, "study": study,
+            "bench": bench, "layers": layers, "experiments": experiments, "export": export, "study": study,
         }  # fmt: skip
         subcommands = parser.add_subcommands()
         for name, command in self.commands.items():

@@ -22,7 +22,7 @@ from distill_pl.errors import InputError
 from distill_pl.measure import long_text, recall, study
 from distill_pl.measure.harness import check_tasks, prompt_tokenizer, run_tasks
 from distill_pl.run.card import add_results
-from distill_pl.run.folder import FINGERPRINTS, disk_refused, fingerprint, read_config, write_aside
+from distill_pl.run.folder import check_teacher_of, disk_refused, fingerprint, read_config, write_aside
 from distill_pl.run.values import AT_LEAST_1, SEED, Range, check_numbers, parse_lengths
 from distill_pl.teacher import load_model
 from distill_pl.tokenizer import special_tokens
@@ -111,10 +111,8 @@ def measure(path: str, file: Path, tasks: list[str], texts: dict | None, data: s
     texts: a run's data keys, for perplexity on its held-out text; data: folder of jsonl files, or None for the hub.
     """
     network, tokenizer = load(path)
-    recorded = file.parent.parent / FINGERPRINTS  # of a run folder
-    if file.name.startswith("teacher") and recorded.is_file():
-        if json.loads(recorded.read_text())["teacher"] != fingerprint(network, torch.bfloat16):
-            raise InputError(f"teacher {path!r} is not the one that {recorded.parent} was distilled from: put that one back")
+    if file.name.startswith("teacher"):
+        check_teacher_of(file.parent.parent, path, network)
     report = options | {"model": path, "weights": fingerprint(network), "torch": torch.__version__, "results": {}}
     report |= {"device": network.device.type, "dtype": str(network.dtype), "transformers": version("transformers")}
     earlier = read_report(file)

@@ -186,6 +186,27 @@ def draw_positions(models: list[Model], file: Path) -> None:
     write_aside(file, lambda aside: figure.savefig(aside, format="png", dpi=120))
 
 
+def draw_layers(rows: list[dict[str, Any]], file: Path) -> None:
+    """Draw what `distill-pl layers` measured: bars of KL and recall with each layer put back, lines for the student as it is.
+
+    rows: `layer`, None for the student as it is, `kl` in nats a token and, if measured, `recall`, a fraction.
+    """
+    (student, *others), measures = rows, {"kl": "KL, nats a token", "recall": "recall, %"}
+    shown = [key for key in measures if key in student]
+    figure = Figure(figsize=(max(6, 0.28 * len(others)), 2.4 * len(shown) + 0.4), layout="constrained")
+    panels = figure.subplots(len(shown), 1, squeeze=False, sharex=True).ravel()
+    for key, axes in zip(shown, panels, strict=True):
+        unit = 100 if key == "recall" else 1
+        axes.bar([row["layer"] for row in others], [unit * row[key] for row in others], color="C0")
+        axes.axhline(unit * student[key], color="black", linewidth=1, label="the student as it is")
+        axes.set_ylabel(measures[key])
+        axes.grid(axis="y", alpha=0.3)
+    panels[0].legend(fontsize="small", loc="lower right")
+    panels[-1].set_xlabel("layer put back to the teacher's softmax attention")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    write_aside(file, lambda aside: figure.savefig(aside, format="png", dpi=120))
+
+
 def length_axis(axes: Any, lengths: list[int]) -> None:
     """Make the x-axis logarithmic with ticks at `lengths`, of many at every second or so, written as in 4k for 4096."""
     axes.set_xscale("log", base=2)

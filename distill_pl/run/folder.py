@@ -291,6 +291,13 @@ def check_fingerprints(config: Namespace, found: dict[str, str]) -> None:
         )
 
 
+def check_teacher_of(out: Path, path: str, model: PreTrainedModel) -> None:
+    """Raise InputError unless `model`, loaded from `path`, is the teacher of the run in `out`, as far as that is recorded."""
+    file = out / FINGERPRINTS
+    if file.is_file() and json.loads(file.read_text())["teacher"] != fingerprint(model, torch.bfloat16):
+        raise InputError(f"teacher {path!r} is not the one that {out} was distilled from: put that one back")
+
+
 def write_fingerprints(out: Path, found: dict[str, str]) -> None:
     """Record what a run is about when it begins; on rank 0."""
     file, text = out / FINGERPRINTS, json.dumps(found, indent=1)

@@ -1,0 +1,139 @@
+"""`distill-pl layers`: which layers of a student to put back to softmax attention."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from distill_pl.console import aligned, quiet, say
+from distill_pl.errors import InputError
+from distill_pl.losses import kl_divergence
+from distill_pl.measure import recall
+from distill_pl.measure.evaluate import TOKENS_IN_MEMORY, check_writable, haystack, held_out_chunks, is_run, load, weights_path
+from distill_pl.mixers import Softmax
+from distill_pl.run.folder import check_teacher_of, read_config, write_aside
+from distill_pl.run.values import AT_LEAST_1, SEED, check_numbers, parse_lengths
+from distill_pl.student.factory import StudentFactory
+from distill_pl.student.modeling import Student
+from distill_pl.teacher import Teacher
+
+AS_IT_IS = "none"  # in place of a layer's number
+
+
+def layers(
+    run: str,
+    keep: int | None = None,
+    tasks: str = "niah_single_2,mqar",
+    lengths: str = "512,1024",
+    limit: int = 25,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> None:
+    """Measure for each layer of a run's student how much softmax attention in that layer alone would help, without training.
+
+    Prints a table of KL(teacher || student) on held-out text, in nats a token, and of recall, with the teacher's attention in
+    one layer, and writes it to RUN/eval/layers.json and RUN/eval/layers.png. A layer that matters lowers the one and raises the
+    other against the first row, the student as it is.
+
+    Args:
+        run: run folder of `distill-pl fit`.
+        keep: also print which so many layers to keep, as a value of `student.softmax_layers`: by KL, by recall, and evenly
+            spaced, since layers that are best one by one need not be best together.
+        tasks: names of recall tasks, see `distill-pl evaluate --help`; recall is their mean accuracy.
+        lengths: lengths of the prompts of recall tasks, in tokens.
+        limit: number of questions of each task and length.
+        batch_size: sequences in a forward pass; in recall tasks, each stands for 2048 tokens, on a GPU for 16384.
+        seed: seed of the questions.
+    """
+    quiet()
+    check_numbers({"limit": limit, "batch_size": batch_size, "seed": seed},
+                  {"limit": AT_LEAST_1, "batch_size": AT_LEAST_1, "seed": SEED})  # fmt: skip
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in recall.TASKS]:
+        raise InputError(f"tasks={unknown[0]} is no recall task: give some of {', '.join(recall.TASKS)}")
+    questions = recall.Questions(parse_lengths(lengths), limit, None, seed)
+    if not is_run(run):
+        raise InputError(f"run {run!r} is no run folder of distill-pl fit: give one that is finished")
+    config, file = read_config(Path(run)), Path(run) / "eval" / "layers.json"
+    check_writable(file)
+    model, tokenizer = load(weights_path(run))
+    student = cast(Student, model)  # but for one of softmax throughout, which is exported as its teacher's class
+    others = [i for i, mixer in enumerate(getattr(model, "mixers", [])) if not isinstance(mixer, Softmax)]
+    if not others:
+        raise InputError(f"run {run!r} has softmax attention in every layer: give the run of a student with another mixer")
+    if keep is not None and not 1 <= keep <= len(student.mixers):
+        raise InputError(f"keep {keep} is no number of layers from 1 to {len(student.mixers)}")
+    teacher = Teacher(config["teacher"], student.dtype)
+    check_teacher_of(Path(run), config["teacher"], teacher.model)
+    original = StudentFactory("softmax").assemble(teacher, seed=0).eval()
+    original.to(student.device, student.dtype)  # type: ignore[arg-type]
+    source = recall.make_source(tokenizer, haystack(student, tokenizer, config["data"], None))
+    items = [recall.make_items(task, source, length, questions) for task in names for length in questions.lengths]
+    chunks = held_out_chunks(student, tokenizer, config["data"])
+    divergences = held_out_divergences(student, original, chunks, others, batch_size)
+    in_memory = batch_size * TOKENS_IN_MEMORY[student.device.type]
+    rows: list[dict[str, Any]] = []
+    for layer, divergence in zip([None, *others], divergences.tolist(), strict=True):
+        with put_back(student, original, layer):
+            scores = [score for row in items for score in recall.score(student, tokenizer, row, in_memory)]
+        rows.append({"layer": layer, "kl": divergence} | ({"recall": mean(scores)} if scores else {}))
+        say(f"{run}  layer {AS_IT_IS if layer is None else layer}: " + ", ".join(cells(rows[-1])[1:]))
+    write_aside(file, lambda aside: aside.write_text(json.dumps({"tasks": names, "lengths": lengths, "rows": rows}, indent=1)))
+    from distill_pl.measure.plots import draw_layers
+
+    draw_layers(rows, file.with_suffix(".png"))
+    say("\n" + aligned([["layer put back", "KL", "recall"][: 2 + bool(names)], *map(cells, rows)]))
+    if keep is not None:
+        say("")
+        for by, chosen in choices(rows[1:], keep, len(student.mixers)).items():
+            say(f"{by:14} --student.softmax_layers {json.dumps(chosen)}")
+    say(f"\nwrote {file} and {file.with_suffix('.png')}")
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """Format a layer's number, KL and, if measured, recall."""
+    name = AS_IT_IS if row["layer"] is None else str(row["layer"])
+    return [name, f"KL {row['kl']:.4f}", *([f"recall {row['recall']:.1%}"] if "recall" in row else [])]
+
+
+@contextlib.contextmanager
+def put_back(student: Student, original: Student, layer: int | None) -> Iterator[None]:
+    """Lend `layer` of a student the attention of `original`, the teacher as a softmax student; nothing where that is None."""
+    if layer is None:
+        yield
+        return
+    block: Any = student.model.layers[layer]
+    own, block.self_attn = block.self_attn, original.mixers[layer]
+    try:
+        yield
+    finally:
+        block.self_attn = own
+
+
+@torch.no_grad()
+def held_out_divergences(student: Student, original: Student, chunks: Tensor, layers: list[int], batch_size: int) -> Tensor:
+    """Compute Eq. 6 on chunks [N, T] of the student as it is, and with each of `layers` put back -> [1 + layers], nats."""
+    totals = torch.zeros(1 + len(layers), dtype=torch.float64)
+    for batch in chunks.split(batch_size):
+        tokens = batch.to(student.device)
+        expected = original(tokens, use_cache=False).logits.float()
+        for index, layer in enumerate([None, *layers]):
+            with put_back(student, original, layer):
+                logits = student(tokens, use_cache=False).logits.float()
+            totals[index] += len(batch) * kl_divergence(logits, expected).item()
+    return totals / len(chunks)
+
+
+def choices(rows: list[dict[str, Any]], keep: int, count: int) -> dict[str, list[int]]:
+    """Choose `keep` of a model's `count` layers by lowest KL, by highest recall (then lowest KL), and evenly spaced."""
+    by_divergence = sorted(rows, key=lambda row: row["kl"])
+    chosen = {"by KL": [row["layer"] for row in by_divergence[:keep]]}
+    if "recall" in rows[0]:
+        chosen["by recall"] = [row["layer"] for row in sorted(by_divergence, key=lambda row: -row["recall"])[:keep]]
+    chosen["evenly spaced"] = [int((index + 0.5) * count / keep) for index in range(keep)]
+    return {by: sorted(numbers) for by, numbers in chosen.items()}

@@ -1,0 +1,63 @@
+"""`distill-pl layers`: a layer put back is the teacher's, and only for the time of a measurement."""
+
+import json
+
+import pytest
+import torch
+
+from distill_pl.errors import InputError
+from distill_pl.measure import recall
+from distill_pl.measure.layers import choices, held_out_divergences, layers, put_back
+from distill_pl.student.factory import StudentFactory
+
+
+@pytest.fixture
+def student_and_original(teacher):
+    return StudentFactory("gla").build(teacher, seed=0).eval(), StudentFactory("softmax").build(teacher, seed=0).eval()
+
+
+def test_all_layers_put_back_are_the_teacher(student_and_original):
+    student, original = student_and_original
+    tokens = torch.arange(24)[None] + 1
+    before, expected = student(tokens).logits, original(tokens).logits
+    with put_back(student, original, 0), put_back(student, original, 1):
+        torch.testing.assert_close(student(tokens).logits, expected)
+    assert torch.equal(student(tokens).logits, before)
+    assert not torch.allclose(before, expected)
+
+
+def test_the_only_other_layer_put_back_leaves_no_divergence(teacher):
+    student = StudentFactory("gla", softmax_layers=[0]).build(teacher, seed=0).eval()
+    original = StudentFactory("softmax").build(teacher, seed=0).eval()
+    chunks = torch.arange(96).view(4, 24) % teacher.config.vocab_size
+    as_it_is, put_back_1 = held_out_divergences(student, original, chunks, [1], batch_size=3).tolist()
+    assert as_it_is > 1e-3 > 1e-5 > abs(put_back_1)
+
+
+def test_choices():
+    rows = [{"layer": layer, "kl": kl, "recall": recall}
+            for layer, kl, recall in [(0, 0.4, 0.1), (1, 0.3, 0.5), (2, 0.2, 0.0), (4, 0.1, 0.1)]]  # fmt: skip
+    assert choices(rows, 2, 6) == {"by KL": [2, 4], "by recall": [1, 4], "evenly spaced": [1, 4]}
+    assert choices([{"layer": 3, "kl": 0.4}], 1, 6) == {"by KL": [3], "evenly spaced": [3]}
+
+
+def test_layers_of_a_run(run, capsys, monkeypatch):
+    monkeypatch.setattr(recall, "COPIED", 1)  # the tokenizer has few words
+    layers(str(run), keep=1, tasks="niah_single_1", lengths="256", limit=2)
+    printed = capsys.readouterr().out
+    found = json.loads((run / "eval" / "layers.json").read_text())["rows"]
+    assert [row["layer"] for row in found] == [None, 0, 1]
+    assert f"KL {found[1]['kl']:.4f}" in printed
+    assert "evenly spaced" in printed
+    assert (run / "eval" / "layers.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [({"run": "nowhere"}, "'nowhere' is no run folder"), ({"tasks": "piqa"}, "tasks=piqa is no recall task"),
+     ({"keep": 0}, "keep 0 is no number of layers from 1 to 2"), ({"limit": 0}, "limit")],
+)  # fmt: skip
+def test_bad_input_is_one_line(run, given, says):
+    with pytest.raises(InputError, match=says) as caught:
+        layers(**{"run": str(run), "tasks": "induction"} | given)
+    assert "\n" not in str(caught.value)
