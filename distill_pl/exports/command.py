@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from distill_pl.console import quiet, say
 from distill_pl.errors import InputError
 from distill_pl.exports import fresh, modeling_distill_pl
+from distill_pl.exports.fla import as_fla
 from distill_pl.exports.native import as_native
 from distill_pl.measure.evaluate import weights_path
 from distill_pl.run.folder import disk_refused
@@ -28,17 +29,18 @@ IMPORT = "import distill_pl  # lets transformers load its students\n"  # in the 
 LOAD = 'AutoModelForCausalLM.from_pretrained("path/to/this/folder"'
 
 
-def export(run: str, to: Literal["transformers", "remote"] = "transformers", out: str | None = None) -> None:
+def export(run: str, to: Literal["transformers", "fla", "remote"] = "transformers", out: str | None = None) -> None:
     """Write a student as a folder that programs without this package load, with the same logits; refuse what is not exact.
 
-    The folder is loaded again in a process that cannot import this package, in fp32 on the CPU: its logits of a prompt must be
+    The folder is loaded again in a process that cannot import this package, in fp32: its logits of a prompt must be
     the student's to 1e-5 of the largest, and 50 greedily generated tokens must be the same. docs/serving.md lists what has an
     exact counterpart.
 
     Args:
         run: run folder of `distill-pl fit`, or folder of a student that it exported.
-        to: `transformers` rewrites the weights for a class of transformers, which vLLM may know as well; `remote` adds a module
-            with which transformers loads the student as it is, given trust_remote_code=True, where distill_pl is installed.
+        to: `transformers` rewrites the weights for a class of transformers, which vLLM may know as well; `fla` for a class of
+            flash-linear-attention, and compares on a GPU; `remote` adds a module with which transformers loads the student as
+            it is, given trust_remote_code=True, where distill_pl is installed.
         out: folder to write, with weights in fp32; it must not exist yet, or be empty.
     """
     quiet()
@@ -49,13 +51,15 @@ def export(run: str, to: Literal["transformers", "remote"] = "transformers", out
         raise InputError(f"run {run!r} is no finished run and no model folder: give either")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise InputError(f"out {out!r} exists already: give a folder that does not, or delete it")
+    if to == "fla" and not torch.cuda.is_available():
+        raise InputError("to fla: its kernels, with which the result is compared, need a GPU: export where there is one")
     student = load_model(str(source), dtype=torch.float32)
     if not isinstance(student, Student):
         raise InputError(
             f"run {run!r}: its student is a {type(student).__name__} of transformers already and needs no export: use {source}"
         )
     expected = fresh.expectation(student)
-    model = as_native(student) if to == "transformers" else student
+    model = {"transformers": as_native, "fla": as_fla}.get(to, lambda student: student)(student)
     with disk_refused(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as name:
@@ -64,7 +68,7 @@ def export(run: str, to: Literal["transformers", "remote"] = "transformers", out
             del student, model
             gc.collect()  # the other process needs the memory
             save_file(expected, Path(name) / "expected.safetensors")
-            found = check(folder, Path(name) / "expected.safetensors", to == "remote")
+            found = check(folder, Path(name) / "expected.safetensors", to)
             folder.rename(target)
     say(
         f"{target} is a {found['model']}: loaded in a process of its own, its logits differ by {found['logits']:.1e} of the "
@@ -88,12 +92,12 @@ def write(model: PreTrainedModel, source: Path, folder: Path, to: str) -> None:
         card.write_text(card.read_text().replace(IMPORT, "").replace(LOAD, load))
 
 
-def check(folder: Path, expected: Path, remote: bool) -> dict:
+def check(folder: Path, expected: Path, to: str) -> dict:
     """Compare a folder with what its student computes, in a fresh process -> what `fresh.main` prints.
 
     Raises InputError where the folder cannot be loaded or computes something else.
     """
-    arguments = [sys.executable, "-I", fresh.__file__, str(folder), str(expected)] + ["remote"] * remote
+    arguments = [sys.executable, fresh.__file__, str(folder), str(expected), to]
     with tempfile.TemporaryDirectory() as cache:  # in which transformers keeps the modules that it ran
         environment = os.environ | {"HF_MODULES_CACHE": cache, "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(arguments, env=environment, capture_output=True, text=True)

@@ -1,12 +1,12 @@
 """Compare an exported folder with its student in a fresh process, in which this package cannot be imported.
 
-Run as `python -I fresh.py FOLDER EXPECTED`, with the tensors of `expectation` in the file EXPECTED, it prints one line of JSON:
-the largest difference of the logits as a share of the largest logit, and how many of the generated tokens are equal before the
-first that is not. With `remote` as a third argument it loads the folder's own module, which imports this package.
+Run as `python fresh.py FOLDER EXPECTED transformers`, with the tensors of `expectation` in the file EXPECTED. It prints one
+line of JSON: the largest difference of the logits as a share of the largest logit, and how many of the generated tokens are
+equal before the first that is not. In place of `transformers`, `remote` loads the folder's own module, which imports this
+package, and `fla` a class of flash-linear-attention, on a GPU if there is one.
 """
 
 import json
-import os
 import sys
 from typing import Any
 
@@ -39,17 +39,20 @@ def answer(model: Any, prompt: Any) -> dict[str, Any]:
     return {"logits": logits, "tokens": tokens}
 
 
-def main(folder: str, expected_file: str, remote: bool) -> None:
-    """Load a folder's model in fp32 on the CPU and print how far it is from what `expected_file` says."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    for package in GPU_PACKAGES if remote else (*GPU_PACKAGES, "distill_pl"):
+def main(folder: str, expected_file: str, to: str) -> None:
+    """Load a folder's model in fp32, on the CPU but for `fla`, and print how far it is from what `expected_file` says."""
+    for package in (() if to == "fla" else GPU_PACKAGES) + (() if to == "remote" else ("distill_pl",)):
         sys.modules[package] = None  # type: ignore[assignment]  # what Python documents to make an import fail
     import torch
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    expected = load_file(expected_file)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=remote)
+    if to == "fla":
+        import fla.models  # noqa: F401  registers its classes
+    device = "cuda" if to == "fla" and torch.cuda.is_available() else "cpu"
+    expected = load_file(expected_file, device=device)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=to == "remote")
+    model = model.to(device)
     found = answer(model, expected["prompt"])
     difference = (found["logits"] - expected["logits"]).abs().max() / expected["logits"].abs().max()
     equal = (found["tokens"] == expected["tokens"])[0, expected["prompt"].shape[1] :].long().cumprod(0).sum()
@@ -57,4 +60,5 @@ def main(folder: str, expected_file: str, remote: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], remote="remote" in sys.argv[3:])
+    del sys.path[0]  # this folder, whose fla.py is not the package fla
+    main(*sys.argv[1:4])

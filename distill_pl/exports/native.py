@@ -51,7 +51,7 @@ def as_native(student: Student) -> PreTrainedModel:
 def refusal(student: Student, why: str) -> InputError:
     """Return the error that says why a student has no exact counterpart."""
     kind = f"{student.config.mixer} student of a {teacher_config(student.config).model_type}"
-    return InputError(f"export: a {kind} has no exact counterpart in transformers, {why}: choose --to remote")
+    return InputError(f"export: no exact counterpart of this {kind}: {why}: choose another --to, such as remote")
 
 
 def refuse(student: Student, reasons: dict[str, bool]) -> None:
@@ -61,10 +61,11 @@ def refuse(student: Student, reasons: dict[str, bool]) -> None:
             raise refusal(student, why)
 
 
-def check_layers(student: Student, target: str, scales: bool = False, attention: bool = False) -> None:
+def check_layers(student: Student, target: str, scales: bool = False, attention: bool = False, rope: bool = False) -> None:
     """Raise InputError for what a class with Llama's MLP and norms, and a mixer without extras, has no place for.
 
-    scales, attention: whether the class has Granite's SCALES, and a place for the teacher's softmax attention.
+    scales, attention, rope: whether the class has Granite's SCALES, has the teacher's softmax attention too, and rotates q and
+    k of its mixers.
     """
     config, teacher = student.config, teacher_config(student.config)
     mixers = [mixer for mixer in student.mixers if not isinstance(mixer, Softmax)]
@@ -73,12 +74,10 @@ def check_layers(student: Student, target: str, scales: bool = False, attention:
     activation = getattr(teacher, "hidden_activation", None) or teacher.hidden_act
     refuse(student, {
         f"{target} has no window attention beside a mixer (student.window)": config.window is not None,
-        f"{target} does not rotate q and k (student.rope)": any(mixer.rope for mixer in mixers),
+        f"{target} {'rotates' if rope else 'does not rotate'} q and k (student.rope)": any(x.rope != rope for x in mixers),
         f"{target} has no norms of q and k before its mixers": config.qk_norm,
         f"{target} has no biases of q, k, v and o, or has them in padded tokens too": config.qkv_bias or config.o_bias,
-        f"{target} normalises q and k of its attention, or compresses them (student.softmax_layers)": (
-            len(mixers) < len(student.mixers) and not attention
-        ),
+        f"{target} has no attention like the teacher's (student.softmax_layers)": not attention and mixers != student.mixers,
         f"{target} divides q . k by the root of their width": config.attention_scale is not None and not attention,
         f"the teacher's layers differ from {target}'s in {', '.join(other[:2])}": bool(other),
         f"{target} has silu in its MLP, not {activation}": activation not in ("silu", "swish"),
@@ -106,10 +105,16 @@ def build(student: Student, settings: dict[str, Any], rows: Callable[[Any], Tens
     tensors = {name: tensor for name, tensor in student.state_dict().items() if not name.startswith(LAYERS)}
     for index, layer in enumerate(student.model.layers):
         tensors |= {f"{LAYERS}{index}.{name}": tensor for name, tensor in rows(layer).items()}
-    for before, after in (renamed or {}).items():
-        tensors = {after + name.removeprefix(before) if name.startswith(before) else name: x for name, x in tensors.items()}
-    model.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()} | tensors)
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    model.load_state_dict(zeros | begun(tensors, renamed or {}))
     return model
+
+
+def begun(tensors: Tensors, names: dict[str, str]) -> Tensors:
+    """Rename tensors whose name begins with a key of `names` so that it begins with the value."""
+    for before, after in names.items():
+        tensors = {after + name.removeprefix(before) if name.startswith(before) else name: x for name, x in tensors.items()}
+    return tensors
 
 
 def block(layer: Any) -> Tensors:
@@ -329,9 +334,9 @@ TARGETS: dict[str, Callable[[Student], PreTrainedModel] | str] = {
     "kda": kimi,
     "delta_net": kimi,
     "mlstm": xlstm,
-    **dict.fromkeys(("gla", "hgrn2", "metala"), "none of whose classes has a decay per key channel but with a delta rule"),
-    "retnet": "none of whose classes has a fixed decay per head and RoPE",
-    **dict.fromkeys(("rebased", "hedgehog"), "none of whose classes has linear attention with normalised rows"),
-    "swa": "none of whose classes attends to the first tokens beside a window",
-    "rwkv7": "whose RWKV is version 4",
+    **dict.fromkeys(("gla", "hgrn2", "metala"), "classes of transformers have a decay per key channel only with a delta rule"),
+    "retnet": "no class of transformers has a fixed decay per head and RoPE",
+    **dict.fromkeys(("rebased", "hedgehog"), "no class of transformers has linear attention with normalised rows"),
+    "swa": "no class of transformers attends to the first tokens beside a window",
+    "rwkv7": "the RWKV of transformers is version 4",
 }
