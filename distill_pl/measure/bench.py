@@ -175,7 +175,7 @@ def earlier_rows(file: Path, settings: dict[str, Any]) -> list[Row]:
                  if earlier["settings"].get(key) != value]  # fmt: skip
     if differing:
         raise InputError(f"{file} holds results of other settings ({'; '.join(differing)}): give another --out")
-    return earlier["rows"]
+    return [row for row in earlier["rows"] if "first_token_ms" in row or "out_of_memory" in row]  # earlier versions had it not
 
 
 def model_rows(model: str, source: str, lengths: list[int], settings: dict[str, Any], known: list[Row]) -> Iterator[Row]:
