@@ -1,6 +1,7 @@
 """`distill-pl study`: carry out the runs that a file lists, several at once, and keep what came out of each in a small JSON."""
 
 import contextlib
+import ctypes
 import difflib
 import functools
 import io
@@ -366,14 +367,24 @@ def steps(run: Run, out: Path, results: Path, options: dict[str, Any] | None,
 
 def command(args: list[str], log: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen]:
     """Run `distill-pl` with `args`, yielding its process until it ends; its output is appended to `log`."""
+    libc = ctypes.CDLL(None)
     with open(log, "ab") as console:  # a session of its own: Ctrl-C reaches the study alone, which stops what it has started
+        start = console.tell()
         process = subprocess.Popen([sys.executable, "-m", "distill_pl.cli", *args], stdin=subprocess.DEVNULL, stdout=console,
-                                   stderr=subprocess.STDOUT, env=environment, start_new_session=True)  # fmt: skip
+                                   stderr=subprocess.STDOUT, env=environment, start_new_session=True,
+                                   preexec_fn=lambda: end_with_parent(libc))  # fmt: skip
     while process.poll() is None:
         yield process
     if process.returncode:
-        printed = log.read_text(errors="replace").strip().splitlines() or ["nothing was printed"]
-        raise Failed(f"{printed[-1].removeprefix('distill-pl: ')[:300]} (exit code {process.returncode}, see {log})")
+        printed = log.read_bytes()[start:].decode(errors="replace").strip().splitlines() or ["nothing was printed"]
+        line = next((line for line in reversed(printed) if line.startswith("distill-pl: ")), printed[-1])
+        raise Failed(f"{line.removeprefix('distill-pl: ')[:300]} (exit code {process.returncode}, see {log})")
+
+
+def end_with_parent(libc: ctypes.CDLL) -> None:
+    """Let Linux send this process a SIGTERM when the one that started it dies, even by SIGKILL."""
+    if sys.platform == "linux":
+        libc.prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
 
 
 def stop(processes: list[subprocess.Popen]) -> None:

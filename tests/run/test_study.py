@@ -1,20 +1,22 @@
 """A study's file says what is run; what is done is not run again, and what is wrong is refused before anything is."""
 
+import ctypes
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
-from helpers import STEP, fit_command, refused
+from helpers import STEP, fit_command, forkserver, refused
 
 from distill_pl.cli import main
 from distill_pl.measure import study
-from distill_pl.run.study import environments, expand, read
+from distill_pl.run.study import end_with_parent, environments, expand, read
 
 RUNS = {"runs": [{"config": ["gla", "gla_qkv_mm_h2h"]}]}
 
@@ -123,6 +125,28 @@ def test_the_plan_is_printed_and_nothing_is_run(file, capsys):
 def test_gpus_are_shared_out(monkeypatch, gpus, parallel, shares):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
     assert [place["CUDA_VISIBLE_DEVICES"] for place in environments(parallel)] == shares
+
+
+def start_and_wait(pipe) -> None:
+    """Start a process that would outlive this one, as a study starts its runs, and send its number."""
+    libc = ctypes.CDLL(None)
+    with subprocess.Popen(["sleep", "60"], preexec_fn=lambda: end_with_parent(libc), start_new_session=True) as child:
+        pipe.send(child.pid)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
+def test_runs_end_with_a_study_that_is_killed():
+    ours, theirs = forkserver.Pipe()
+    parent = forkserver.Process(target=start_and_wait, args=(theirs,))
+    parent.start()
+    run = Path("/proc") / str(ours.recv()) / "stat"
+    assert run.read_text().split()[2] in "SR"
+    parent.kill()
+    deadline = time.monotonic() + 10
+    while run.is_file() and run.read_text().split()[2] != "Z":  # a zombie where nothing adopts it
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.mark.slow
