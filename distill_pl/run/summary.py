@@ -109,7 +109,8 @@ def summary(folder: Path) -> str:
     signs = (
         "A + says that the student that the claim names first is better. Similar, close and little mean up to "
         f"{LITTLE['nats']} nats or {LITTLE['points']} points. Of a claim about several students, the one that speaks for it "
-        "least is shown. Intervals are not corrected for the number of claims."
+        "least is shown. Intervals are not corrected for the number of claims. Section 5.3, speed and memory, is for "
+        "`distill-pl bench`."
     )
     return "\n\n".join([*text, "### The paper's claims", signs, claims(rows)])
 
