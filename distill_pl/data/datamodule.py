@@ -82,7 +82,7 @@ class ChunkDataModule(L.LightningDataModule):
         self.repeat, self.shuffle, self.skip_bad_rows = repeat, shuffle, skip_bad_rows
         self.validation_chunks = validation_tokens // sequence_length
         self.cache = Path(cache).expanduser()
-        self.first, self.steps, self.train_chunks = 0, 0, 0
+        self.first, self.steps, self.skipped, self.train_chunks = 0, 0, 0, 0
 
     def open(self, tokenizer, config: PreTrainedConfig | None = None) -> Chunks:
         """Look up the packed text of this dataset and tokenizer, and check it without packing anything.
@@ -106,8 +106,10 @@ class ChunkDataModule(L.LightningDataModule):
         self.chunks.check()
         return self.chunks
 
-    def prepare(self, chunks: int) -> None:
-        """Pack at least `chunks` training chunks. Every process may call this: one packs, the others wait.
+    def prepare(self, chunks: int, skipped: int = 0) -> None:
+        """Pack at least `skipped + chunks` training chunks. Every process may call this: one packs, the others wait.
+
+        skipped: number of chunks at the head of the text that an earlier run has read, and that this one does not read again.
 
         Lightning's `prepare_data` is not used because it runs inside the process group, whose timeout an hour of packing
         exceeds.
@@ -115,27 +117,30 @@ class ChunkDataModule(L.LightningDataModule):
         Raises:
             InputError: packing fails (see `Chunks.prepare`), or the dataset is smaller than `chunks` and not repeated.
         """
-        self.chunks.prepare(chunks)
+        self.chunks.prepare(skipped + chunks)
         available, length = len(self.chunks.train), self.sequence_length
         if available == 0:
             raise InputError(
                 f"data.dataset {self.dataset!r} is too small: without the held-out text (data.validation_tokens) it has less "
                 f"than a chunk of {length} tokens to train on: lower data.validation_tokens, or give more documents"
             )
-        if available < chunks and not self.repeat:
+        if available < skipped + chunks and not self.repeat:
+            left = f" after the {short(skipped * length)} tokens that were read before" if skipped else ""
             raise InputError(
-                f"data.dataset {self.dataset!r} holds {short(available * length)} training tokens, the budget needs "
-                f"{short(chunks * length)}: lower tokens, or set data.repeat true to go over the text again"
+                f"data.dataset {self.dataset!r} holds {short(max(0, available - skipped) * length)} training tokens{left}, the "
+                f"budget needs {short(chunks * length)}: lower tokens, or set data.repeat true to go over the text again"
             )
-        self.train_chunks = min(chunks, available)
+        self.skipped = skipped if skipped < available else 0
+        self.train_chunks = min(chunks, available - self.skipped)
 
     def describe(self) -> str:
         """Say in one line what `prepare` found in the dataset, what of it is held out, and what is left out and why."""
-        return self.chunks.describe()
+        skipped = f"; read before: {short(self.skipped * self.sequence_length)} tokens" if self.skipped else ""
+        return self.chunks.describe() + skipped
 
-    def fingerprint(self, chunks: int) -> str:
-        """Hash the held-out text and what `prepare(chunks)` packed for training, as 32 hex digits."""
-        return self.chunks.fingerprint(chunks)
+    def fingerprint(self) -> str:
+        """Hash the held-out text and the training chunks up to the last of a round, as 32 hex digits."""
+        return self.chunks.fingerprint(self.skipped + self.train_chunks)
 
     def accumulation(self, ranks: int) -> int:
         """Return the micro-batches of a rank in an optimiser step. Raises InputError if the batch does not divide into them."""
@@ -170,7 +175,8 @@ class ChunkDataModule(L.LightningDataModule):
         sampler = SpanSampler(
             self.first, self.steps, self.batch_size, trainer.global_step, trainer.global_rank, ranks, self.accumulation(ranks)
         )
-        return _loader(_ChunkDataset(self.chunks.train[: self.train_chunks], self.seed), sampler)
+        chunks = self.chunks.train[self.skipped : self.skipped + self.train_chunks]
+        return _loader(_ChunkDataset(chunks, self.seed), sampler)
 
     def val_dataloader(self) -> DataLoader:
         """Build the loader of this rank's held-out chunks, in batches [micro_batch_size, T] but for the last.

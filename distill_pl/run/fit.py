@@ -27,6 +27,7 @@ from distill_pl.run.folder import (
     sole_user,
     steps_done,
     teacher_fingerprints,
+    tokens_read,
     write_config,
     write_fingerprints,
 )
@@ -78,6 +79,7 @@ def fit(config: Namespace) -> None:
     check_validation(config, -(-(data.validation_chunks // probe.world_size) // data.chunks_at_once(probe.world_size)))
     check_sharding(config, plans)
 
+    skipped = -(-tokens_read(config) // config.data.sequence_length)
     factory = StudentFactory(**config.student)
     bf16 = precision(config).startswith("bf16")
     teacher = Teacher(config.teacher, torch.bfloat16 if bf16 else torch.float32)
@@ -97,18 +99,18 @@ def fit(config: Namespace) -> None:
     if dry_run:
         say(forecast(config, stages, plans))
         return
+    chunks = plans[-1].first + plans[-1].steps * config.data.batch_size
     if first < len(plans):
-        chunks = plans[-1].first + plans[-1].steps * config.data.batch_size
-        data.prepare(chunks)
+        data.prepare(chunks, skipped)
         say(f"found    {data.describe()}")
-        fingerprints["text"] = data.fingerprint(chunks)
+        fingerprints["text"] = data.fingerprint()
         check_fingerprints(config, fingerprints)
     # under fsdp compiled layers have not been measured
     compiled = device(config).type == "cuda" and config.compile and config.trainer.strategy != "fsdp"
     if compiled:
         from distill_pl.compiling import compile_stage
     with sole_user(out, probe.global_rank):
-        write_fingerprints(out, fingerprints)
+        write_fingerprints(out, {**fingerprints, "tokens_read": (skipped + chunks) * config.data.sequence_length})
         write_config(config)
 
         expected: float | str | None = "teacher" if factory.is_teacher else None

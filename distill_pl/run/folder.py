@@ -39,6 +39,8 @@ from distill_pl.tokens import Tokens
 CHANGEABLE_KEYS = {
     "out", "data.cache", "data.micro_batch_size", "student.backend", "compile", "checkpoint_every", "validate_every",
 }  # fmt: skip
+# keys of data that say what is read, and in which order
+WHAT_IS_READ = ("dataset", "name", "revision", "text_column", "validation_tokens", "shuffle", "skip_bad_rows")
 LOCK, HOLDER = ".lock", ".locked_by"
 FINGERPRINTS = "fingerprints.json"
 # files of a run folder that appear before config.yaml does
@@ -298,7 +300,27 @@ def check_teacher_of(out: Path, path: str, model: PreTrainedModel) -> None:
         raise InputError(f"teacher {path!r} is not the one that {out} was distilled from: put that one back")
 
 
-def write_fingerprints(out: Path, found: dict[str, str]) -> None:
+def tokens_read(config: Namespace) -> int:
+    """Return how many tokens of its text the run in `student.start_from` has read, with all that it went on from itself.
+
+    0 where that is no run folder, or of another text or order of it. The run that goes on from it begins after them.
+    """
+    start = Path(config.student.start_from or "")
+    if not config.student.start_from or not (start / "config.yaml").is_file():
+        return 0
+    before, now = read_config(start)["data"], plain(config)["data"]
+    if any(before.get(key) != now[key] for key in WHAT_IS_READ):
+        return 0
+    try:
+        return json.loads((start / FINGERPRINTS).read_text())["tokens_read"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"student.start_from {str(start)!r}: its {FINGERPRINTS} does not say how much of the text it has read "
+            f"({one_line(error)}): give {start / 'student'}, to begin with the head of the text"
+        ) from error
+
+
+def write_fingerprints(out: Path, found: dict[str, str | int]) -> None:
     """Record what a run is about when it begins; on rank 0."""
     file, text = out / FINGERPRINTS, json.dumps(found, indent=1)
     if not is_first_rank() or (out / "config.yaml").is_file() or (file.is_file() and file.read_text() == text):

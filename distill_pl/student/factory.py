@@ -47,7 +47,8 @@ class StudentFactory:
         sinks: number of first tokens that window attention reads as well. Default: 4.
         start_from: run folder of `distill-pl fit`, or folder of a student of the same teacher that it exported, to go on from.
             Copied are all weights outside attention, and those of every layer with the same mixer; other layers start as init
-            says, so that softmax_layers puts layers back to the teacher's attention. Steps and text begin anew.
+            says, so that softmax_layers puts layers back to the teacher's attention. Steps begin anew. Of the same text, what
+            the run folder has read is not read again.
         retention: share of the state that a newly initialised decay gate keeps from one token to the next (section 3.1),
             between 0 and 1.
         backend: implementation of the mixing: `fla` for Triton kernels, `torch` for plain PyTorch, `auto` for fla on a GPU

@@ -80,6 +80,18 @@ def test_repeat_goes_over_the_text_again(data, make):
     once.prepare(count)
 
 
+def test_what_was_read_before_is_skipped(make):
+    data = make(shuffle=3, repeat=True)
+    data.prepare(20, skipped=12)
+    whole = data.chunks.train.tolist()
+    assert sorted(read(data, 0, 5)) == sorted(whole[12:32])
+    assert data.describe().endswith("; read before: 192 tokens")
+    data.prepare(8, skipped=10**6)  # all of it, so that the text begins again
+    assert sorted(read(data, 0, 2)) == sorted(whole[:8])
+    with pytest.raises(InputError, match="holds 32 training tokens after the .* tokens that were read before"):
+        make().prepare(8, skipped=len(data.chunks.train) - 2)
+
+
 def read(data, first, steps, done=0, ranks=1) -> list[list[int]]:
     """Return the chunks of a stage from step `done` on in the order of the steps, all ranks' slices of a step side by side."""
     data.assign(first, steps)

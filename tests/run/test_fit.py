@@ -27,7 +27,7 @@ from distill_pl.cli import DistillCLI, main
 from distill_pl.console import perplexity
 from distill_pl.mixers import MIXERS
 from distill_pl.run.folder import read_metrics, sole_user
-from distill_pl.stages import STAGES
+from distill_pl.stages import STAGES, KDStage
 
 KEYS = {  # 4 + 5 + 6 steps, with a checkpoint every second one
     "tokens": 15 * STEP, "matrix_mixing.tokens": 4 * STEP, "hidden_align.tokens": 5 * STEP, "checkpoint_every": 2 * STEP,
@@ -435,6 +435,33 @@ def test_a_run_goes_on_from_another(finished, arguments, tmp_path, capsys):
     began = re.search(r"step 0/1 held-out: .* perplexity (\S+)", capsys.readouterr().out)[1]
     ended = perplexity(read_metrics(finished / "3_kd" / "student.safetensors")["student_ce"])
     assert float(began) == pytest.approx(ended, rel=1e-3)
+
+
+def test_two_halves_read_the_text_in_the_order_of_one_run(arguments, capsys, monkeypatch, tmp_path):
+    read: dict[str, list] = {}
+
+    def losses_given(stage, tokens, *drawn):
+        if stage.training:
+            read.setdefault(name, []).append(tokens.clone())
+        return original(stage, tokens, *drawn)
+
+    original = KDStage.losses_given
+    monkeypatch.setattr(KDStage, "losses_given", losses_given)
+    one, two = ({"student.start_from": tmp_path / name} for name in ("one", "two"))
+    for name, keys in {
+        "whole": {"tokens": 4 * STEP, "data.shuffle": False},
+        "one": {"tokens": 2 * STEP, "data.shuffle": False},
+        "two": {"tokens": STEP, "data.shuffle": False} | one,
+        "three": {"tokens": STEP, "data.shuffle": False} | two,
+        "shuffled": {"tokens": STEP} | two,  # another order, which begins at its head
+    }.items():
+        fit_here(arguments(name, **KD_ONLY, **keys))
+    assert torch.equal(torch.cat([*read["one"], *read["two"], *read["three"]]), torch.cat(read["whole"]))
+    assert capsys.readouterr().out.count("read before") == 2
+    (tmp_path / "one" / "fingerprints.json").write_text("{}")
+    assert "one/student, to begin with the head of the text" in refused(
+        *arguments("four", **KD_ONLY, tokens=STEP, **{"data.shuffle": False} | one)
+    )
 
 
 @pytest.mark.slow
