@@ -14,6 +14,7 @@ from distill_pl.mixers import MIXERS
 from distill_pl.run.folder import differing, flat, read_config, read_metrics, write_aside
 from distill_pl.tokens import Tokens
 
+SEEDS = ("seed", "data.shuffle")  # of the new weights, and of the order of the text
 KEPT = (
     "Recall tasks: % of answers, over all lengths. Recall kept: the share of the teacher's margin over guessing. Likelihood "
     "kept: the share of the teacher's probability of a token of held-out text (geometric mean), which hides what is forgotten."
@@ -38,6 +39,7 @@ class Run(NamedTuple):
         mixed, aligned = (bool(Tokens(self.config[stage]["tokens"])) for stage in ("matrix_mixing", "hidden_align"))
         words = {
             "window": self.has_window,
+            "hybrid": self.is_hybrid,
             "qkv": student["init"] == "qkv",
             "plain": kd["alpha"] == 0,
             "mm": mixed,
@@ -49,13 +51,18 @@ class Run(NamedTuple):
 
     @property
     def beyond_paper(self) -> bool:
-        """Return whether the paper has no such student: a mixer not in Table 1, or one beside window attention."""
-        return self.config["student"]["mixer"] not in study.TABLE_1 or self.has_window
+        """Return whether the paper has no such student: of a mixer not in Table 1, beside window attention, or a hybrid."""
+        return self.config["student"]["mixer"] not in study.TABLE_1 or self.has_window or self.is_hybrid
 
     @property
     def has_window(self) -> bool:
         """Return whether window attention stands beside the student's mixer; runs of earlier versions do not say."""
         return self.config["student"]["mixer"] != "swa" and self.config["student"].get("window") is not None
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Return whether some of the student's layers keep softmax attention."""
+        return self.config["student"]["mixer"] != "softmax" and bool(self.config["student"]["softmax_layers"])
 
 
 def report(models: list[str], out: str = "report") -> None:
@@ -125,7 +132,7 @@ def teacher_row(runs: list[Run]) -> list[Run]:
 
 
 def grouped(runs: list[Run]) -> dict[str, list[Run]]:
-    """Group runs that differ in their seed alone, by experiment.
+    """Group runs that differ in their seeds alone, of new weights and of the order of the text, by experiment.
 
     Of several groups of one experiment, the first has its name, and others are named by what they change, as in
     `gla_qkv (kd.lr 0.001)`: they belong to no row of the paper's.
@@ -136,7 +143,7 @@ def grouped(runs: list[Run]) -> dict[str, list[Run]]:
         if run is first:
             continue
         values = flat(run.config)
-        keys = [key for key in differing(first.config, run.config) if key != "seed"]
+        keys = [key for key in differing(first.config, run.config) if key not in SEEDS]
         changes = f" ({', '.join(f'{key} {values.get(key)}' for key in keys)})" if keys else ""
         rows.setdefault(run.experiment + changes, []).append(run)
     return rows

@@ -209,10 +209,14 @@ def expand(file: str, lines: dict[str, Any], own: dict[str, Any], out: Path, fir
 
 def settle(name: str, row: str, seed: str, experiment: str | None, keys: dict[str, Any], out: Path,
            parse: Callable[[tuple[str, ...]], Namespace], defaults: dict[str, Any]) -> Run:  # fmt: skip
-    """Parse and check a run. Stages of the experiment whose tokens `keys` don't give keep their share of all tokens."""
+    """Parse and check a run, whose seed also orders its text unless `keys` say otherwise.
+
+    Stages of the experiment whose tokens `keys` don't give keep their share of all tokens.
+    """
     chosen = ("--config", config_file(experiment)) if experiment else ()
+    keys = {"data.shuffle": seed} | keys
     alone = parse(("fit", *chosen, "--out=."))
-    config = parse(("fit", *chosen, *options_of(keys), f"--out={out / name}", f"--seed={seed}"))
+    config = parse(("fit", *chosen, f"--seed={seed}", *options_of(keys), f"--out={out / name}"))
     for stage in STAGES:
         if alone[stage].tokens and f"{stage}.tokens" not in keys:
             config[stage].tokens = Tokens(alone[stage].tokens * config.tokens // alone.tokens)
