@@ -1,9 +1,10 @@
 """Compare an exported folder with its student in a fresh process, in which this package cannot be imported.
 
 Run as `python fresh.py FOLDER EXPECTED transformers`, with the tensors of `expectation` in the file EXPECTED. It prints one
-line of JSON: the largest difference of the logits as a share of the largest logit, and how many of the generated tokens are
-equal before the first that is not. In place of `transformers`, `remote` loads the folder's own module, which imports this
-package, and `fla` a class of flash-linear-attention, on a GPU if there is one.
+line of JSON: the largest difference of the logits as a share of the largest logit, the student's own rounding by the same
+measure, and how many of the generated tokens are equal before the first that is not. In place of `transformers`, `remote`
+loads the folder's own module, which imports this package, and `fla` a class of flash-linear-attention, on a GPU if there is
+one.
 """
 
 import json
@@ -16,15 +17,29 @@ PROMPT, GENERATED = 32, 50  # tokens
 
 
 def expectation(model: Any) -> dict[str, Any]:
-    """Compute what a model must still compute once exported -> tensors prompt [1, T], logits [1, T, vocab], tokens [1, T + 50].
+    """Compute what a model must still compute once exported: tensors prompt [1, T], logits [1, T, vocab], tokens [1, T + 50].
 
-    The prompt is drawn at random and continued greedily, without an end.
+    The prompt is drawn at random and continued greedily, without an end. Another tensor, `rounding`, is how far logits are
+    from those of the prompt read token by token, as a share of the largest: layers that divide by a small sum enlarge rounding.
     """
     import torch
 
     vocabulary = model.get_input_embeddings().weight.shape[0]
     prompt = torch.randint(vocabulary, (1, PROMPT), generator=torch.Generator().manual_seed(0))
-    return {"prompt": prompt, **answer(model, prompt)}
+    found = answer(model, prompt)
+    logits: list[Any] = []
+    cache = None
+    with torch.no_grad():
+        for token in prompt.split(1, dim=1):
+            output = model(token, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits.append(output.logits)
+    return {"prompt": prompt, "rounding": difference(torch.cat(logits, 1), found["logits"]), **found}
+
+
+def difference(logits: Any, expected: Any) -> Any:
+    """Return the largest difference of logits as a share of the largest expected one, a tensor []."""
+    return (logits - expected).abs().max() / expected.abs().max()
 
 
 def answer(model: Any, prompt: Any) -> dict[str, Any]:
@@ -54,9 +69,10 @@ def main(folder: str, expected_file: str, to: str) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=to == "remote")
     model = model.to(device)
     found = answer(model, expected["prompt"])
-    difference = (found["logits"] - expected["logits"]).abs().max() / expected["logits"].abs().max()
+    error = difference(found["logits"], expected["logits"]).item()
     equal = (found["tokens"] == expected["tokens"])[0, expected["prompt"].shape[1] :].long().cumprod(0).sum()
-    print(json.dumps({"model": type(model).__name__, "logits": difference.item(), "tokens": int(equal)}))
+    measured = {"logits": error, "rounding": expected["rounding"].item(), "tokens": int(equal)}
+    print(json.dumps({"model": type(model).__name__, **measured}))
 
 
 if __name__ == "__main__":

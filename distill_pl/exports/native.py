@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -28,6 +30,7 @@ SHARED = (  # keys of StudentConfig that configurations of transformers call by 
     "vocab_size", "hidden_size", "rms_norm_eps", "max_position_embeddings", "initializer_range", "tie_word_embeddings",
     "bos_token_id", "eos_token_id", "pad_token_id",
 )  # fmt: skip
+GRANITE = "5.23"  # the first version of transformers whose gated norm is one for each group of Mamba2
 LAYERS = "model.layers."
 HIGH = 2.0**20  # a soft cap, HIGH * tanh(x / HIGH), that is x to fp32 for |x| < 300; division by it is exact
 Tensors = dict[str, Tensor]
@@ -152,6 +155,9 @@ def granite(student: Student) -> PreTrainedModel:
         f"GraniteMoeHybrid's mixers are a whole number of times as wide as its hidden state, not {width} and "
         f"{config.hidden_size}": width % config.hidden_size > 0,
         "GraniteMoeHybrid has RoPE in all of its attention layers or in none": len(rotated) > 1,
+        f"GraniteMoeHybrid of transformers {transformers.__version__} normalises all heads together, {GRANITE} each": (
+            Version(transformers.__version__) < Version(GRANITE)
+        ),
     })  # fmt: skip
     types = layer_types(student)
     settings = {name: getattr(teacher, name, 1.0) for name in SCALES} | {
