@@ -10,10 +10,10 @@ import torch
 from helpers import refused
 
 from distill_pl.cli import DistillCLI, main
-from distill_pl.measure import study
+from distill_pl.measure import paper
+from distill_pl.measure.paper import TABLE_1
 from distill_pl.measure.params import smollm_360m
 from distill_pl.measure.report import Run
-from distill_pl.measure.study import TABLE_1
 from distill_pl.mixers import MIXERS
 from distill_pl.run.fit import plan
 from distill_pl.student.factory import StudentFactory
@@ -91,7 +91,7 @@ def test_experiments_are_the_rows_of_the_papers_tables():
     beyond = {file.stem for file in STUDY if file.read_text().startswith("# Beyond the paper: ")}
     of_the_paper = {file.stem for file in STUDY} - beyond
     assert of_the_paper == table_2 | table_3 | appendix_b
-    assert (set(study.TABLE_2), set(study.TABLE_3), set(study.APPENDIX_B)) == (table_2, table_3, appendix_b)
+    assert (set(paper.TABLE_2), set(paper.TABLE_3), set(paper.APPENDIX_B)) == (table_2, table_3, appendix_b)
 
 
 @pytest.mark.slow

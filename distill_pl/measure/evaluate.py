@@ -19,7 +19,7 @@ from distill_pl.console import aligned, percent, perplexity, quiet, say
 from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.data.sources import TextSource
 from distill_pl.errors import InputError
-from distill_pl.measure import long_text, recall, study
+from distill_pl.measure import long_text, paper, recall
 from distill_pl.measure.harness import check_tasks, prompt_tokenizer, run_tasks
 from distill_pl.run.card import add_results
 from distill_pl.run.folder import check_teacher_of, disk_refused, fingerprint, read_config, write_aside
@@ -65,7 +65,7 @@ def evaluate(
     numbers = {"limit": limit, "batch_size": batch_size, "seed": seed}
     check_numbers(numbers, {"limit": AT_LEAST_1, "batch_size": AT_LEAST_1, "seed": SEED})
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    groups = {"study": study.TASKS, "recall": list(recall.TASKS)}
+    groups = {"study": paper.TASKS, "recall": list(recall.TASKS)}
     names = [task for name in names for task in groups.get(name, [name])]
     harness_names = [name for name in names if name not in recall.TASKS]
     questions = recall.Questions(parse_lengths(lengths), 25 if limit is None else limit, text, seed)
@@ -369,8 +369,8 @@ def recovery(student: Results, teacher: Results) -> float | None:
     None without all six columns, or where the teacher itself cannot be told from guessing (within two standard errors).
     A plain ratio of accuracies would hide a collapse: a model that only guesses has more than half of SmolLM-360M's accuracy.
     """
-    chance = mean(study.CHANCE.values())
-    kept, whole = (study.columns(results).get("Avg.") for results in (student, teacher))
+    chance = mean(paper.CHANCE.values())
+    kept, whole = (paper.columns(results).get("Avg.") for results in (student, teacher))
     if not kept or not whole or whole[0] - 2 * whole[1] <= chance:
         return None
     return (kept[0] - chance) / (whole[0] - chance)
@@ -388,9 +388,9 @@ def table(results: dict[str, Results], teachers: dict[str, str]) -> str:
         cells = {}
         if "held-out" in measured:
             cells["perplexity"] = f"{measured['held-out']['perplexity']:.4g}"
-        columns = study.columns(measured)
+        columns = paper.columns(measured)
         cells |= {column: percent(*value) for column, value in columns.items() if column != "Avg."}
-        covered = {task for column in columns for task in study.COLUMNS.get(column, ())}
+        covered = {task for column in columns for task in paper.COLUMNS.get(column, ())}
         for task, row in measured.items():
             if task not in covered | {"held-out"}:
                 metric = next(key for key in ("acc", *row) if key in row and key not in ("n", "version", "source"))

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill_pl.console import aligned, say
-from distill_pl.measure import study
+from distill_pl.measure import paper
 from distill_pl.mixers import MIXERS
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.modeling import Student
@@ -35,10 +35,10 @@ def appendix_a() -> list[list[str]]:
     teacher = smollm_360m()
     rows = [["million parameters", "paper", "shape paper", "difference", "shape copyable"]]
     for mixer in MIXERS:
-        paper, copyable = (count(StudentFactory(mixer, "fresh", shape), teacher) / 1e6 for shape in ("paper", "copyable"))
-        published = study.APPENDIX_A.get(mixer)
-        beside = ("", "") if published is None else (str(published), f"{paper - published:+.2f}")
-        rows.append([mixer, beside[0], f"{paper:.2f}", beside[1], f"{copyable:.2f}"])
+        own, copyable = (count(StudentFactory(mixer, "fresh", shape), teacher) / 1e6 for shape in ("paper", "copyable"))
+        published = paper.APPENDIX_A.get(mixer)
+        beside = ("", "") if published is None else (str(published), f"{own - published:+.2f}")
+        rows.append([mixer, beside[0], f"{own:.2f}", beside[1], f"{copyable:.2f}"])
     return rows
 
 

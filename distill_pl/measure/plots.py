@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
 
-from distill_pl.measure import recall, study
+from distill_pl.measure import paper, recall
 from distill_pl.mixers import MIXERS
 from distill_pl.run.folder import write_aside
 
@@ -107,7 +107,7 @@ def draw_training(trainings: list[Training], folder: Path) -> list[str]:
 
 def losses(trainings: list[Training]) -> Figure:
     """Plot training loss against tokens: a panel for each stage, a colour for each mixer, a dash style for each of its runs."""
-    stages = [stage for stage in study.STAGES if any(training.stage == stage for training in trainings)]
+    stages = [stage for stage in paper.STAGES if any(training.stage == stage for training in trainings)]
     mixers = {training.run: training.mixer for training in trainings}
     runs = sorted(mixers)
     styles = dict(zip(runs, line_styles([mixers[run] for run in runs]), strict=True))

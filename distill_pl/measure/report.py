@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from distill_pl.console import markdown, perplexity, say
 from distill_pl.errors import InputError
-from distill_pl.measure import recall, study
+from distill_pl.measure import paper, recall
 from distill_pl.measure.evaluate import measured_so_far
 from distill_pl.measure.params import appendix_a
 from distill_pl.mixers import MIXERS
@@ -52,7 +52,7 @@ class Run(NamedTuple):
     @property
     def beyond_paper(self) -> bool:
         """Return whether the paper has no such student: of a mixer not in Table 1, beside window attention, or a hybrid."""
-        return self.config["student"]["mixer"] not in study.TABLE_1 or self.has_window or self.is_hybrid
+        return self.config["student"]["mixer"] not in paper.TABLE_1 or self.has_window or self.is_hybrid
 
     @property
     def has_window(self) -> bool:
@@ -79,14 +79,14 @@ def report(models: list[str], out: str = "report") -> None:
     """
     runs = [run for model in models for run in find_runs(Path(model))]
     rows = grouped(runs)
-    others = [name for name in rows if name not in {*study.TABLE_2, *study.TABLE_3, *study.APPENDIX_B}]
+    others = [name for name in rows if name not in {*paper.TABLE_2, *paper.TABLE_3, *paper.APPENDIX_B}]
     beyond = [name for name in others if rows[name][0].beyond_paper]
     rows["teacher"] = teacher_row(runs)
-    published = {"teacher": study.TEACHER}
+    published = {"teacher": paper.TEACHER}
     tables: dict[str, dict[str, Any]] = {
-        "Table 2: with and without matrix mixing": published | study.TABLE_2,
-        "Table 3: QKV copying and hidden alignment": published | study.TABLE_3,
-        "Appendix B: plain training; Frobenius norm or MSE": published | study.APPENDIX_B,
+        "Table 2: with and without matrix mixing": published | paper.TABLE_2,
+        "Table 3: QKV copying and hidden alignment": published | paper.TABLE_3,
+        "Appendix B: plain training; Frobenius norm or MSE": published | paper.APPENDIX_B,
         "Not in the paper": dict.fromkeys(name for name in others if name not in beyond),
         "Beyond the paper": dict.fromkeys(beyond),
     }
@@ -95,7 +95,7 @@ def report(models: list[str], out: str = "report") -> None:
         if experiments:
             text += [f"## {title}", "", table(experiments, rows), ""]
         if title.startswith("Table 2"):
-            text += [agreement(study.TABLE_2, rows), ""]
+            text += [agreement(paper.TABLE_2, rows), ""]
     text += memory(runs, Path(out))
     text += ["## Appendix A: million parameters of SmolLM-360M's students", "", markdown(appendix_a()), ""]
     text += ["## Training", "", *pictures(runs, Path(out))]
@@ -166,7 +166,7 @@ def measured(runs: list[Run]) -> dict[str, list[float]]:
             continue
         if run.held_out is not None:
             values.setdefault("perplexity", []).append(perplexity(run.held_out))
-        for column, (accuracy, _) in study.columns(run.results).items():
+        for column, (accuracy, _) in paper.columns(run.results).items():
             values.setdefault(column, []).append(100 * accuracy)
     return values
 
@@ -199,7 +199,7 @@ def table(published: dict[str, Any], rows: dict[str, list[Run]]) -> str:
 
     (+x) is the difference to the experiment's baseline.
     """
-    header = ["experiment", "runs", "perplexity", *study.COLUMNS, "Avg.", "paper's Avg."]
+    header = ["experiment", "runs", "perplexity", *paper.COLUMNS, "Avg.", "paper's Avg."]
     lines = [header]
     for name, accuracies in published.items():
         runs, base = rows.get(name, []), baseline(name)
@@ -208,15 +208,15 @@ def table(published: dict[str, Any], rows: dict[str, list[Run]]) -> str:
             status = "unfinished"
         values = measured(runs)
         cells = {column: cell(values.get(column, [])) for column in header[2:-1]}
-        paper = f"{accuracies[-1]:.2f}" if accuracies and accuracies[-1] is not None else ""
+        published_average = f"{accuracies[-1]:.2f}" if accuracies and accuracies[-1] is not None else ""
         if base is not None and base != name:
             base_values = measured(rows.get(base, []))
             for column in ("perplexity", "Avg."):
                 if column in base_values and column in values:
                     cells[column] += f" ({mean(values[column]) - mean(base_values[column]):+.2f})"
-            if paper and base in published:
-                paper += f" ({accuracies[-1] - published[base][-1]:+.2f})"
-        lines.append([name, status, *cells.values(), paper])
+            if published_average and base in published:
+                published_average += f" ({accuracies[-1] - published[base][-1]:+.2f})"
+        lines.append([name, status, *cells.values(), published_average])
     return markdown(lines)
 
 
@@ -277,7 +277,7 @@ def pictures(runs: list[Run], folder: Path) -> list[str]:
     from distill_pl.measure.plots import Training, draw_training
 
     trainings = []
-    for stage in study.STAGES:
+    for stage in paper.STAGES:
         for run in runs:
             for path in run.folder.glob(f"*_{stage}"):
                 trainings.append(Training(stage, run.folder, run.config["student"]["mixer"], scalars(path)))

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from distill_pl import __version__
 from distill_pl.console import markdown, percent, perplexity
-from distill_pl.measure import study
+from distill_pl.measure import paper
 from distill_pl.run.folder import StageRun, plain, read_metrics, write_aside
 from distill_pl.student.modeling import Student
 from distill_pl.tokens import short
@@ -114,14 +114,14 @@ def add_results(student: Path, results: dict[str, dict[str, Any]]) -> None:
     lm-eval's results as the paper's columns, and those of recall tasks by the length of the prompt.
     """
     file = student / "README.md"
-    columns, recalled = study.columns(results), {task: row for task, row in results.items() if "by_length" in row}
+    columns, recalled = paper.columns(results), {task: row for task, row in results.items() if "by_length" in row}
     if not (columns or recalled) or not file.is_file():
         return
     card = ModelCard(file.read_text())
     tables = []
     if columns:
         rows = [["tasks", "zero-shot accuracy, %"]]
-        rows += [[", ".join(study.COLUMNS.get(column, ["average"])), percent(*value)] for column, value in columns.items()]
+        rows += [[", ".join(paper.COLUMNS.get(column, ["average"])), percent(*value)] for column, value in columns.items()]
         tables.append(markdown(rows))
     if recalled:
         lengths = sorted({length for row in recalled.values() for length in row["by_length"]}, key=int)

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 from distill_pl.console import markdown
 from distill_pl.errors import InputError
-from distill_pl.measure import recall, study
+from distill_pl.measure import paper, recall
 from distill_pl.run.folder import write_aside
 
-PUBLISHED = study.TABLE_2 | study.TABLE_3 | study.APPENDIX_B
-OTHERS = [mixer for mixer in study.TABLE_1[1:] if mixer not in ("mlstm", "gla")]  # of the nine subquadratic ones
-GAINS = [f"{mixer}_mm - {mixer}" for mixer in study.TABLE_1 if mixer != "metala"]
+PUBLISHED = paper.TABLE_2 | paper.TABLE_3 | paper.APPENDIX_B
+OTHERS = [mixer for mixer in paper.TABLE_1[1:] if mixer not in ("mlstm", "gla")]  # of the nine subquadratic ones
+GAINS = [f"{mixer}_mm - {mixer}" for mixer in paper.TABLE_1 if mixer != "metala"]
 DIGITS = {"perplexity": 2, "KL": 3, "nats": 3, "points": 2}  # after the point; 1 of all other measures
 LITTLE = {"nats": 0.02, "points": 0.5}  # differences that the paper would call similar or minimal
 SPANS = {  # of a claim: least and most that the left student may be better, in units of LITTLE
@@ -65,7 +65,7 @@ CLAIMS = [
           [("gla_qkv_mm_h2h", "gla_qkv_mm"), ("mlstm_qkv_mm_h2h", "mlstm_qkv_mm")]),
     Claim("5.2", "GLA gains by all techniques together", "better", [("gla_qkv_mm_h2h", "gla")]),
     Claim("5.2", "xLSTM with all techniques is best of all", "better",
-          each("mlstm_qkv_mm_h2h", [name for name in study.TABLE_3 if name != "mlstm_qkv_mm_h2h"])),
+          each("mlstm_qkv_mm_h2h", [name for name in paper.TABLE_3 if name != "mlstm_qkv_mm_h2h"])),
     Claim("6", "xLSTM with all techniques is close to softmax attention", "similar", [("mlstm_qkv_mm_h2h", "softmax")]),
     Claim("B", "distillation is better than plain training", "better", [("mlstm", "mlstm_plain")]),
     Claim("B", "copying all but attention is better than nothing", "better", [("mlstm_plain", "scratch_mlstm")]),
@@ -94,7 +94,7 @@ def summary(folder: Path) -> str:
     of_teacher = next((result for result in results if "teacher" in result["held_out"]), results[0])  # not in plain training
     teacher: Rows = {"teacher": {0: measured(of_teacher, "teacher")}}
     tables: dict[str, dict[str, Any]] = {
-        "Table 3": study.TABLE_3, "Table 2": study.TABLE_2, "Appendix B": study.APPENDIX_B,
+        "Table 3": paper.TABLE_3, "Table 2": paper.TABLE_2, "Appendix B": paper.APPENDIX_B,
         "Beyond the paper": dict.fromkeys(sorted(rows.keys() - PUBLISHED.keys(), key=lambda name: lowest(rows[name]))),
     }  # fmt: skip
     draw(rows, teacher["teacher"][0].get("perplexity"), folder / "study.png")
@@ -103,7 +103,7 @@ def summary(folder: Path) -> str:
         names = [name for name in published if name in rows]
         if names:
             found = {name: published[name] for name in names}
-            text += [f"### {title}", table({"teacher": study.TEACHER} | found, teacher | rows)]
+            text += [f"### {title}", table({"teacher": paper.TEACHER} | found, teacher | rows)]
         if title in ("Table 3", "Table 2") and len(names) >= 3:
             text.append(ranking(names, rows))
     signs = (
@@ -121,7 +121,7 @@ def measured(result: dict[str, Any], model: str) -> dict[str, float]:
     values = {"perplexity": held_out[model]} if model in held_out else {}
     if model == "student" and "kl" in held_out:
         values["KL"] = held_out["kl"]
-    values |= {column: 100 * accuracy for column, (accuracy, _) in study.columns(tasks).items()}
+    values |= {column: 100 * accuracy for column, (accuracy, _) in paper.columns(tasks).items()}
     if found := [100 * tasks[task]["acc"] for task in recall.TASKS if task in tasks]:
         values["recall"] = mean(found)
     return values
@@ -141,14 +141,14 @@ def overview(results: list[dict[str, Any]]) -> str:
 
 def table(published: dict[str, Any], rows: Rows) -> str:
     """Lay out rows in the order of `published`, the paper's averages in the last column, without measures that none has."""
-    columns = [column for column in ("perplexity", "KL", *study.COLUMNS, "Avg.", "recall")
+    columns = [column for column in ("perplexity", "KL", *paper.COLUMNS, "Avg.", "recall")
                if any(column in values for name in published for values in rows.get(name, {}).values())]  # fmt: skip
     lines = [["student", "seeds", *columns, "paper's Avg."]]
     for name, accuracies in published.items():
         runs = rows.get(name, {}).values()
         cells = [interval([values[column] for values in runs if column in values], DIGITS.get(column, 1)) for column in columns]
-        paper = f"{accuracies[-1]:.2f}" if accuracies and accuracies[-1] is not None else ""
-        lines.append([name, "" if name == "teacher" else str(len(runs)), *cells, paper])
+        published_average = f"{accuracies[-1]:.2f}" if accuracies and accuracies[-1] is not None else ""
+        lines.append([name, "" if name == "teacher" else str(len(runs)), *cells, published_average])
     return markdown(lines)
 
 

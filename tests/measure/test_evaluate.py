@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelF
 import distill_pl.measure.evaluate
 from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.errors import InputError
-from distill_pl.measure import recall, study
+from distill_pl.measure import paper, recall
 from distill_pl.measure.evaluate import encode_prompt, evaluate, generate, recovery, table
 from distill_pl.teacher import Teacher
 from distill_pl.tokenizer import special_tokens
@@ -59,7 +59,7 @@ def test_the_card_holds_what_all_calls_have_measured(run, tmp_path, capsys):
     evaluate([str(copy)])
     file = copy / "eval" / "student.json"
     report = json.loads(file.read_text())
-    accuracies = {task: {"acc": 0.5, "acc_stderr": 0.01, "source": "hub"} for task in study.TASKS}
+    accuracies = {task: {"acc": 0.5, "acc_stderr": 0.01, "source": "hub"} for task in paper.TASKS}
     file.write_text(json.dumps(report | {"results": report["results"] | accuracies}))
 
     def recalled(limit: int, share: float, **changes) -> None:
@@ -184,24 +184,24 @@ def test_what_was_measured_is_not_measured_again(run, tmp_path, monkeypatch, cap
 
 
 def scores(accuracy: dict[str, float]) -> dict:
-    return {task: {"acc": accuracy[c], "acc_stderr": 0.01} for c, tasks in study.COLUMNS.items() for task in tasks}
+    return {task: {"acc": accuracy[c], "acc_stderr": 0.01} for c, tasks in paper.COLUMNS.items() for task in tasks}
 
 
 def test_average_is_the_papers():
-    for row in [study.TEACHER, *study.TABLE_2.values(), *study.TABLE_3.values(), *study.APPENDIX_B.values()]:
-        computed = study.columns(scores({column: value / 100 for column, value in zip(study.COLUMNS, row, strict=False)}))
+    for row in [paper.TEACHER, *paper.TABLE_2.values(), *paper.TABLE_3.values(), *paper.APPENDIX_B.values()]:
+        computed = paper.columns(scores({column: value / 100 for column, value in zip(paper.COLUMNS, row, strict=False)}))
         if row[-1] is not None:
             assert 100 * computed["Avg."][0] == pytest.approx(row[-1], abs=0.025)  # printed rounded, once by 0.02 off
     assert computed["Lamb."][1] == pytest.approx(0.01 / math.sqrt(2)) and computed["PIQA"][1] == 0.01
     assert computed["Avg."][1] == pytest.approx(0.01 * math.sqrt(5.5) / 6)
-    assert "Avg." not in study.columns({"piqa": {"acc": 0.5, "acc_stderr": 0.0}})
+    assert "Avg." not in paper.columns({"piqa": {"acc": 0.5, "acc_stderr": 0.0}})
 
 
 def test_recovery_counts_from_chance():
-    teacher = scores({column: chance + 0.3 for column, chance in study.CHANCE.items()})
-    assert recovery(scores(study.CHANCE), teacher) == pytest.approx(0)
+    teacher = scores({column: chance + 0.3 for column, chance in paper.CHANCE.items()})
+    assert recovery(scores(paper.CHANCE), teacher) == pytest.approx(0)
     assert recovery(teacher, teacher) == pytest.approx(1)
-    assert recovery(scores({column: chance + 0.15 for column, chance in study.CHANCE.items()}), teacher) == pytest.approx(0.5)
+    assert recovery(scores({column: chance + 0.15 for column, chance in paper.CHANCE.items()}), teacher) == pytest.approx(0.5)
     assert recovery({}, teacher) is None
 
 

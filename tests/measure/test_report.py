@@ -10,7 +10,7 @@ from scipy.stats import t
 
 from distill_pl.console import perplexity
 from distill_pl.errors import InputError
-from distill_pl.measure import study
+from distill_pl.measure import paper
 from distill_pl.measure.plots import DISTANCES
 from distill_pl.measure.report import baseline, held_out, report
 from distill_pl.mixers import MIXERS
@@ -38,7 +38,7 @@ def like(run, tmp_path):
             part[key.split(".")[-1]] = value
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         if accuracies:
-            columns = zip(study.COLUMNS.values(), accuracies, strict=False)
+            columns = zip(paper.COLUMNS.values(), accuracies, strict=False)
             results = {task: {"acc": x / 100, "acc_stderr": 0.01} for tasks, x in columns for task in tasks}
             (folder / "eval").mkdir()
             (folder / "eval" / "student.json").write_text(json.dumps({"results": results}))
@@ -106,7 +106,7 @@ def test_runs_of_one_row_differ_in_their_seed_alone(like, tmp_path, no_pictures)
 def test_ranking_against_the_papers(like, tmp_path, no_pictures):
     fresh = {"student.init": "fresh", "hidden_align.tokens": 0, "matrix_mixing.tokens": 0}
     for mixer in ("softmax", "gla", "hedgehog", "metala"):
-        like(mixer, fresh | {"student.mixer": mixer}, study.TABLE_2[mixer])
+        like(mixer, fresh | {"student.mixer": mixer}, paper.TABLE_2[mixer])
     report([str(tmp_path / "runs")], str(tmp_path))
     assert "these 4 rows against the paper's averages: Kendall's tau 1.00" in (tmp_path / "report.md").read_text()
 
@@ -155,7 +155,7 @@ def test_recall_and_perplexity_by_position(like, tmp_path, no_pictures):
 
 
 def test_stages_are_those_of_a_run():
-    assert tuple(STAGES) == study.STAGES and set(DISTANCES) < set(STAGES)
+    assert tuple(STAGES) == paper.STAGES and set(DISTANCES) < set(STAGES)
 
 
 def test_unfinished_and_absent_runs(like, tmp_path, capsys, no_pictures):

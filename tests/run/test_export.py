@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from distill_pl.measure import study
+from distill_pl.measure import paper
 from distill_pl.run.card import add_results, licence_of
 from distill_pl.student.factory import StudentFactory
 from distill_pl.teacher import Teacher
@@ -85,13 +85,13 @@ def test_card_says_what_it_is_and_what_it_scored(folder, teacher_folder):
     assert "| matrix_mixing | 128 | 0.0002 |" in card.text and "| kd | 384 | 0.0003 |" in card.text
     assert "{" not in card.text.replace("kd: {", "")  # no placeholder of the template is left
     (folder / "README.md").write_text((folder / "README.md").read_text() + "\nA note of its owner.\n")
-    results = {task: {"acc": 0.5, "acc_stderr": 0.01} for task in study.TASKS}
+    results = {task: {"acc": 0.5, "acc_stderr": 0.01} for task in paper.TASKS}
     for _ in range(2):  # the second call replaces the results of the first
         add_results(folder, results)
     card = ModelCard.load(folder / "README.md")
     assert card.text.count("| piqa | 50.00 ± 1.00 |") == 1 and "Not evaluated yet" not in card.text
     assert card.text.rstrip().endswith("A note of its owner.")
-    assert {r.dataset_type: r.metric_value for r in card.data.eval_results} == dict.fromkeys(study.TASKS, 0.5)
+    assert {r.dataset_type: r.metric_value for r in card.data.eval_results} == dict.fromkeys(paper.TASKS, 0.5)
 
 
 def test_licence_is_the_teachers(tmp_path):

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from distill_pl.cli import main
-from distill_pl.measure.study import TABLE_2
+from distill_pl.measure.paper import TABLE_2
 
 REPOSITORY = Path(__file__).parents[2]
 SYSTEM = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/usr/local/sbin"])  # where daemons are, and many a PATH is not

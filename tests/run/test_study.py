@@ -15,7 +15,7 @@ import yaml
 from helpers import STEP, fit_command, forkserver, refused
 
 from distill_pl.cli import main
-from distill_pl.measure import study
+from distill_pl.measure import paper
 from distill_pl.run.study import end_with_parent, environments, expand, read
 
 RUNS = {"runs": [{"config": ["gla", "gla_qkv_mm_h2h"]}]}
@@ -59,7 +59,7 @@ def test_the_papers_study_has_every_row_of_its_tables():
     lines = read("study")
     assert lines.pop("evaluate")["tasks"] == "study,recall" and lines["seeds"] == ["0", "1", "2"]
     runs = expand("study", lines, {}, Path("out"), 1)
-    assert {run.row for run in runs} >= {*study.TABLE_2, *study.TABLE_3, *study.APPENDIX_B}
+    assert {run.row for run in runs} >= {*paper.TABLE_2, *paper.TABLE_3, *paper.APPENDIX_B}
     for run in runs:  # the experiment itself at another scale
         assert {"tokens", "kd.lr"} <= run.changed.keys() and run.config.tokens == 30_000_000
         assert run.config.matrix_mixing.tokens == (2_400_000 if "_mm" in run.row else 0)

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from helpers import refused
 
-from distill_pl.measure import study
+from distill_pl.measure import paper
 from distill_pl.run.summary import CLAIMS, PUBLISHED, SPANS, Claim, half_width, interval, judge, summary
 
 
 def write(folder: Path, row: str, losses: list[float], accuracies: tuple = (), tokens: str = "30M") -> None:
     """Write results of a row, one for each seed, as `distill-pl study` does."""
-    columns = zip(study.COLUMNS.values(), accuracies, strict=False)
+    columns = zip(paper.COLUMNS.values(), accuracies, strict=False)
     tasks = {task: {"acc": accuracy / 100, "acc_stderr": 0.01} for column, accuracy in columns for task in column}
     for seed, loss in enumerate(losses):
         result = {
@@ -73,7 +73,7 @@ def test_claims_are_about_rows_of_the_paper_and_spans_that_exist():
 
 
 def test_the_summary_has_tables_ranking_and_claims(tmp_path):
-    for name, accuracies in study.TABLE_3.items():
+    for name, accuracies in paper.TABLE_3.items():
         loss = 4 - accuracies[-1] / 100  # ranked as in the paper
         write(tmp_path, name, [loss, loss + 0.001, loss - 0.001], accuracies)
     write(tmp_path, "kda_qkv", [3.4, 3.5])
