@@ -166,6 +166,7 @@ def granite(student: Student) -> PreTrainedModel:
         "layer_types": types,
         "num_local_experts": 0,
         "num_experts_per_tok": 0,
+        "intermediate_size": teacher.intermediate_size,  # of experts, of which there are none
         "shared_intermediate_size": teacher.intermediate_size,
         "num_attention_heads": config.num_attention_heads,
         "num_key_value_heads": config.num_key_value_heads if attention else 1,
