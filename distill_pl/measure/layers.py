@@ -75,13 +75,13 @@ def layers(
     source = recall.make_source(tokenizer, haystack(student, tokenizer, config["data"], None))
     items = [recall.make_items(task, source, length, questions) for task in names for length in questions.lengths]
     chunks = held_out_chunks(student, tokenizer, config["data"])
-    divergences = held_out_divergences(student, original, chunks, others, batch_size)
     in_memory = batch_size * TOKENS_IN_MEMORY[student.device.type]
     rows: list[dict[str, Any]] = []
-    for layer, divergence in zip([None, *others], divergences.tolist(), strict=True):
+    for layer in [None, *others]:
         with put_back(student, original, layer):
+            rows.append({"layer": layer, "kl": held_out_divergence(student, original, chunks, batch_size)})
             scores = [score for row in items for score in recall.score(student, tokenizer, row, in_memory)]
-        rows.append({"layer": layer, "kl": divergence} | ({"recall": mean(scores)} if scores else {}))
+        rows[-1] |= {"recall": mean(scores)} if scores else {}
         say(f"{run}  layer {AS_IT_IS if layer is None else layer}: " + ", ".join(cells(rows[-1])[1:]))
     write_aside(file, lambda aside: aside.write_text(json.dumps({"tasks": names, "lengths": lengths, "rows": rows}, indent=1)))
     from distill_pl.measure.plots import draw_layers
@@ -116,17 +116,13 @@ def put_back(student: Student, original: Student, layer: int | None) -> Iterator
 
 
 @torch.no_grad()
-def held_out_divergences(student: Student, original: Student, chunks: Tensor, layers: list[int], batch_size: int) -> Tensor:
-    """Compute Eq. 6 on chunks [N, T] of the student as it is, and with each of `layers` put back -> [1 + layers], nats."""
-    totals = torch.zeros(1 + len(layers), dtype=torch.float64)
+def held_out_divergence(student: Student, original: Student, chunks: Tensor, batch_size: int) -> float:
+    """Compute Eq. 6, KL(original || student), on chunks [N, T], in nats a token."""
+    total = 0.0
     for batch in chunks.split(batch_size):
-        tokens = batch.to(student.device)
-        expected = original(tokens, use_cache=False).logits.float()
-        for index, layer in enumerate([None, *layers]):
-            with put_back(student, original, layer):
-                logits = student(tokens, use_cache=False).logits.float()
-            totals[index] += len(batch) * kl_divergence(logits, expected).item()
-    return totals / len(chunks)
+        logits, expected = (model(batch.to(student.device), use_cache=False).logits.float() for model in (student, original))
+        total += len(batch) * kl_divergence(logits, expected).item()
+    return total / len(chunks)
 
 
 def choices(rows: list[dict[str, Any]], keep: int, count: int) -> dict[str, list[int]]:
