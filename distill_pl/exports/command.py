@@ -58,8 +58,9 @@ def export(run: str, to: Literal["transformers", "fla", "remote"] = "transformer
         raise InputError(
             f"run {run!r}: its student is a {type(student).__name__} of transformers already and needs no export: use {source}"
         )
-    expected = fresh.expectation(student)
     model = {"transformers": as_native, "fla": as_fla}.get(to, lambda student: student)(student)
+    model.generation_config = student.generation_config
+    expected = fresh.expectation(student)
     with disk_refused(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as name:
@@ -79,8 +80,8 @@ def export(run: str, to: Literal["transformers", "fla", "remote"] = "transformer
 
 def write(model: PreTrainedModel, source: Path, folder: Path, to: str) -> None:
     """Write a model to a new folder, with tokenizer, generation config and card of the student's folder `source`."""
-    kept = shutil.ignore_patterns("config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.py")
-    shutil.copytree(source, folder, ignore=kept)
+    others = shutil.ignore_patterns(".*", "config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.py")
+    shutil.copytree(source, folder, ignore=others)
     if to == "remote":
         module = Path(modeling_distill_pl.__file__)
         shutil.copy(module, folder)
@@ -89,8 +90,8 @@ def write(model: PreTrainedModel, source: Path, folder: Path, to: str) -> None:
     model.save_pretrained(folder)
     card = folder / "README.md"
     if card.is_file():
-        load = f"{LOAD}, trust_remote_code=True" if to == "remote" else LOAD
-        card.write_text(card.read_text().replace(IMPORT, "").replace(LOAD, load))
+        first, load = ("# distill_pl must be installed\n", f"{LOAD}, trust_remote_code=True") if to == "remote" else ("", LOAD)
+        card.write_text(card.read_text().replace(IMPORT, first).replace(LOAD, load))
 
 
 def check(folder: Path, expected: Path, to: str) -> dict:

@@ -9,6 +9,7 @@ import transformers
 from helpers import refused
 from packaging.version import Version
 from students import save, trained
+from transformers import AutoModelForCausalLM
 
 from distill_pl.cli import main
 from distill_pl.errors import InputError
@@ -159,12 +160,16 @@ def test_bad_input_is_one_line_and_nothing_is_overwritten(teacher, teacher_folde
 @grouped_norms
 @pytest.mark.slow
 def test_the_command_writes_a_folder_and_nothing_else(teacher, tokenizer, tmp_path, capsys):
-    student = save(trained(teacher, "mamba2", softmax_layers=[0]), tmp_path / "student", tokenizer)
-    main(["export", str(student), "--to", "transformers", "--out", str(tmp_path / "new")])
+    student = trained(teacher, "mamba2", softmax_layers=[0])
+    student.generation_config.update(do_sample=True, temperature=0.5, eos_token_id=[0, 7])
+    folder = save(student, tmp_path / "student", tokenizer)
+    out = folder / "new"  # inside, where copying the folder must not meet it
+    main(["export", str(folder), "--to", "transformers", "--out", str(out)])
     assert "is a GraniteMoeHybridForCausalLM" in capsys.readouterr().out
-    names = {file.name for file in (tmp_path / "new").iterdir()}
-    assert names == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["new", "student"]
+    names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {file.name for file in out.iterdir()} == names and {file.name for file in folder.iterdir()} == names | {"new"}
+    same = ("generation_config.json", "tokenizer.json", "tokenizer_config.json")
+    assert all((out / name).read_text() == (folder / name).read_text() for name in same)
 
 
 @grouped_norms
@@ -181,11 +186,15 @@ def test_a_fresh_process_refuses_what_differs(teacher, tokenizer, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_card_of_a_remote_export_says_how_to_load_it(fitted, tmp_path):
-    run = fitted(**{"tokens": 512, "matrix_mixing.tokens": 128})
-    main(["export", str(run), "--to", "remote", "--out", str(tmp_path / "new")])
-    card = (tmp_path / "new" / "README.md").read_text()
-    assert "trust_remote_code=True" in card and "import distill_pl" not in card
+def test_a_card_says_how_to_load_the_folder(fitted, tmp_path):
+    student = fitted(**{"tokens": 512, "matrix_mixing.tokens": 128}) / "student"
+    model = AutoModelForCausalLM.from_pretrained(student)
+    cards = {}
+    for to in ("transformers", "remote"):
+        command.write(model, student, tmp_path / to, to)
+        cards[to] = (tmp_path / to / "README.md").read_text()
+    assert not any("import distill_pl" in card for card in cards.values())
+    assert "trust_remote_code=True" in cards["remote"] and "trust_remote_code" not in cards["transformers"]
 
 
 @pytest.mark.slow
