@@ -108,8 +108,9 @@ def build(student: Student, settings: dict[str, Any], rows: Callable[[Any], Tens
     tensors = {name: tensor for name, tensor in student.state_dict().items() if not name.startswith(LAYERS)}
     for index, layer in enumerate(student.model.layers):
         tensors |= {f"{LAYERS}{index}.{name}": tensor for name, tensor in rows(layer).items()}
-    zeros = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
-    model.load_state_dict(zeros | begun(tensors, renamed or {}))
+    tensors = begun(tensors, renamed or {})
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items() if name not in tensors}
+    model.load_state_dict(tensors | zeros)
     return model
 
 
