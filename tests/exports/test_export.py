@@ -148,11 +148,14 @@ def test_bad_input_is_one_line_and_nothing_is_overwritten(teacher, teacher_folde
     student = save(trained(teacher, "gla"), tmp_path / "student", tokenizer)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "note.txt").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
     before = sorted(tmp_path.rglob("*"))
     assert "out: give --out FOLDER" in refused("export", student)
     assert "full' exists already" in refused("export", student, "--to=remote", "--out", tmp_path / "full")
     assert "is no finished run and no model folder" in refused("export", tmp_path / "none", "--out", tmp_path / "new")
     assert "LlamaForCausalLM of transformers already" in refused("export", teacher_folder, "--out", tmp_path / "new")
+    assert "run is not finished" in refused("export", tmp_path / "run", "--out", tmp_path / "new")
     assert "to: Expected a Literal" in refused("export", student, "--to=gguf", "--out", tmp_path / "new")
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -163,8 +166,9 @@ def test_the_command_writes_a_folder_and_nothing_else(teacher, tokenizer, tmp_pa
     student = trained(teacher, "mamba2", softmax_layers=[0])
     student.generation_config.update(do_sample=True, temperature=0.5, eos_token_id=[0, 7])
     folder = save(student, tmp_path / "student", tokenizer)
+    (tmp_path / "config.yaml").touch()  # as in the folder of a run
     out = folder / "new"  # inside, where copying the folder must not meet it
-    main(["export", str(folder), "--to", "transformers", "--out", str(out)])
+    main(["export", str(tmp_path), "--to", "transformers", "--out", str(out)])
     assert "is a GraniteMoeHybridForCausalLM" in capsys.readouterr().out
     names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {file.name for file in out.iterdir()} == names and {file.name for file in folder.iterdir()} == names | {"new"}
