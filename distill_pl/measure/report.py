@@ -41,6 +41,7 @@ class Run(NamedTuple):
             "window": self.has_window,
             "hybrid": self.is_hybrid,
             "qkv": student["init"] == "qkv",
+            "calibrated": student["init"] == "calibrated",
             "plain": kd["alpha"] == 0,
             "mm": mixed,
             "mse": mixed and self.config["matrix_mixing"]["norm"] == "mse",

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 import torch
 from jsonargparse import Namespace
@@ -32,14 +33,16 @@ from distill_pl.run.folder import (
     write_fingerprints,
 )
 from distill_pl.run.monitor import Monitor
-from distill_pl.run.plan import check_length, check_sharding, describe, forecast, plan
+from distill_pl.run.plan import calibration_chunks, check_length, check_sharding, describe, forecast, plan
 from distill_pl.run.trainer import build_loggers, build_trainer, check_launcher, device, precision
 from distill_pl.run.values import check_validation, check_values
 from distill_pl.stages import STAGES, Stage
 from distill_pl.stages.sharding import unsharded
+from distill_pl.student.calibrate import calibrate
 from distill_pl.student.factory import StudentFactory, check_teacher
 from distill_pl.student.modeling import Student
 from distill_pl.teacher import Teacher
+from distill_pl.tokens import short
 
 
 def fit(config: Namespace) -> None:
@@ -118,6 +121,8 @@ def fit(config: Namespace) -> None:
             say(f"{plans[first - 1].name} is done: {plans[first - 1].weights}")
             load_student(student, plans[first - 1])
             expected = read_metrics(plans[first - 1].weights)["student_ce"]
+        if config.student.init == "calibrated" and first == 0 and not plans[0].checkpoint.is_file():
+            calibrated(student, teacher, data.head(calibration_chunks(config)), probe.strategy.root_device)
         for stage_run, stage in zip(plans[first:], stages[first:], strict=True):
             stage.student = student
             callbacks = [compile_stage(stage)] if compiled else []
@@ -126,6 +131,17 @@ def fit(config: Namespace) -> None:
             expected = read_metrics(stage_run.weights)["student_ce"]
         export(config, plans, student, teacher)
         say(f"done: the student is in {exported}; held-out {perplexities(read_metrics(plans[-1].weights))}")
+
+
+def calibrated(student: Student, teacher: Teacher, tokens: torch.Tensor, device: torch.device) -> None:
+    """Calibrate a student in place from tokens [N, T] on `device`, and say what it gained; both models end on the CPU."""
+    say(f"\ncalibration  {len(student.mixers)} layers on {short(tokens.numel())} tokens")
+    student.to(device)  # type: ignore[arg-type]
+    errors = list(calibrate(student, teacher.to(device), tokens))
+    student.cpu()
+    teacher.to(torch.device("cpu"))
+    before, after = (mean(column) for column in zip(*errors, strict=True))
+    say(f"calibration  of the teacher's attention outputs, the mixers' leave {after:.3f} unexplained; before: {before:.3f}")
 
 
 def run_stage(config: Namespace, stage_run: StageRun, stage: Stage, data: ChunkDataModule, accumulation: int,

@@ -437,6 +437,21 @@ def test_a_run_goes_on_from_another(finished, arguments, tmp_path, capsys):
     assert float(began) == pytest.approx(ended, rel=1e-3)
 
 
+def test_a_calibrated_start_is_part_of_the_budget(arguments, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("distill_pl.run.plan.TOKENS", 2 * STEP)
+    keys = {"student.init": "calibrated", **KD_ONLY}
+    assert "tokens 256 is less than 256 of student.init calibrated + matrix_mixing.tokens 256" in refused(
+        *arguments(tokens=2 * STEP, **keys | {"matrix_mixing.tokens": 2 * STEP})
+    )
+    for name in ("one", "two"):
+        fit_here(arguments(name, tokens=4 * STEP, **keys))
+    printed = capsys.readouterr().out
+    assert "calibration 256 tokens, then kd 256 tokens" in printed
+    assert "calibration  of the teacher's attention outputs, the mixers' leave 0." in printed
+    one, two = (weights(tmp_path / name)["3_kd/student.safetensors"] for name in ("one", "two"))
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
 def test_two_halves_read_the_text_in_the_order_of_one_run(arguments, capsys, monkeypatch, tmp_path):
     read: dict[str, list] = {}
 
