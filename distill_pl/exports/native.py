@@ -179,9 +179,9 @@ def granite(student: Student) -> PreTrainedModel:
         "mamba_d_state": mixer.key_dim,
         "mamba_d_head": mixer.value_dim,
         "mamba_expand": width // config.hidden_size,
-        "mamba_conv_bias": False,
+        "mamba_conv_bias": True,  # of zeros: llama.cpp needs one
     }
-    if config.num_attention_heads * config.head_dim != config.hidden_size:
+    if attention and config.num_attention_heads * config.head_dim != config.hidden_size:
         settings["head_dim"] = config.head_dim  # which the class does not declare, and reads
 
     def rows(layer: Any) -> Tensors:
