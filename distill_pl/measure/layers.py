@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from distill_pl.console import aligned, quiet, say
+from distill_pl.console import quiet, say
 from distill_pl.errors import InputError
 from distill_pl.losses import kl_divergence
 from distill_pl.measure import recall
@@ -77,28 +77,23 @@ def layers(
     chunks = held_out_chunks(student, tokenizer, config["data"])
     in_memory = batch_size * TOKENS_IN_MEMORY[student.device.type]
     rows: list[dict[str, Any]] = []
+    say("layer put back      KL  recall" if names else "layer put back      KL")
     for layer in [None, *others]:
         with put_back(student, original, layer):
             rows.append({"layer": layer, "kl": held_out_divergence(student, original, chunks, batch_size)})
             scores = [score for row in items for score in recall.score(student, tokenizer, row, in_memory)]
         rows[-1] |= {"recall": mean(scores)} if scores else {}
-        say(f"{run}  layer {AS_IT_IS if layer is None else layer}: " + ", ".join(cells(rows[-1])[1:]))
+        recalled = f"  {rows[-1]['recall']:6.1%}" if scores else ""
+        say(f"{AS_IT_IS if layer is None else layer:>14}  {rows[-1]['kl']:6.4f}{recalled}")
     write_aside(file, lambda aside: aside.write_text(json.dumps({"tasks": names, "lengths": lengths, "rows": rows}, indent=1)))
     from distill_pl.measure.plots import draw_layers
 
     draw_layers(rows, file.with_suffix(".png"))
-    say("\n" + aligned([["layer put back", "KL", "recall"][: 2 + bool(names)], *map(cells, rows)]))
     if keep is not None:
         say("")
         for by, chosen in choices(rows[1:], keep, len(student.mixers)).items():
             say(f"{by:14} --student.softmax_layers {json.dumps(chosen)}")
     say(f"\nwrote {file} and {file.with_suffix('.png')}")
-
-
-def cells(row: dict[str, Any]) -> list[str]:
-    """Format a layer's number, KL and, if measured, recall."""
-    name = AS_IT_IS if row["layer"] is None else str(row["layer"])
-    return [name, f"KL {row['kl']:.4f}", *([f"recall {row['recall']:.1%}"] if "recall" in row else [])]
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ def test_layers_of_a_run(run, capsys, monkeypatch):
     printed = capsys.readouterr().out
     found = json.loads((run / "eval" / "layers.json").read_text())["rows"]
     assert [row["layer"] for row in found] == [None, 0, 1]
-    assert f"KL {found[1]['kl']:.4f}" in printed
+    assert f"             0  {found[1]['kl']:.4f}  " in printed
     assert "evenly spaced" in printed
     assert (run / "eval" / "layers.png").stat().st_size > 1000
 
