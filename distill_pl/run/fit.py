@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
 
 import torch
 from jsonargparse import Namespace
@@ -134,14 +133,13 @@ def fit(config: Namespace) -> None:
 
 
 def calibrated(student: Student, teacher: Teacher, tokens: torch.Tensor, device: torch.device) -> None:
-    """Calibrate a student in place from tokens [N, T] on `device`, and say what it gained; both models end on the CPU."""
-    say(f"\ncalibration  {len(student.mixers)} layers on {short(tokens.numel())} tokens")
+    """Calibrate a student in place from tokens [N, T] on `device`, and print each layer's errors; both models end on the CPU."""
+    say(f"\ncalibration  on {short(tokens.numel())} tokens: the share of the teacher's attention output that is not explained")
     student.to(device)  # type: ignore[arg-type]
-    errors = list(calibrate(student, teacher.to(device), tokens))
+    for layer, (before, after) in enumerate(calibrate(student, teacher.to(device), tokens)):
+        say(f"calibration  layer {layer}: {before:.3f} -> {after:.3f}")
     student.cpu()
     teacher.to(torch.device("cpu"))
-    before, after = (mean(column) for column in zip(*errors, strict=True))
-    say(f"calibration  of the teacher's attention outputs, the mixers' leave {after:.3f} unexplained; before: {before:.3f}")
 
 
 def run_stage(config: Namespace, stage_run: StageRun, stage: Stage, data: ChunkDataModule, accumulation: int,
