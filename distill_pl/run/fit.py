@@ -133,7 +133,7 @@ def fit(config: Namespace) -> None:
 
 
 def calibrated(student: Student, teacher: Teacher, tokens: torch.Tensor, device: torch.device) -> None:
-    """Calibrate a student in place from tokens [N, T] on `device`, and print each layer's errors; both models end on the CPU."""
+    """Calibrate a student in place from tokens [N, T] on `device`, and print each layer's errors; both end on the CPU."""
     say(f"\ncalibration  on {short(tokens.numel())} tokens: the share of the teacher's attention output that is not explained")
     student.to(device)  # type: ignore[arg-type]
     for layer, (before, after) in enumerate(calibrate(student, teacher.to(device), tokens)):
