@@ -215,9 +215,8 @@ def qwen(student: Student) -> PreTrainedModel:
         "num_hidden_layers": len(types),
         "layer_types": types,
         "intermediate_size": teacher.intermediate_size,
-        "num_attention_heads": config.num_attention_heads,
+        "num_attention_heads": config.num_attention_heads,  # of the idle layer; its width is the class's own, 256
         "num_key_value_heads": 1,
-        "head_dim": config.head_dim,
         "linear_num_key_heads": mixer.heads,
         "linear_num_value_heads": mixer.heads,
         "linear_key_head_dim": mixer.key_dim,
