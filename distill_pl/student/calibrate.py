@@ -69,13 +69,17 @@ def calibrate(student: Student, teacher: Teacher, tokens: Tensor) -> Iterator[tu
     teacher must be on one device, where they stay. Equal arguments give equal weights.
     """
     was_training, batches = student.training, tokens.to(student.device).split(ROWS)
+    precision = teacher.model.dtype  # the student computes in it too, as it does in training
+    autocast = torch.autocast(student.device.type, precision, enabled=precision != torch.float32)
     student.eval()
     states = [student.model.embed_tokens(batch) for batch in batches]
     for index, layers in enumerate(zip(*(teacher.layers(batch, with_mixed=True) for batch in batches), strict=True)):
         targets, block = [layer.mixed for layer in layers], student.model.layers[index]
-        hidden, position = [block.input_layernorm(state) for state in states], student.position(states[0])
-        yield fit_mixer(block.self_attn, student.config, hidden, position, targets)
-        states = [block(state, position_embeddings=position) for state in states]
+        with autocast:
+            hidden, position = [block.input_layernorm(state) for state in states], student.position(states[0])
+            errors = fit_mixer(block.self_attn, student.config, hidden, position, targets)
+            states = [block(state, position_embeddings=position) for state in states]
+        yield errors
     student.train(was_training)
 
 

@@ -9,6 +9,7 @@ from distill_pl.errors import InputError
 from distill_pl.mixers import MIXERS
 from distill_pl.student.calibrate import Products, calibrate, changes, constant_reader, hold
 from distill_pl.student.factory import StudentFactory
+from distill_pl.teacher import Teacher
 
 
 @pytest.fixture
@@ -41,6 +42,14 @@ def test_equal_arguments_give_equal_weights(teacher, tokens):
     for student in (one, two):
         list(calibrate(student, teacher, tokens))
     assert all(torch.equal(tensor, two.state_dict()[name]) for name, tensor in one.state_dict().items())
+
+
+def test_a_teacher_in_bf16_is_calibrated_to(teacher, teacher_folder, tokens):
+    half = Teacher(str(teacher_folder), torch.bfloat16)
+    student, other = (StudentFactory("gla", init="calibrated").build(teacher, seed=0) for _ in range(2))
+    (errors, *_), (expected, *_) = (list(calibrate(*pair, tokens)) for pair in [(student, half), (other, teacher)])
+    assert errors == pytest.approx(expected, rel=0.1)  # in another precision, other settings may be chosen
+    assert all(parameter.dtype == torch.float32 for parameter in student.parameters())
 
 
 def test_ridge_regression_finds_the_map():
