@@ -76,7 +76,7 @@ def evaluate(
     if harness_names:
         check_tasks(harness_names, data)
     options = {"limit": limit, "seed": seed, "lm_eval": version("lm_eval")}
-    suffix = ".json" if limit is None else f".limit{limit}.json"
+    suffix = ending(limit)
     jobs: dict[str, list[tuple[str, str, Path]]] = {}  # what to measure for each of `models`: name, weights, file of results
     for model in models:
         path, folder = weights_path(model), Path(model) / "eval"
@@ -230,6 +230,11 @@ def weights_path(model: str) -> str:
     if is_run(model) and not student.is_dir():
         raise InputError(f"{model} is not finished, it has no student yet: run distill-pl fit with the same configuration")
     return str(student) if is_run(model) else model
+
+
+def ending(limit: int | None) -> str:
+    """Return how the names of the files that `evaluate` writes end, given its `limit`."""
+    return ".json" if limit is None else f".limit{limit}.json"
 
 
 def read_report(file: Path) -> dict[str, Any]:

@@ -59,9 +59,9 @@ def layers(
     questions = recall.Questions(parse_lengths(lengths), limit, None, seed)
     if not is_run(run):
         raise InputError(f"run {run!r} is no run folder of distill-pl fit: give one that is finished")
-    config, file = read_config(Path(run)), Path(run) / "eval" / "layers.json"
+    path, config, file = weights_path(run), read_config(Path(run)), Path(run) / "eval" / "layers.json"
     check_writable(file)
-    model, tokenizer = load(weights_path(run))
+    model, tokenizer = load(path)
     student = cast(Student, model)  # but for one of softmax throughout, which is exported as its teacher's class
     others = [i for i, mixer in enumerate(getattr(model, "mixers", [])) if not isinstance(mixer, Softmax)]
     if not others:

@@ -172,16 +172,18 @@ def measured(runs: list[Run]) -> dict[str, list[float]]:
     return values
 
 
-def cell(values: list[float]) -> str:
-    """Format a single value, or the mean of several seeds and the half-width of its 95% confidence interval."""
-    if not values:
-        return ""
-    if len(values) == 1:
-        return f"{values[0]:.2f}"
+def half_width(values: list[float]) -> float:
+    """Return half of the 95% interval of a mean by Student's t; 0 for a single value, of which it is not known."""
     from scipy.stats import t
 
-    half_width = t.ppf(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values))
-    return f"{mean(values):.2f} ± {half_width:.2f}"
+    return t.ppf(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def interval(values: list[float], digits: int = 2, sign: str = "") -> str:
+    """Format the mean of values and half of its 95% interval, of a single value itself, of none nothing."""
+    if len(values) < 2:
+        return "".join(f"{value:{sign}.{digits}f}" for value in values)
+    return f"{mean(values):{sign}.{digits}f} ± {half_width(values):.{digits}f}"
 
 
 def baseline(experiment: str) -> str | None:
@@ -208,7 +210,7 @@ def table(published: dict[str, Any], rows: dict[str, list[Run]]) -> str:
         if runs and not any(run.finished for run in runs):
             status = "unfinished"
         values = measured(runs)
-        cells = {column: cell(values.get(column, [])) for column in header[2:-1]}
+        cells = {column: interval(values.get(column, [])) for column in header[2:-1]}
         published_average = f"{accuracies[-1]:.2f}" if accuracies and accuracies[-1] is not None else ""
         if base is not None and base != name:
             base_values = measured(rows.get(base, []))

@@ -32,7 +32,7 @@ from distill_pl.console import aligned, perplexity, quiet, say
 from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.data.sources import counted
 from distill_pl.errors import InputError, one_line
-from distill_pl.measure.evaluate import evaluate, read_report
+from distill_pl.measure.evaluate import ending, evaluate, read_report
 from distill_pl.measure.report import scalars
 from distill_pl.run.experiments import bundled, config_file
 from distill_pl.run.folder import StageRun, differing, disk_refused, flat, plain, read_metrics, write_aside
@@ -358,7 +358,7 @@ def steps(run: Run, out: Path, results: Path, options: dict[str, Any] | None,
         log.parent.mkdir(parents=True, exist_ok=True)
     yield from command(["fit", *run.args], log, environment)
     if options is not None:
-        own = folder / "eval" / f"teacher{suffix(options)}"
+        own = folder / "eval" / f"teacher{ending((options or {}).get('limit'))}"
         known = next(out.glob(f"*/eval/{own.name}"), own)
         if not own.exists() and known != own:  # evaluate measures nothing twice, and checks what it finds
             own.parent.mkdir(exist_ok=True)
@@ -422,7 +422,7 @@ def summarise(run: Run, options: dict[str, Any] | None) -> dict[str, Any]:
         parameters = sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())
     evaluated = {}
     for model in ("student", "teacher"):
-        results = read_report(Path(config.out) / "eval" / f"{model}{suffix(options)}").get("results", {})
+        results = read_report(Path(config.out) / "eval" / f"{model}{ending((options or {}).get('limit'))}").get("results", {})
         evaluated[model] = {task: {key: value for key, value in row.items() if key not in ("source", "version")}
                             for task, row in results.items()}  # fmt: skip
     return rounded({
@@ -433,11 +433,6 @@ def summarise(run: Run, options: dict[str, Any] | None) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device(config).type == "cuda" else "CPU",
         "versions": {name: version(name) for name in ("distill_pl", "torch", "lightning", "transformers")},
     })  # fmt: skip
-
-
-def suffix(options: dict[str, Any] | None) -> str:
-    """Return the ending of the names of files that `distill-pl evaluate` writes."""
-    return f".limit{options['limit']}.json" if options and "limit" in options else ".json"
 
 
 def seconds(stage: StageRun) -> float:

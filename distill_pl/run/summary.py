@@ -9,12 +9,13 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any, NamedTuple
 
 from distill_pl.console import markdown
 from distill_pl.errors import InputError
 from distill_pl.measure import paper, recall
+from distill_pl.measure.report import half_width, interval
 from distill_pl.run.folder import write_aside
 
 PUBLISHED = paper.TABLE_2 | paper.TABLE_3 | paper.APPENDIX_B
@@ -248,17 +249,3 @@ def draw(rows: Rows, teacher: float | None, file: Path) -> None:
 def lowest(runs: dict[int, dict[str, float]]) -> float:
     """Return the lowest perplexity of a student's runs."""
     return min(values["perplexity"] for values in runs.values())
-
-
-def half_width(values: list[float]) -> float:
-    """Return half of the 95% interval of a mean by Student's t; 0 for a single value, of which it is not known."""
-    from scipy.stats import t
-
-    return t.ppf(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-
-
-def interval(values: list[float], digits: int, sign: str = "") -> str:
-    """Format the mean of values and half of its 95% interval, of a single value itself, of none nothing."""
-    if len(values) < 2:
-        return "".join(f"{value:{sign}.{digits}f}" for value in values)
-    return f"{mean(values):{sign}.{digits}f} ± {half_width(values):.{digits}f}"
