@@ -81,7 +81,8 @@ class Teacher:
     Not an nn.Module on purpose: a stage may hold a Teacher without DDP wrapping it or a checkpoint saving it.
     """
 
-    compiles: ClassVar[tuple[str, ...]] = ("run_layer", "apply_norm")  # functions that distill_pl.compiling may compile
+    compiles: ClassVar[tuple[str, ...]] = ("apply_norm",)  # functions that distill_pl.compiling may compile
+    compiles_with_layer: ClassVar[tuple[str, ...]] = ("run_layer",)  # those that call one layer
 
     def __init__(self, path: str, dtype: torch.dtype = torch.float32):
         """Load model and tokenizer from `path`, a hub id or folder, in `dtype`, without running code that lies there.

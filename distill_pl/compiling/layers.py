@@ -1,6 +1,7 @@
 """Compile the functions in which a step spends its time, one layer's worth at a time: one compilation serves all layers."""
 
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from distill_pl.compiling.cuda_graphs import StepGraphs
 from distill_pl.compiling.joined_products import JoinProducts
@@ -22,15 +23,24 @@ def configure_compiler(width: int) -> None:
     torch._inductor.config.post_grad_custom_pre_pass = JoinProducts()
 
 
-def compile_stage(stage: Stage) -> StepGraphs:
-    """Compile a stage's step and its teacher -> the callback that launches the step as CUDA graphs, for the stage's Trainer.
+def compile_stage(stage: Stage, sharded: bool = False) -> list[Callback]:
+    """Compile a stage's step and its teacher -> callbacks of the stage's Trainer, such as one that captures CUDA graphs.
 
-    Stage and teacher list in `compiles` the functions of one layer that are replaced by compiled ones, on these objects alone.
+    Stage and teacher list in `compiles`, and those that call a layer in `compiles_with_layer`, their functions that are
+    replaced by compiled ones, on these objects alone. sharded: whether FSDP shards student and teacher. It gathers a layer's
+    weights in hooks around the forward pass, so that this pass is compiled in place of what calls the layer, and no graph is
+    captured.
     """
     configure_compiler(stage.student.config.hidden_size)
     for owner in (stage, stage.teacher):
-        for name in owner.compiles:
+        for name in owner.compiles if sharded else (*owner.compiles, *owner.compiles_with_layer):
             setattr(owner, name, torch.compile(getattr(owner, name), dynamic=False))
-    for module in stage.compiled_modules():
-        module.compile(dynamic=False)
-    return StepGraphs()
+    if not sharded:
+        for module in stage.compiled_modules():
+            module.compile(dynamic=False)
+        return [StepGraphs()]
+    for module in (*stage.called(), *stage.teacher.model.model.layers):
+        for name in ("forward", "matrix_times"):
+            if hasattr(module, name) and name not in vars(module):  # an earlier stage may have compiled the teacher
+                setattr(module, name, torch.compile(getattr(module, name), dynamic=False))
+    return []

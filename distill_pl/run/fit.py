@@ -107,8 +107,7 @@ def fit(config: Namespace) -> None:
         say(f"found    {data.describe()}")
         fingerprints["text"] = data.fingerprint()
         check_fingerprints(config, fingerprints)
-    # under fsdp compiled layers have not been measured
-    compiled = device(config).type == "cuda" and config.compile and config.trainer.strategy != "fsdp"
+    compiled = device(config).type == "cuda" and config.compile
     if compiled:
         from distill_pl.compiling import compile_stage
     with sole_user(out, probe.global_rank):
@@ -124,7 +123,7 @@ def fit(config: Namespace) -> None:
             calibrated(student, teacher, data.head(calibration_chunks(config)), probe.strategy.root_device)
         for stage_run, stage in zip(plans[first:], stages[first:], strict=True):
             stage.student = student
-            callbacks = [compile_stage(stage)] if compiled else []
+            callbacks = compile_stage(stage, sharded=config.trainer.strategy == "fsdp") if compiled else []
             student = run_stage(config, stage_run, stage, data, accumulation, expected, callbacks)
             load_student(student, stage_run)
             expected = read_metrics(stage_run.weights)["student_ce"]

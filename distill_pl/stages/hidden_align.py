@@ -1,5 +1,6 @@
 """Stage 2, hidden-to-hidden alignment (paper, section 3.1, Eq. 8): train each block's output towards the teacher's."""
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -25,13 +26,17 @@ class HiddenAlignStage(Stage):
     """
 
     name = "hidden_align"
-    compiles: ClassVar[tuple[str, ...]] = ("layer_distance",)
+    compiles_with_layer: ClassVar[tuple[str, ...]] = ("layer_distance",)
 
     def __init__(self, student, teacher, *, lr: float = 2e-3, target: Literal["block", "mixer"] = "block",
                  norm: Literal["l2", "mse"] = "l2", decay: float = 0.1, **kwargs):  # fmt: skip
         super().__init__(student, teacher, lr=lr, **kwargs)
         self.target, self.norm, self.decay = target, norm, decay
         self.layer_distance = layer_distance
+
+    def called(self) -> Sequence[nn.Module]:
+        """Return the student's layers, or for the target `mixer` its mixers."""
+        return self.student.mixers if self.target == "mixer" else super().called()
 
     def trained(self) -> list[torch.nn.Parameter]:
         """Return the mixers' parameters."""

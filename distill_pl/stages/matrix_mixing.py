@@ -1,6 +1,6 @@
 """Stage 1, matrix mixing (paper, section 3.1, Eq. 7): train each mixing matrix towards the teacher's attention matrix."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -32,7 +32,7 @@ class MatrixMixingStage(Stage):
     """
 
     name = "matrix_mixing"
-    compiles: ClassVar[tuple[str, ...]] = ("squared_distance", "probed_distance")
+    compiles_with_layer: ClassVar[tuple[str, ...]] = ("squared_distance", "probed_distance")
 
     def __init__(
         self,
@@ -55,6 +55,10 @@ class MatrixMixingStage(Stage):
                 f"matrix_mixing compares head by head: the student has {heads.pop()} heads, the teacher "
                 f"{teacher.config.num_attention_heads}; choose student.shape copyable, or matrix_mixing.tokens 0"
             )
+
+    def called(self) -> Sequence[nn.Module]:
+        """Return the student's mixers."""
+        return self.student.mixers
 
     def trained(self) -> list[torch.nn.Parameter]:
         """Return the parameters that the mixing matrices depend on."""

@@ -1,5 +1,9 @@
 """Shard student, optimizer and teacher over the ranks by PyTorch's FSDP2 (`trainer.strategy fsdp`)."""
 
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
@@ -27,24 +31,32 @@ def is_sharded(student: Student) -> bool:
     return isinstance(student, FSDPModule)
 
 
-def shard(student: Student, teacher: nn.Module, mesh: DeviceMesh) -> None:
+def shard(student: Student, called: Sequence[nn.Module], teacher: nn.Module, mesh: DeviceMesh) -> None:
     """Shard both models in place over the mesh; each layer is gathered while it computes. Collective.
 
-    The teacher may be sharded already, by an earlier stage.
+    called: the student's layers or, where a stage calls mixers and the norms before them alone, its mixers. The teacher may
+    be sharded already, by an earlier stage.
     """
+    warnings.filterwarnings("ignore", message=".*returned a view tensor")  # which nothing here changes in place
     for layer in student.model.layers:
-        for part in (layer.input_layernorm, layer.self_attn):  # matrix mixing calls these two without their layer
-            fully_shard(part, mesh=mesh)
-        register_fsdp_forward_method(layer.self_attn, "matrix_times")
+        if layer.self_attn in called:
+            fully_shard(layer.input_layernorm, mesh=mesh)
+            fully_shard(layer.self_attn, mesh=mesh)
+            register_fsdp_forward_method(layer.self_attn, "matrix_times")
         fully_shard(layer, mesh=mesh)
     fully_shard(student, mesh=mesh)
     register_fsdp_forward_method(student, "hidden_states")
-    with torch.no_grad():  # the first module to compute becomes FSDP's root, which must be the student, not a mixer
+    with torch.no_grad(), eagerly(mesh.device_type):  # the first module to compute becomes FSDP's root: it must be the student
         student.hidden_states(torch.zeros(1, 1, dtype=torch.long, device=mesh.device_type))
     for layer in teacher.model.layers:
         if not isinstance(layer, FSDPModule):
             # each layer is a root of its own, which FSDP would leave gathered after its forward pass
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+
+
+def eagerly(device_type: str) -> AbstractContextManager:
+    """Return a context in which nothing compiles; on a CPU, where nothing does, it does not import the compiler."""
+    return torch.compiler.set_stance("force_eager") if device_type == "cuda" else nullcontext()
 
 
 def unsharded(student: Student) -> Student:

@@ -1,8 +1,7 @@
 """Train a student against a frozen teacher on one loss made of named parts: the base of the three stages."""
 
 from abc import abstractmethod
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import lightning as L
@@ -19,7 +18,7 @@ from distill_pl.losses import next_token_loss
 from distill_pl.stages.async_copy import AsyncCopy
 from distill_pl.stages.finite import FiniteCheck, Step
 from distill_pl.stages.optim import adamw, clip_inside_step, clip_now, clips_inside_step
-from distill_pl.stages.sharding import is_sharded, shard
+from distill_pl.stages.sharding import eagerly, is_sharded, shard
 from distill_pl.student.modeling import Student
 from distill_pl.teacher import Teacher
 from distill_pl.tokens import Tokens
@@ -42,7 +41,8 @@ class Stage(L.LightningModule):
     """
 
     name: ClassVar[str]
-    compiles: ClassVar[tuple[str, ...]] = ()  # attributes, functions of one layer, that distill_pl.compiling may compile
+    compiles: ClassVar[tuple[str, ...]] = ()  # attributes, functions, that distill_pl.compiling may compile
+    compiles_with_layer: ClassVar[tuple[str, ...]] = ()  # those that call one layer
 
     def __init__(
         self,
@@ -104,6 +104,10 @@ class Stage(L.LightningModule):
         """Return the modules of the student whose forward passes distill_pl.compiling compiles as a whole."""
         return []
 
+    def called(self) -> Sequence[nn.Module]:
+        """Return the modules of the student that the losses call one after the other: its layers, or its mixers."""
+        return self.student.model.layers
+
     @abstractmethod
     def trained(self) -> list[nn.Parameter]:
         """Return the parameters of the student that this stage trains; all others are frozen."""
@@ -121,7 +125,7 @@ class Stage(L.LightningModule):
         for parameter in trained:
             parameter.requires_grad_(True)
         if self.device_mesh is not None:
-            shard(self.student, self.teacher.model, self.device_mesh["data_parallel"])
+            shard(self.student, self.called(), self.teacher.model, self.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
         """Move the teacher to the student's device: Lightning moves only submodules.
@@ -161,7 +165,7 @@ class Stage(L.LightningModule):
 
         Nothing compiles here: the check of the losses at step 0 must fail at once, not after a minute of compilation.
         """
-        with torch.compiler.set_stance("force_eager") if self.device.type == "cuda" else nullcontext():
+        with eagerly(self.device.type):
             for key, value in self.validate(batch).items():
                 self.metrics[key].update(value, len(batch))
 

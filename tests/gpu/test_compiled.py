@@ -1,10 +1,13 @@
 """Compiled and captured steps compute what plain ones do on a GPU: every stage's loss and gradients, of all mixers."""
 
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from distill_pl.compiling import compile_stage
 from distill_pl.compiling.cuda_graphs import capture_losses
@@ -119,16 +122,35 @@ def test_steps_of_graphs_are_those_of_kernels(options, fitted, monkeypatch, caps
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_steps_of_graphs_on_two_gpus_are_those_of_one(options, fitted, capfd):
-    def command(arguments: list[str]) -> None:
-        subprocess.run([sys.executable, "-m", "distill_pl.cli", *arguments], check=True)
+def command(arguments: list[str]) -> None:
+    subprocess.run([sys.executable, "-m", "distill_pl.cli", *arguments], check=True)
 
-    found = steps(fitted(command, **options | {"trainer.devices": 2}))
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_compiled_steps_on_two_gpus_are_those_of_one(options, fitted, capfd, strategy):
+    found = steps(fitted(command, **options | {"trainer.devices": 2, "trainer.strategy": strategy}))
     said = capfd.readouterr()
     assert "no CUDA graph" not in said.out
     assert "warn" not in said.err.lower()
     torch.testing.assert_close(found, steps(fitted(**options)), rtol=1e-3, atol=0)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_sharded_run_on_two_gpus_goes_on_where_it_was_killed(options, fitted):
+    sharded = options | {"trainer.devices": 2, "trainer.strategy": "fsdp", "checkpoint_every": 128}
+
+    def killed(arguments: list[str]) -> None:
+        for stage in STAGES:
+            process = subprocess.Popen([sys.executable, "-m", "distill_pl.cli", *arguments], stdout=subprocess.PIPE, text=True,
+                                       start_new_session=True)  # fmt: skip
+            assert any(line.startswith(f"{stage}  step 1/") for line in process.stdout)
+            os.killpg(process.pid, signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
+        command(arguments)
+
+    found, expected = (load_file(fitted(run, **sharded) / "student" / "model.safetensors") for run in (killed, command))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def steps(run) -> list[float]:
