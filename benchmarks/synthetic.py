@@ -13,16 +13,20 @@ from distill_pl.measure.params import smollm_360m
 DOCUMENT = 600  # words, about as many as FineWeb's documents have
 
 
-def teacher(folder: Path) -> Path:
-    """Write random weights in bf16, as SmolLM-360M's are, and a tokenizer of the words w1 to w49151; return the folder."""
+def teacher(folder: Path, **sizes: int) -> Path:
+    """Write random weights in bf16, as SmolLM-360M's are, and a tokenizer of the words w1 to w49151; return the folder.
+
+    sizes: keys of the configuration in place of SmolLM-360M's.
+    """
     config = smollm_360m().config
-    config.max_position_embeddings = 2**16  # so that any sequence length can be measured
+    config.update({"max_position_embeddings": 2**16} | sizes)  # so that any sequence length can be measured
     words = {"<eos>": config.eos_token_id} | {f"w{i}": i for i in range(1, config.vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
     torch.manual_seed(0)
-    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     return folder
 
 
