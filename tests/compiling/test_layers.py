@@ -8,6 +8,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from distill_pl.compiling.joined_products import JoinProducts
 from distill_pl.compiling.layers import configure_compiler
+from distill_pl.mixers import MIXERS
 from distill_pl.mixers.short_conv import ShortConv
 from distill_pl.stages.hidden_align import layer_distance
 from distill_pl.stages.matrix_mixing import probed_distance, squared_distance
@@ -47,26 +48,30 @@ def test_a_teacher_is_one_graph(any_teacher, tokens, graphs, keep, monkeypatch):
     assert len(graphs) == 1 < len(plain)
 
 
-@pytest.mark.parametrize("layout", ["grouped", "window"], indirect=True)
-@pytest.mark.parametrize("what", ["block", "probe", "exact"])
+FUNCTIONS = {
+    "block": lambda own, theirs, signs: layer_distance(own, theirs, "l2"),
+    "probe": lambda own, theirs, signs: probed_distance(own, theirs, signs),
+    "exact": lambda own, theirs, signs: squared_distance(
+        own, theirs.input, theirs.query, theirs.key, theirs.scale, theirs.position
+    ),
+}
+# every mixer in every function, one of which has a window beside it: not each with each
+TRACED = [
+    (name, "window" if beside and place == index % 3 else "grouped", what)
+    for index, (name, mixer) in enumerate(MIXERS.items())
+    for beside in ["k" in mixer.copies and name not in ("softmax", "swa")]
+    for place, what in enumerate(FUNCTIONS)
+]
+
+
+@pytest.mark.parametrize(("name", "layout", "what"), TRACED, indirect=["name", "layout"])
 def test_a_student_is_one_graph(teacher, tokens, name, layout, graphs, keep, what):
     student = StudentFactory(name, init="fresh", **layout).build(teacher, seed=0)
     layers = list(zip(student.model.layers, teacher.layers(tokens), strict=True))
-    signs = torch.ones(1, LENGTH, 1, 4)
-    functions = {
-        "block": lambda own, theirs: (
-            own(theirs.input, position_embeddings=theirs.position),
-            layer_distance(own, theirs, "l2"),
-        ),
-        "probe": lambda own, theirs: probed_distance(own, theirs, signs),
-        "exact": lambda own, theirs: squared_distance(
-            own, theirs.input, theirs.query, theirs.key, theirs.scale, theirs.position
-        ),
-    }
-    plain = functions[what]
+    signs, plain = torch.ones(1, LENGTH, 1, 4), FUNCTIONS[what]
     compiled = torch.compile(plain, backend=keep, fullgraph=True, dynamic=False)
     for layer in layers:
-        torch.testing.assert_close(compiled(*layer), plain(*layer), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(compiled(*layer, signs), plain(*layer, signs), rtol=1e-4, atol=1e-5)
     assert len(graphs) == 1 < len(layers)
 
 
