@@ -1,12 +1,15 @@
 """An exported student computes the same in programs that do not know this package, or is refused by name."""
 
+import io
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from helpers import refused
+from helpers import forkserver, refused
 from packaging.version import Version
 from students import save, trained
 from transformers import AutoModelForCausalLM
@@ -90,9 +93,32 @@ def wide(save_model) -> Teacher:
     return Teacher(str(save_model("llama", randomise=True, hidden_size=64, head_dim=16)))
 
 
+def compare(arguments: list[str], pipe) -> None:
+    """Send what `fresh.main` prints."""
+    with redirect_stdout(io.StringIO()) as printed:
+        fresh.main(*arguments)
+    pipe.send(printed.getvalue())
+
+
+@pytest.fixture
+def forked(monkeypatch) -> None:
+    """Compare in a child of the fork server: a fresh process imports transformers for seconds, as one other test lets it."""
+
+    def run(arguments: list[str], **unused) -> SimpleNamespace:
+        ours, theirs = forkserver.Pipe(duplex=False)
+        child = forkserver.Process(target=compare, args=(arguments[2:], theirs))
+        child.start()
+        theirs.close()
+        printed = ours.recv()
+        child.join()
+        return SimpleNamespace(returncode=child.exitcode, stdout=printed)
+
+    monkeypatch.setattr(command, "subprocess", SimpleNamespace(run=run))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer", [pytest.param(mixer, marks=[grouped_norms] * (mixer == "mamba2")) for mixer in NATIVE])
-def test_a_native_class_agrees_in_a_fresh_process(mixer, wide, tmp_path):
+def test_a_native_class_agrees_in_another_process(mixer, wide, tmp_path, forked):
     student = trained(wide, mixer, kv_heads="grouped")
     command.save_file(fresh.expectation(student), tmp_path / "expected")
     as_native(student).save_pretrained(tmp_path / "new")
@@ -178,7 +204,7 @@ def test_the_command_writes_a_folder_and_nothing_else(teacher, tokenizer, tmp_pa
 
 @grouped_norms
 @pytest.mark.slow
-def test_a_fresh_process_refuses_what_differs(teacher, tokenizer, tmp_path):
+def test_what_differs_is_refused(teacher, tmp_path, forked):
     student = trained(teacher, "mamba2")
     expected = fresh.expectation(student)
     with torch.no_grad():

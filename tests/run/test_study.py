@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,12 @@ def test_runs_end_with_a_study_that_is_killed():
         time.sleep(0.01)
 
 
+def print_into(pipe, arguments: list[str]) -> None:
+    """Run `distill-pl` with `arguments`, printing into a pipe."""
+    with open(pipe.fileno(), "w", buffering=1, closefd=False) as output, redirect_stdout(output):
+        main(arguments)
+
+
 @pytest.mark.slow
 def test_a_stopped_study_goes_on_and_a_failed_run_does_not_stop_it(file, teacher_folder, corpus, capsys):
     out, command = file.parent / "out", fit_command(".", teacher_folder, corpus, file.parent / "cache")
@@ -156,23 +163,26 @@ def test_a_stopped_study_goes_on_and_a_failed_run_does_not_stop_it(file, teacher
     groups = [{"config": "gla_qkv_mm_h2h", "set": {"matrix_mixing.tokens": 4 * STEP, "hidden_align.tokens": 4 * STEP}},
               {"config": "gla", "name": "bad", "set": {"student.softmax_layers": [9]}}]  # fmt: skip
     file.write_text(yaml.safe_dump({"common": common, "runs": groups, "evaluate": {"limit": 2}}))
-    arguments = [sys.executable, "-m", "distill_pl.cli", "study", str(file), f"--out={out}", "--parallel=2"]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+    arguments = ["study", str(file), f"--out={out}", "--parallel=2"]
+    ours, theirs = forkserver.Pipe(duplex=False)
+    process = forkserver.Process(target=print_into, args=(theirs, arguments))
+    process.start()
+    theirs.close()
     printed = []
-    for line in process.stdout:
-        printed.append(line)
-        if "failed" in line:  # by now the other has begun too
-            process.send_signal(signal.SIGTERM)
-            break
-    printed += process.stdout
-    assert process.wait() == 128 + signal.SIGTERM
+    with open(ours.fileno(), closefd=False) as lines:
+        for line in lines:
+            printed.append(line)
+            if "failed:" in line:  # by now the other has begun too
+                process.terminate()
+    process.join()
+    assert process.exitcode == 128 + signal.SIGTERM
     assert "[2/2] gla_bad_s0" in printed[3] and "softmax_layers [9] do not exist" in printed[3]
     assert printed[-2] == "interrupted: stopping gla_qkv_mm_h2h_s0\n"
     assert printed[-1].startswith("0 finished, 1 failed, 1 left; the same command goes on")
     assert not (out / "results").exists()
 
-    ended = subprocess.run([*arguments, "--only=gla_qkv*"], stdout=subprocess.PIPE, text=True)
-    assert ended.returncode == 0 and "held-out" in ended.stdout
+    main([*arguments, "--only=gla_qkv*"])
+    assert "held-out" in capsys.readouterr().out
     kept = out / "results" / "gla_qkv_mm_h2h_s0.json"
     result = json.loads(kept.read_text())
     assert kept.stat().st_size < 10_000
