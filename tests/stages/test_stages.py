@@ -218,9 +218,9 @@ def test_a_student_that_is_the_teacher_has_its_cross_entropy(any_teacher, tokens
 
 @pytest.mark.slow
 def test_probe_is_an_unbiased_estimate(teacher, tokens, name):
-    stage = make(MatrixMixingStage, teacher, name, estimator="probe", norm="mse", probes=8)
+    stage = make(MatrixMixingStage, teacher, name, estimator="probe", norm="mse", probes=32)
     exact = loss_of(make(MatrixMixingStage, teacher, name, estimator="exact", norm="mse"), tokens)
-    estimates = torch.tensor([loss_of(stage, tokens, seed) for seed in range(200)], dtype=torch.float64)
+    estimates = torch.tensor([loss_of(stage, tokens, seed) for seed in range(50)], dtype=torch.float64)
     error = estimates.std() / math.sqrt(len(estimates))
     assert error < 0.05 * exact
     assert abs(estimates.mean() - exact) < 4 * error
@@ -242,8 +242,7 @@ def test_probe_is_exact_where_its_signs_are_orthogonal(variant, tokens, name, sh
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", ["frobenius", "mse"])
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("norm", "bf16"), [("frobenius", True), ("mse", False)])
 def test_exact_matrices_a_sequence_at_a_time_are_those_of_all_at_once(teacher_folder, tokens, name, norm, bf16, monkeypatch):
     """Compare losses and gradients, which are made along with them, with autograd's of the whole batch."""
     teacher, found = Teacher(str(teacher_folder), torch.bfloat16 if bf16 else torch.float32), []
@@ -362,19 +361,19 @@ def test_training_lowers_the_loss(teacher, tokens, name, objective):
     kind, options = TRAINED[objective]
     stage = make(kind, teacher, name, **options)
     frozen = {key: p.clone() for key, p in stage.student.named_parameters() if not p.requires_grad}
-    optimizer = adamw(stage.student.parameters(), lr=1e-2, weight_decay=0.0)
+    optimizer = adamw(stage.student.parameters(), lr=3e-2, weight_decay=0.0)
 
     def value() -> float:
         loss, parts = stage.losses(tokens, seed=1000)
         return (parts[1] if kind is KDStage else loss).item()
 
     before = value()
-    for step in range(60):
+    for step in range(20):
         loss, _ = stage.losses(tokens, seed=step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert value() < before * (0.65 if kind is MatrixMixingStage and has_unit_keys(stage, tokens) else 0.5)
+    assert value() < before * (0.7 if kind is MatrixMixingStage and has_unit_keys(stage, tokens) else 0.6)
     assert all(torch.equal(p, frozen[key]) for key, p in stage.student.named_parameters() if key in frozen)
 
 
@@ -508,11 +507,11 @@ def test_bad_distillation_options_are_refused(teacher, option):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("estimator", ["exact", "probe"])
-def test_a_bf16_teacher_and_autocast_change_little(teacher, teacher_folder, tokens, name, estimator):
+def test_a_bf16_teacher_and_autocast_change_little(teacher, teacher_folder, tokens, name):
     """Compute losses as a GPU run does: student's weights in fp32, teacher's in bf16, autocast around both."""
     half = Teacher(str(teacher_folder), torch.bfloat16)
-    for kind, options in [(MatrixMixingStage, {"estimator": estimator}), (HiddenAlignStage, {}), (KDStage, {})]:
+    matrix_mixing = [(MatrixMixingStage, {"estimator": estimator}) for estimator in ("exact", "probe")]
+    for kind, options in [*matrix_mixing, (HiddenAlignStage, {}), (KDStage, {})]:
         expected = loss_of(make(kind, teacher, name, **options), tokens)
         stage = make(kind, half, name, **options)
         with torch.autocast("cpu", torch.bfloat16):
