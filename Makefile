@@ -28,10 +28,10 @@ clean-quickstart:  ## delete the quickstart's runs, so that it starts over
 test: $(BIN)/.installed  ## set up, then check style (ruff) and types (mypy) and run all tests (pytest)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 test-fast: $(BIN)/.installed  ## set up and run the tests that take about a second or less each (under a minute)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow and not slurm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow and not slurm"
 
 test-gpu: $(BIN)/.installed  ## on a GPU: compare kernels with their mixing matrices, and compiled steps with plain ones
 	$(BIN)/python -m pytest -q tests/gpu

@@ -200,14 +200,40 @@ def name(request) -> str:
     return request.param
 
 
+def takes_window(name: str) -> bool:
+    """Return whether a window may stand beside a mixer."""
+    return name not in ("softmax", "swa") and "k" in MIXERS[name].copies
+
+
+def layout_of(name: str, kind: str) -> dict:
+    """Return the options of a mixer's layout."""
+    window = {"window": 8, "sinks": 2}  # which tests' sequences outgrow
+    layouts = {"rope": {"rope": not MIXERS[name].rotates}, "paper": {"shape": "paper"}, "window": window}
+    return (layouts.get(kind) or {"kv_heads": kind}) | (window if name == "swa" else {})
+
+
 @pytest.fixture(params=["grouped", slow("expanded"), slow("rope"), "paper", "window"])
 def layout(request, name) -> dict:
     """Run the test with each layout of a mixer that a StudentFactory offers; `rope` is the opposite of the mixer's default."""
-    window = {"window": 8, "sinks": 2}  # which tests' sequences outgrow
-    if request.param == "window" and (name in ("softmax", "swa") or "k" not in MIXERS[name].copies):
+    if request.param == "window" and not takes_window(name):
         pytest.skip("no window stands beside this mixer")
-    layouts = {"rope": {"rope": not MIXERS[name].rotates}, "paper": {"shape": "paper"}, "window": window}
-    return (layouts.get(request.param) or {"kv_heads": request.param}) | (window if name == "swa" else {})
+    return layout_of(name, request.param)
+
+
+# every mixer as it is, with a window beside it and in one of the other layouts, for tests that are too slow for all layouts
+LAYOUTS = [
+    (name, kind)
+    for index, name in enumerate(MIXERS)
+    for kind in ("grouped", "window", ("expanded", "rope", "paper")[index % 3])
+    if kind != "window" or takes_window(name)
+]
+LAYOUTS = [pair if pair[0] in QUICK else slow(pair) for pair in LAYOUTS]
+
+
+@pytest.fixture(params=LAYOUTS, ids="-".join)
+def name_and_layout(request) -> tuple[str, dict]:
+    """Run the test with LAYOUTS: a mixer's name and options of a StudentFactory, all of both, though not each with each."""
+    return request.param[0], layout_of(*request.param)
 
 
 @pytest.fixture(params=["grouped", "expanded"])

@@ -1,23 +1,18 @@
 """Without ops/gpu, compiling and decoding everything still works on a CPU: they only make a GPU faster."""
 
 import ast
-import json
 import os
-import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
-from block_gpu_code import ROOMS
+from block_gpu_code import ROOMS, install
+from helpers import forkserver
+
+from distill_pl.cli import main
 
 PACKAGE = Path(__file__).parents[1] / "distill_pl"
-COMMANDS = """
-import block_gpu_code, json, sys
-block_gpu_code.install()
-from distill_pl.cli import main
-for arguments in json.loads(sys.argv[1]):
-    main(arguments)
-"""
 
 
 def imports_of(file: Path) -> list[str]:
@@ -36,9 +31,19 @@ def test_no_other_module_imports_them_when_it_is_imported():
             assert not [name for name in imports_of(file) if name.startswith(ROOMS)], file
 
 
+def run_without_them(commands: list[list[str]], printed: Path) -> None:
+    """Run commands of `distill-pl` on the CPU where importing ROOMS fails; what they print is in a file."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    assert not [name for name in sys.modules if name.startswith(ROOMS)]
+    install()
+    with open(printed, "w") as output, redirect_stdout(output):
+        for arguments in commands:
+            main(arguments)
+
+
 @pytest.mark.slow
 def test_fit_evaluate_generate_and_bench_run_without_them(fitted, tmp_path):
-    """Run all four in a process of its own, in which importing them fails."""
+    """Run all four in another process, in which importing them fails."""
     commands = []
     out = fitted(
         commands.append, **{"student.mixer": "mamba2", "tokens": 768, "matrix_mixing.tokens": 128, "hidden_align.tokens": 128}
@@ -48,12 +53,10 @@ def test_fit_evaluate_generate_and_bench_run_without_them(fitted, tmp_path):
         ["generate", str(out), "--prompt", "Story", "--max_new_tokens", "3"],
         ["bench", str(out), "--lengths", "8", "--new_tokens", "2", "--repeats", "1", "--out", str(tmp_path / "bench")],
     ]
-    path = os.pathsep.join([str(Path(__file__).parent), str(PACKAGE.parent)])
-    done = subprocess.run(
-        [sys.executable, "-c", COMMANDS, json.dumps(commands)], capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    child = forkserver.Process(target=run_without_them, args=(commands, tmp_path / "printed"))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
     assert (out / "student" / "model.safetensors").is_file()
     for printed in ("done: the student is in", "perplexity", "Story", "plain"):
-        assert printed in done.stdout
+        assert printed in (tmp_path / "printed").read_text()

@@ -14,7 +14,6 @@ from distill_pl.decoding.decoder import FixedSoftmax
 from distill_pl.decoding.row_layer import RowLayer
 from distill_pl.errors import InputError
 from distill_pl.measure.bench import decode, prefill
-from distill_pl.mixers import MIXERS
 from distill_pl.ops import softmax
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.transfer import as_transformer
@@ -68,19 +67,10 @@ def test_tokens_of_a_hybrid_are_those_of_plain_decoding(teacher, name):
     check_decoder(teacher, mixer=name, softmax_layers=[1])
 
 
-# every mixer as it is, with a window beside it and in one of the other layouts: not each with each
-COMPILED = [
-    (name, layout)
-    for index, (name, mixer) in enumerate(MIXERS.items())
-    for layout in ("grouped", "window", ("expanded", "rope", "paper")[index % 3])
-    if layout != "window" or ("k" in mixer.copies and name not in ("softmax", "swa"))
-]
-
-
-@pytest.mark.parametrize(("name", "layout"), COMPILED, indirect=True)
-def test_a_step_of_one_row_is_one_graph(teacher, name, layout):
+def test_a_step_of_one_row_is_one_graph(teacher, name_and_layout):
     """The norms are in the products: every layer is a RowLayer."""
     pytest.importorskip("triton")
+    name, layout = name_and_layout
     model = StudentFactory(name, init="fresh", **layout).build(teacher, seed=0).eval()
     prompt = some_tokens(teacher, rows=1)
     decoder = Decoder(model, max_length=40, backend=run_uncompiled)

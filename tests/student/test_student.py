@@ -165,8 +165,8 @@ def test_bad_options_are_refused():
 # ---- transformers' interface
 
 
-def test_saved_and_loaded_is_identical(variant, name, layout, tmp_path):
-    check_saved_and_loaded(variant("qwen3"), name, layout, tmp_path)
+def test_saved_and_loaded_is_identical(variant, name_and_layout, tmp_path):
+    check_saved_and_loaded(variant("qwen3"), *name_and_layout, tmp_path)
 
 
 @pytest.mark.parametrize("shape", ["llama", "llama_untied", "llama_scaled_rope"])
@@ -211,7 +211,8 @@ def generate(student: Student, tokens: Tensor, mask: Tensor | None = None, **opt
     )  # fmt: skip
 
 
-def test_greedy_generation_with_a_cache_is_that_without(teacher, name, layout):
+def test_greedy_generation_with_a_cache_is_that_without(teacher, name_and_layout):
+    name, layout = name_and_layout
     student, tokens = build(teacher, name, init="fresh", **layout), some_tokens(teacher, rows=3, length=9)
     cached, uncached = (generate(student, tokens, use_cache=use_cache) for use_cache in (True, False))
     assert isinstance(cached.past_key_values, StudentCache)
