@@ -1,4 +1,4 @@
-"""Functions and constants that several test files use; fixtures are in conftest.py."""
+"""Functions and constants that several test files use; fixtures are in shared_fixtures.py."""
 
 import io
 import multiprocessing
