@@ -3,8 +3,8 @@
 Tasks rank choices by likelihood (arc_easy, piqa) or let the model write (gsm8k, triviaqa, ifeval).
 
 lm_eval takes seconds to import and to index its tasks, so both happen in the first call, not on import of this module.
-What is no documented interface of lm-eval is reached in `_stock_task`, `_from_file`, `_make_zero_shot` and
-`_no_metric_scripts` alone, each with a test of its name.
+What is no documented interface of lm-eval is reached in `_stock_task`, `_from_file`, `_make_zero_shot`, `_no_metric_scripts`
+and `_batch_scorer` alone, each with a test of its name.
 """
 
 import contextlib
@@ -21,7 +21,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers.processors import TemplateProcessing
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import trange
 from transformers import PreTrainedTokenizerBase
 
 from distill_pl.errors import InputError, one_line
@@ -104,7 +108,6 @@ def run_tasks(
     # datasets' shared cache tells files apart by time stamp and can serve rows since replaced: use a cache of this call's own
     with _quiet(), _no_metric_scripts(), tempfile.TemporaryDirectory(prefix="distill_pl-", ignore_cleanup_errors=True) as cache:
         from lm_eval.evaluator import evaluate
-        from lm_eval.models.huggingface import HFLM
         from transformers import set_seed
 
         set_seed(seed)
@@ -116,7 +119,7 @@ def run_tasks(
                 loaded["groups"].update(found["groups"])
         for name, task in loaded["tasks"].items():
             _make_zero_shot(name, task, seed)
-        lm = HFLM(model, backend="causal", tokenizer=prompt_tokenizer(tokenizer), batch_size=batch_size)
+        lm = _batch_scorer()(model, backend="causal", tokenizer=prompt_tokenizer(tokenizer), batch_size=batch_size)
         for name, task in loaded["tasks"].items():
             written = (task.config.generation_kwargs or {}).get("max_gen_toks", lm.max_gen_toks)
             if task.OUTPUT_TYPE == "generate_until" and written >= lm.max_length:
@@ -130,6 +133,36 @@ def run_tasks(
             if "," in key:  # "metric,filter", where almost every task's filter is "none"; other keys are labels
                 scores[name][key.removesuffix(",none")] = float("nan" if value == "N/A" else value)
     return scores
+
+
+@functools.cache
+def _batch_scorer() -> type:
+    """Make an HFLM that fetches the scores of a batch of continuations together, computed in fp32.
+
+    lm-eval's own waits for the GPU several times for each continuation, which is slow where other processes use it too.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    class BatchScorer(HFLM):
+        def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None) -> list[tuple[float, bool]]:
+            """Score (key, context's tokens, continuation's) each -> log-probability, and whether greedy decoding gives it."""
+            size, scores = int(self.batch_size), [(0.0, False)] * len(requests)
+            order = sorted(range(len(requests)), key=lambda i: len(requests[i][1]) + len(requests[i][2]), reverse=True)
+            for first in trange(0, len(order), size, desc=f"batches of {size} continuations", disable=disable_tqdm):
+                batch = order[first : first + size]
+                rows = [torch.tensor((requests[i][1] + requests[i][2])[-(self.max_length + 1) :]) for i in batch]
+                tokens, place = pad_sequence(rows, batch_first=True), torch.arange(1, len(rows[0]))
+                ends = torch.tensor([len(row) for row in rows])[:, None]
+                begins = ends - torch.tensor([len(requests[i][2]) for i in batch])[:, None]
+                asked, tokens = ((place >= begins) & (place < ends)).to(self.device), tokens.to(self.device)
+                logits, target = self._model_call(tokens[:, :-1])[asked].float(), tokens[:, 1:][asked]
+                losses = torch.stack([cross_entropy(logits, target, reduction="none"), (logits.argmax(-1) != target).float()])
+                total, wrong = torch.zeros(2, *asked.shape, device=self.device).masked_scatter(asked, losses).sum(-1).tolist()
+                for i, loss, others in zip(batch, total, wrong, strict=True):
+                    scores[i] = (-loss, others == 0)
+            return scores
+
+    return BatchScorer
 
 
 def prompt_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from distill_pl.errors import InputError
 from distill_pl.measure import harness
 from distill_pl.measure.harness import (
+    _batch_scorer,
     _from_file,
     _make_zero_shot,
     _no_metric_scripts,
@@ -127,6 +128,24 @@ def test_texts_begin_with_bos_as_in_lm_eval_and_never_end(model, tokenizer, ends
     assert HFLM(model, backend="causal", tokenizer=ours).loglikelihood(requests, disable_tqdm=True) == expected
     by_hand = loglikelihood(model, ours, "What melts?", " ice")
     assert expected[0][0] == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_batch_scorer_scores_continuations_as_stock_lm_eval_does(model, tokenizer):
+    from lm_eval.models.huggingface import HFLM
+
+    rng = random.Random(0)
+    draw = lambda count: [rng.randrange(257) for _ in range(count)]  # noqa: E731
+    requests = [(("", ""), draw(context), draw(own)) for context, own in [(1, 1), (9, 4), (3, 1), (250, 40), (9, 2), (20, 256)]]
+    contexts = torch.tensor([draw(5), draw(5)])
+    written = model.eval().generate(contexts, max_new_tokens=3, do_sample=False, pad_token_id=0)[:, 5:].tolist()
+    requests += [(("", ""), *pair) for pair in zip(contexts.tolist(), written, strict=True)]
+    found, expected = (
+        kind(model, backend="causal", tokenizer=prompt_tokenizer(tokenizer), batch_size=3)._loglikelihood_tokens(requests)
+        for kind in (_batch_scorer(), HFLM)
+    )
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    assert any(greedy for _, greedy in found) and not all(greedy for _, greedy in found)
+    assert [total for total, _ in found] == pytest.approx([total for total, _ in expected], rel=1e-5)
 
 
 def test_limit_holds_for_every_task(model, tokenizer, tmp_path):
