@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +34,8 @@ def here(tmp_path, teacher, monkeypatch) -> Path:
     """
     monkeypatch.setattr(distill_pl.measure.bench, "smollm_360m", lambda: teacher)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    # after each tiny model, a pass over all that the tests have imported takes up to a second
+    monkeypatch.setattr(distill_pl.measure.bench, "gc", SimpleNamespace(collect=lambda: None))
     monkeypatch.setitem(sys.modules, "distill_pl.decoding", None)
     monkeypatch.chdir(tmp_path)
     return tmp_path
