@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import fit_command, refused
+from measure.conftest import small_task_index  # noqa: F401 (lets lm-eval index few tasks)
 from transformers import AutoModelForCausalLM
 
 from distill_pl.cli import main
