@@ -50,6 +50,8 @@ SECONDS_BETWEEN_LOOKS, SECONDS_TO_STOP = 0.2, 60.0
 NAMED = ("teacher", "data.dataset", "tokens")  # keys that results name, changed or not
 STOPPED_BY = (signal.SIGINT, signal.SIGTERM)
 
+Step = tuple[subprocess.Popen, bool]  # what a run waits for, and whether it trains
+
 
 class Run(NamedTuple):
     """Hold one run of a study."""
@@ -97,7 +99,7 @@ def study(
         data: folder of <task>.jsonl files for `evaluate`, instead of the file's.
         out: folder of the run folders, and of the runs' console output, in logs/.
         results: folder of the JSON files, by default `results` in `out`.
-        parallel: how many runs train at once on this machine; they share out its GPUs.
+        parallel: how many runs train at once on this machine, while others are evaluated; they share out its GPUs.
         seeds: run only the first so many seeds of each group.
         only: run only what matches this pattern, such as 'gla_*_s0'.
         index: run only this one of the runs, counted from 1: for a Slurm array.
@@ -295,31 +297,39 @@ def carry_out(runs: dict[str, Run], out: Path, results: Path, options: dict[str,
               deadline: float) -> int:  # fmt: skip
     """Carry out runs, by the names they are printed with -> how many failed. Prints a line as each begins and ends.
 
-    deadline: of time.monotonic(). At it, and on Ctrl-C or SIGTERM, the running ones are stopped so that they can be resumed.
+    A run that is being evaluated, which hardly occupies a GPU, leaves its place to one that trains; there may be `parallel` of
+    either. deadline: of time.monotonic(). At it, and on Ctrl-C or SIGTERM, the running ones are stopped so that they can be
+    resumed.
     """
     waiting, failed, finished = list(runs), 0, 0
     width = max(map(len, runs), default=0)
     places = environments(parallel)
-    running: dict[str, tuple[Iterator[subprocess.Popen], dict[str, str], float]] = {}
+    training: dict[str, dict[str, str]] = {}  # the place of each
+    running: dict[str, tuple[Iterator[Step], float]] = {}
     processes: dict[str, subprocess.Popen] = {}
+    measuring: set[str] = set()
     signals: list[int] = []  # an exception could come between the start of a process and its place in `processes`
     before = {number: signal.signal(number, lambda number, _: signals.append(number)) for number in STOPPED_BY}
     try:
         while (waiting or running) and time.monotonic() < deadline and not signals:
-            while waiting and places:
-                name, place = waiting.pop(0), places.pop(0)
+            while waiting and places and len(running) < 2 * parallel:
+                name = waiting.pop(0)
+                training[name] = places.pop(0)
                 say(f"{name:<{width}}   begins")
-                running[name] = steps(runs[name], out, results, options, place), place, time.monotonic()
-            for name, (work, place, began) in list(running.items()):
+                running[name] = steps(runs[name], out, results, options, training[name], measuring), time.monotonic()
+            for name, (work, began) in list(running.items()):
                 try:
-                    processes[name] = next(work)
+                    processes[name], trains = next(work)
+                    if not trains and name in training:
+                        places.append(training.pop(name))
                     continue
                 except StopIteration as end:
                     outcome, finished = f"held-out {end.value:.4g}", finished + 1
                 except (Failed, InputError, OSError) as error:
                     outcome, failed = f"failed: {error}", failed + 1
                 say(f"{name:<{width}}   {outcome}   {time.monotonic() - began:.0f} s")
-                places.append(place)
+                if name in training:
+                    places.append(training.pop(name))
                 del running[name]
             time.sleep(SECONDS_BETWEEN_LOOKS)
     finally:
@@ -346,24 +356,33 @@ def environments(parallel: int) -> list[dict[str, str]]:
     return [threads | dict(os.environ) | visible for visible in own]
 
 
-def steps(run: Run, out: Path, results: Path, options: dict[str, Any] | None,
-          environment: dict[str, str]) -> Iterator[subprocess.Popen]:  # fmt: skip
+def steps(run: Run, out: Path, results: Path, options: dict[str, Any] | None, environment: dict[str, str],
+          measuring: set[str]) -> Iterator[Step]:  # fmt: skip
     """Train, evaluate and summarise a run, yielding the process that it waits for -> its held-out perplexity.
 
-    Raises Failed with the last line that a command printed where it ended with an error.
+    measuring: names of the runs that are being evaluated; the first of a study measures the teacher for all of them. Raises
+    Failed with the last line that a command printed where it ended with an error.
     """
     folder = Path(run.config.out)
     log = out / "logs" / f"{run.name}.log"
     with disk_refused(log):
         log.parent.mkdir(parents=True, exist_ok=True)
-    yield from command(["fit", *run.args], log, environment)
+    for process in command(["fit", *run.args], log, environment):
+        yield process, True
     if options is not None:
         own = folder / "eval" / f"teacher{ending((options or {}).get('limit'))}"
-        known = next(out.glob(f"*/eval/{own.name}"), own)
-        if not own.exists() and known != own:  # evaluate measures nothing twice, and checks what it finds
+        student = own.name.replace("teacher", "student")  # which is begun when the teacher's file is complete
+        while (known := next(out.glob(f"*/eval/{student}"), None)) is None and measuring:
+            yield process, False
+        if known is not None and not own.exists():  # evaluate measures nothing twice, and checks what it finds
             own.parent.mkdir(exist_ok=True)
-            shutil.copy(known, own)
-        yield from command(["evaluate", str(folder), *options_of(options)], log, environment)
+            shutil.copy(known.with_name(own.name), own)
+        measuring.add(run.name)
+        try:
+            for process in command(["evaluate", str(folder), *options_of(options)], log, environment):
+                yield process, False
+        finally:
+            measuring.remove(run.name)
     result = summarise(run, options)
     write_aside(results / f"{run.name}.json", lambda aside: aside.write_text(json.dumps(result, indent=1) + "\n"))
     return result["held_out"]["student"]
