@@ -7,7 +7,7 @@ otherwise undecided.
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -94,12 +94,13 @@ def summary(folder: Path) -> str:
         rows.setdefault(result["row"], {})[result["seed"]] = measured(result, "student")
     of_teacher = next((result for result in results if "teacher" in result["held_out"]), results[0])  # not in plain training
     teacher: Rows = {"teacher": {0: measured(of_teacher, "teacher")}}
+    beyond = sorted(rows.keys() - PUBLISHED.keys(), key=lambda name: average(rows[name], "perplexity"))
     tables: dict[str, dict[str, Any]] = {
         "Table 3": paper.TABLE_3, "Table 2": paper.TABLE_2, "Appendix B": paper.APPENDIX_B,
-        "Beyond the paper": dict.fromkeys(sorted(rows.keys() - PUBLISHED.keys(), key=lambda name: lowest(rows[name]))),
+        "Beyond the paper": dict.fromkeys(beyond),
     }  # fmt: skip
     draw(rows, teacher["teacher"][0].get("perplexity"), folder / "study.png")
-    text = [overview(results), "![held-out perplexity of each student](study.png)"]
+    text = [overview(results), *guessing(of_teacher), "![held-out perplexity of each student](study.png)"]
     for title, published in tables.items():
         names = [name for name in published if name in rows]
         if names:
@@ -107,13 +108,21 @@ def summary(folder: Path) -> str:
             text += [f"### {title}", table({"teacher": paper.TEACHER} | found, teacher | rows)]
         if title in ("Table 3", "Table 2") and len(names) >= 3:
             text.append(ranking(names, rows))
+    if lengths := sorted({int(key.split()[1]) for runs in rows.values() for values in runs.values() for key in values
+                          if key.startswith("recall ")}):  # fmt: skip
+        found = dict.fromkeys(["teacher", *sorted(rows, key=lambda name: -average(rows[name], "recall"))])
+        text += ["### Recall", "Percent of the answers found, mean over tasks, by length of the prompt in tokens.",
+                 table(found, teacher | rows, ["recall", *(f"recall {length}" for length in lengths)])]  # fmt: skip
+    judged = claims(rows)
+    if judged is None:
+        return "\n\n".join(text)
     signs = (
         "A + says that the student that the claim names first is better. Similar, close and little mean up to "
         f"{LITTLE['nats']} nats or {LITTLE['points']} points. Of a claim about several students, the one that speaks for it "
         "least is shown. Intervals are not corrected for the number of claims. Section 5.3, speed and memory, is for "
         "`distill-pl bench`."
     )
-    return "\n\n".join([*text, "### The paper's claims", signs, claims(rows)])
+    return "\n\n".join([*text, "### The paper's claims", signs, judged])
 
 
 def measured(result: dict[str, Any], model: str) -> dict[str, float]:
@@ -125,7 +134,17 @@ def measured(result: dict[str, Any], model: str) -> dict[str, float]:
     values |= {column: 100 * accuracy for column, (accuracy, _) in paper.columns(tasks).items()}
     if found := [100 * tasks[task]["acc"] for task in recall.TASKS if task in tasks]:
         values["recall"] = mean(found)
+        by_length = [tasks[task]["by_length"] for task in recall.TASKS if task in tasks]
+        values |= {f"recall {length}": 100 * mean(row[length] for row in by_length) for length in by_length[0]}
     return values
+
+
+def guessing(result: dict[str, Any]) -> list[str]:
+    """Say on which of the paper's tasks the teacher is not two standard errors above guessing, if on any."""
+    found = paper.columns(result["evaluated"]["teacher"])
+    names = [column for column, chance in paper.CHANCE.items()
+             if column in found and found[column][0] - 2 * found[column][1] <= chance]  # fmt: skip
+    return [f"The teacher does no better than guessing on {', '.join(names)}."] if names else []
 
 
 def overview(results: list[dict[str, Any]]) -> str:
@@ -140,16 +159,18 @@ def overview(results: list[dict[str, Any]]) -> str:
     return f"{len(results)} runs ({'; '.join(config)}) on {device}, torch {version}. Mean ± half the 95% interval over seeds."
 
 
-def table(published: dict[str, Any], rows: Rows) -> str:
-    """Lay out rows in the order of `published`, the paper's averages in the last column, without measures that none has."""
-    columns = [column for column in ("perplexity", "KL", *paper.COLUMNS, "Avg.", "recall")
+def table(published: dict[str, Any], rows: Rows,
+          measures: Sequence[str] = ("perplexity", "KL", *paper.COLUMNS, "Avg.", "recall")) -> str:  # fmt: skip
+    """Lay out rows in the order of `published`, the paper's averages in the last column; what no row has is left out."""
+    columns = [column for column in measures
                if any(column in values for name in published for values in rows.get(name, {}).values())]  # fmt: skip
-    lines = [["student", "seeds", *columns, "paper's Avg."]]
+    beside = any(accuracies and accuracies[-1] is not None for name, accuracies in published.items() if name != "teacher")
+    lines = [["student", "seeds", *columns, *["paper's Avg."] * beside]]
     for name, accuracies in published.items():
         runs = rows.get(name, {}).values()
         cells = [interval([values[column] for values in runs if column in values], DIGITS.get(column, 1)) for column in columns]
         published_average = f"{accuracies[-1]:.2f}" if accuracies and accuracies[-1] is not None else ""
-        lines.append([name, "" if name == "teacher" else str(len(runs)), *cells, published_average])
+        lines.append([name, "" if name == "teacher" else str(len(runs)), *cells, *[published_average] * beside])
     return markdown(lines)
 
 
@@ -166,15 +187,19 @@ def ranking(names: list[str], rows: Rows) -> str:
     return f"Kendall's tau to the paper's ranking of these {len(names)}: {', '.join(parts)}."
 
 
-def claims(rows: Rows) -> str:
-    """Lay out each claim of the paper with the paper's difference, that here and the verdict, by loss and by accuracy."""
+def claims(rows: Rows) -> str | None:
+    """Lay out each claim of the paper with the paper's difference, that here and the verdict, by loss and by accuracy.
+
+    Claims of whose students none was run are left out; without any other, return None.
+    """
     lines = [["section", "claim", "paper: points", "here: nats of held-out loss", "here: points of accuracy"]]
     for claim in CLAIMS:
         paper = judge(claim, "points", lambda name: {0: average} if (average := PUBLISHED[name][-1]) else {})
         loss = judge(claim, "nats", lambda name: values_of(rows, name, "perplexity", lambda value: -math.log(value)))
         points = judge(claim, "points", lambda name: values_of(rows, name, "Avg.", lambda value: value))
-        lines.append([claim.section, claim.text, paper.removesuffix(", one seed"), loss, points])
-    return markdown(lines)
+        if {loss, points} != {"not run"}:
+            lines.append([claim.section, claim.text, paper.removesuffix(", one seed"), loss, points])
+    return markdown(lines) if len(lines) > 1 else None
 
 
 def values_of(rows: Rows, name: str, measure: str, better: Callable[[float], float]) -> dict[int, float]:
@@ -246,6 +271,6 @@ def draw(rows: Rows, teacher: float | None, file: Path) -> None:
     write_aside(file, lambda aside: figure.savefig(aside, format="png", dpi=120))
 
 
-def lowest(runs: dict[int, dict[str, float]]) -> float:
-    """Return the lowest perplexity of a student's runs."""
-    return min(values["perplexity"] for values in runs.values())
+def average(runs: dict[int, dict[str, float]], measure: str) -> float:
+    """Return the mean of a measure over a student's runs, in which it is 0 where it was not measured."""
+    return mean(values.get(measure, 0.0) for values in runs.values())

@@ -88,7 +88,26 @@ def test_the_summary_has_tables_ranking_and_claims(tmp_path):
     assert "### Table 2" in text and "| hedgehog" not in text
     claim = line(text, "5.2 | QKV copying helps GLA ")
     assert claim[2:] == ["+0.81", "+0.008 ± 0.000, confirmed", "+0.82 ± 0.00, confirmed"]  # of columns that are rounded
-    assert line(text, "5.1 | matrix mixing helps MetaLA ")[3:] == ["not run", "not run"]
+    assert "matrix mixing helps MetaLA" not in text  # of which nothing was run
+
+
+def test_recall_is_shown_by_length_and_guessing_is_named(tmp_path):
+    write(tmp_path, "kda_qkv", [3.4])
+    file = tmp_path / "kda_qkv_s0.json"
+    result = json.loads(file.read_text())
+    for model, shares in {"student": [0.5, 0.25], "teacher": [1.0, 0.5]}.items():
+        for task in ("mqar", "copy"):
+            by_length = dict(zip(["512", "2048"], shares, strict=True))
+            result["evaluated"][model][task] = {"acc": sum(shares) / 2, "acc_stderr": 0.0, "by_length": by_length}
+    result["evaluated"]["teacher"] |= {"piqa": {"acc": 0.52, "acc_stderr": 0.015}, "arc_easy": {"acc": 0.3, "acc_stderr": 0.01}}
+    file.write_text(json.dumps(result))
+    text = summary(tmp_path)
+    assert "The teacher does no better than guessing on PIQA." in text
+    recall = text[text.index("### Recall") :]
+    assert line(recall, "student") == ["student", "seeds", "recall", "recall 512", "recall 2048"]
+    assert line(recall, "teacher")[2:] == ["75.0", "100.0", "50.0"]
+    assert line(recall, "kda_qkv") == ["kda_qkv", "1", "37.5", "50.0", "25.0"]
+    assert "claims" not in text
 
 
 def test_bad_results_are_one_line(tmp_path):
