@@ -194,7 +194,7 @@ def claims(rows: Rows) -> str | None:
     """
     lines = [["section", "claim", "paper: points", "here: nats of held-out loss", "here: points of accuracy"]]
     for claim in CLAIMS:
-        paper = judge(claim, "points", lambda name: {0: average} if (average := PUBLISHED[name][-1]) else {})
+        paper = judge(claim, "points", lambda name: {0: found} if (found := PUBLISHED[name][-1]) else {})
         loss = judge(claim, "nats", lambda name: values_of(rows, name, "perplexity", lambda value: -math.log(value)))
         points = judge(claim, "points", lambda name: values_of(rows, name, "Avg.", lambda value: value))
         if {loss, points} != {"not run"}:
