@@ -3,17 +3,19 @@
 A plain step launches a thousand small kernels from Python: tens of milliseconds for a model of SmolLM-360M's shape, whose
 weights a GPU reads in 0.3. Here all layers of one kind share one compiled function, in which products of one row include the
 norms and element-wise operations around them, and the whole step, from token to next token, is captured once and replayed.
+So is the reading of a piece of a prompt, where states do not grow.
 """
 
 import math
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -94,11 +96,15 @@ def state_of(memory: Any) -> State:
     return memory.op, {name: tail.split(1, 1) for name, tail in memory.tails.items()}
 
 
-def layer_step(layer: nn.Module, hidden: tuple[Tensor, ...], rope: Position | None, state: State) -> tuple[Tensor, ...]:
-    """Run one token through a layer, from and to one or (RowLayer) two tensors [B, 1, D], and overwrite `state`."""
+def layer_step(layer: nn.Module, hidden: tuple[Tensor, ...], rope: Position | None, state: State,
+               **mask: Tensor) -> tuple[Tensor, ...]:  # fmt: skip
+    """Run tokens through a layer, from and to one or (RowLayer) two tensors [B, T, D], and overwrite `state`.
+
+    mask: empty, or attention_mask, bool [B, T], which is False where padded.
+    """
     memory = MixerState()
     memory.op, memory.tails = state[0], {name: torch.cat(tokens, 1) for name, tokens in state[1].items()}
-    output = layer(*hidden, position_embeddings=rope, past_key_values=OneLayerCache([memory]))
+    output = layer(*hidden, position_embeddings=rope, past_key_values=OneLayerCache([memory]), **mask)
     for buffer, new in zip(tree_leaves(state), tree_leaves(state_of(memory)), strict=True):
         if new is not buffer:
             buffer.copy_(new)
@@ -114,46 +120,51 @@ class Decoder:
 
     A Decoder shares the model's tensors and leaves its modules alone. States, token and position lie in buffers that every
     step overwrites: of constant size for every mixer but softmax, whose keys and values have room for `max_length` tokens. On
-    a GPU, the first `prefill` compiles and captures the step, which takes seconds.
+    a GPU, the first `prefill` compiles and captures the step, which takes seconds, and with `chunk` the reading of a chunk.
     """
 
     def __init__(self, model: PreTrainedModel, max_length: int | None = None, temperature: float = 0.0, top_k: int = 0,
-                 backend: Any = "auto"):  # fmt: skip
+                 backend: Any = "auto", chunk: int = 0):  # fmt: skip
         """Set up decoding; buffers are allocated by the first `prefill`.
 
         max_length: of prompt and new tokens; it must be given if a layer attends by softmax.
         temperature: 0 takes the likeliest token, more samples, from the `top_k` likeliest if not 0.
         backend: of torch.compile, None to compile nothing; auto: `decode_backend` on a GPU, else None.
+        chunk: tokens of a prompt that are read at once; 0 for all, without compiling it.
 
         Raises InputError for an option out of range, and for a model of which a Decoder would not compute what it does.
         """
         if reason := unsupported_reason(model, max_length or 0):
             raise InputError(f"model: a Decoder would not compute what it does ({reason}): use its generate")
-        if max_length is None and (not isinstance(model, Student) or any(isinstance(x, Softmax) for x in model.mixers)):
+        if not (0 <= temperature < math.inf and top_k >= 0 and chunk >= 0):
+            raise InputError(f"temperature {temperature}, top_k {top_k}, chunk {chunk}: give finite numbers of at least 0")
+        self.model, self.max_length, self.temperature, self.top_k, self.chunk = model, max_length, temperature, top_k, chunk
+        self.states_grow = not isinstance(model, Student) or any(isinstance(x, Softmax) for x in model.mixers)
+        if max_length is None and self.states_grow:
             raise InputError("softmax attention keeps keys and values of every token: give a max_length")
-        if not (0 <= temperature < math.inf and top_k >= 0):
-            raise InputError(f"temperature {temperature}, top_k {top_k}: give finite numbers of at least 0")
-        self.model, self.max_length, self.temperature, self.top_k = model, max_length, temperature, top_k
         self.gpu = model.device.type == "cuda"
         self.backend = (decode_backend if self.gpu else None) if backend == "auto" else backend
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graphs: list[torch.cuda.CUDAGraph] = []
         self.states: list[State] = []
         self.length = 0  # tokens in the states
 
     @torch.no_grad()
-    def prefill(self, prompt: Tensor, chunk: int = 0) -> Tensor:
-        """Start anew with a prompt [B, T], read in pieces of `chunk` tokens or (0) at once -> the next token [B, 1].
+    def prefill(self, prompt: Tensor) -> Tensor:
+        """Start anew with a prompt [B, T] -> the next token [B, 1].
 
         Raises InputError for no token, if T exceeds max_length or if B differs from the first call's.
         """
-        if prompt.ndim != 2 or prompt.numel() == 0 or chunk < 0:
-            raise InputError(f"prompt {list(prompt.shape)}, chunk {chunk}: give [B, T] of at least one token, chunk 0 or more")
+        if prompt.ndim != 2 or prompt.numel() == 0:
+            raise InputError(f"prompt {list(prompt.shape)}: give [B, T] of at least one token")
         batch, length = prompt.shape
         self._check_room(length)
         if self.states and batch != len(self.token):
             raise InputError(f"{batch} prompts, where this Decoder's buffers hold {len(self.token)}: create another Decoder")
+        if self.chunk and not self.states_grow:
+            self._read_in_chunks(prompt)
+            return self.token.clone()
         cache: Any = None
-        for piece in prompt.split(chunk or length, dim=1):
+        for piece in prompt.split(self.chunk or length, dim=1):
             output = self.model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1, return_dict=True)
             cache = output.past_key_values
         if not self.states:
@@ -168,10 +179,7 @@ class Decoder:
         if not self.states:
             raise InputError("step: no prompt has been read: call prefill first")
         self._check_room(self.length + 1)
-        if self.graph is None:
-            self._step()
-        else:
-            self.graph.replay()
+        self.advance()
         self.length += 1
         return self.token.clone()
 
@@ -185,8 +193,8 @@ class Decoder:
         return sum(x.nbytes for x in tree_leaves(self.states) if x is not self.position)
 
     def pool_bytes(self) -> int:
-        """Return the GPU bytes that the CUDA graph's private pool holds beyond what the allocator counts as allocated."""
-        return 0 if self.graph is None else pool_bytes(self.graph.pool())
+        """Return the GPU bytes that the CUDA graphs' private pools hold beyond what the allocator counts as allocated."""
+        return sum(pool_bytes(graph.pool()) for graph in self.graphs)
 
     def _check_room(self, length: int) -> None:
         if self.max_length is not None and length > self.max_length:
@@ -217,15 +225,49 @@ class Decoder:
         if self.backend:
             parts = [torch.compile(part, backend=self.backend, fullgraph=True, dynamic=False) for part in parts]
         self.parts = parts
+        self.advance = self._captured(self._step)
+
+    def _read_in_chunks(self, prompt: Tensor) -> None:
+        """Read a prompt [B, T] into the buffers, padded in front to whole chunks."""
+        length = prompt.shape[1]
+        if not self.states:  # a padded token leaves no trace, so that the states after it are those of the beginning
+            padded = {"attention_mask": torch.zeros_like(prompt[:, :1]), "use_cache": True, "return_dict": True}
+            cache = self.model(prompt[:, :1], **padded).past_key_values
+            self._prepare(cache, len(prompt))
+            self.beginning = [state_of(memory) for memory in cache.layers]
+            self._prepare_reading()
+        tree_map(Tensor.copy_, self.states, self.beginning)
+        missing = -length % self.chunk
+        tokens, positions = pad(prompt, (missing, 0)), torch.arange(-missing, length, device=prompt.device)[None]
+        for piece, places in zip(tokens.split(self.chunk, 1), positions.split(self.chunk, 1), strict=True):
+            self.piece.copy_(piece)
+            self.positions.copy_(places)
+            self.read()
+        self.length = length
+        self.position.fill_(length)
+
+    def _prepare_reading(self) -> None:
+        """Allocate buffers for a chunk of a prompt; compile and capture its reading, by layers that are not changed."""
+        self.reader = as_student(self.model)
+        for mixer in self.reader.mixers:
+            mixer.layer_idx = 0
+        self.piece = self.token.expand(-1, self.chunk).clone()
+        self.positions = torch.zeros(1, self.chunk, dtype=torch.long, device=self.token.device)
+        self.read_layer = torch.compile(layer_step, fullgraph=True, dynamic=False) if self.backend else layer_step
+        self.read = self._captured(self._read)
+
+    def _captured(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Capture what `run` does as a CUDA graph -> what replays it; on a CPU, `run` itself."""
         if self.gpu or self.backend:
             with unlimited_recompiles():
                 for _ in range(2):  # in its first run a kernel may be compiled or tuned, which cannot be captured
-                    self._step()
-        if self.gpu:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._step()
-            self.graph = graph
+                    run()
+        if not self.gpu:
+            return run
+        self.graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(self.graphs[-1]):
+            run()
+        return self.graphs[-1].replay
 
     def _load(self, cache: Cache, length: int) -> None:
         """Copy the states of a prompt of `length` tokens into the buffers and empty `cache` layer by layer, to free memory."""
@@ -245,6 +287,17 @@ class Decoder:
         for layer, state in zip(self.layers, self.states, strict=True):
             hidden = run_layer(layer, hidden, rope, state)
         predict(hidden)
+
+    def _read(self) -> None:
+        """Read the tokens `piece` [B, chunk] at `positions` [1, chunk], padding where these are negative."""
+        mask = (self.positions >= 0).expand(len(self.piece), -1)
+        embedded = self.reader.model.embed_tokens(self.piece)
+        rope = self.reader.position(embedded, self.positions.clamp(min=0)) if self.uses_rope else None
+        hidden: tuple[Tensor, ...] = (embedded,)
+        for layer, state in zip(self.reader.model.layers, self.states, strict=True):
+            hidden = self.read_layer(layer, hidden, rope, state, attention_mask=mask)
+        logits = self.reader.lm_head(self.reader.model.norm(hidden[0][:, -1:]))
+        self.token.copy_(self._choose(logits[:, -1]))
 
     def _embed(self, token: Tensor, position: Tensor) -> tuple[tuple[Tensor, ...], Position | None]:
         """Embed token [B, 1] at position [1] -> the first layer's input, and RoPE's (cos, sin) if any mixer reads it."""

@@ -37,7 +37,7 @@ GPU_DEFAULTS, CPU_DEFAULTS = ("1024,4096,16384,65536", 5), ("128,256,512,1024", 
 DECODE = ("auto", "graph", "plain")
 RANGES = {"new_tokens": AT_LEAST_1, "batch_size": AT_LEAST_1, "repeats": AT_LEAST_1, "prefill_chunk": Range(0, 1e15),
           "seed": SEED}  # fmt: skip
-PREFILL_CHUNK = 8192  # tokens that a model whose state does not grow reads at once by default
+PREFILL_CHUNK = 2048  # tokens that a model whose state does not grow reads at once by default
 WIDTHS = {"prompt": 8, "prefill tokens/s": 16, "first token ms": 14, "decode": 6, "ms/token (min to max)": 24, "of limit": 8,
           "decode tokens/s": 15, "prefill GiB": 11, "decode GiB": 10, "state bytes": 14, "state in theory": 15}  # fmt: skip
 
@@ -81,7 +81,7 @@ def bench(
         repeats: timed repetitions of each length, after one that is not counted. Default: 5; on a CPU 3.
         prefill_chunk: read the prompt in chunks of this many tokens, the state carried from one to the next, which bounds the
             memory of prefill; 0 reads it at once, the fastest way for softmax attention, whose kernels for a whole triangle do
-            not apply to a chunk. Default: 8192 for models whose state does not grow, else 0.
+            not apply to a chunk. Default: 2048 for models whose state does not grow, else 0.
         decode: graph: each step compiled and captured as one CUDA graph, states in fixed buffers (for softmax attention too,
             whose keys and values get room for prompt and new tokens), for models built like Llama; plain: the model's own
             cached forward pass; auto: graph on a GPU.
@@ -333,7 +333,7 @@ def measure(network: PreTrainedModel, length: int, settings: dict[str, Any], war
     if settings["decode"] == "graph":
         from distill_pl.decoding import Decoder
 
-        decoder = Decoder(network, length + settings["new_tokens"])
+        decoder = Decoder(network, length + settings["new_tokens"], chunk=settings["prefill_chunk"])
     row: Row = {"prefill_seconds": [], "decode_seconds": [], "state_in_theory": theory(network, batch, length)}
     for steps in [warm_up] + [settings["new_tokens"]] * settings["repeats"]:
         cache: Any = None
@@ -342,7 +342,7 @@ def measure(network: PreTrainedModel, length: int, settings: dict[str, Any], war
         if decoder is None:
             token, cache = prefill(network, prompt, settings["prefill_chunk"])
         else:
-            decoder.prefill(prompt, settings["prefill_chunk"])
+            decoder.prefill(prompt)
         row["prefill_seconds"].append(now() - start)
         row["prefill_peak_bytes"] = peak_since_last_call()
         row["state_bytes"] = decoder.nbytes() if decoder else state_bytes(cache)

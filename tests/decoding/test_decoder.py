@@ -34,24 +34,24 @@ def plain(model, prompt: torch.Tensor) -> torch.Tensor:
     return torch.cat([token, decode(model, token, cache, STEPS - 1)], 1)
 
 
-def decoded(decoder: Decoder, prompt: torch.Tensor, chunk: int = 0) -> torch.Tensor:
-    return torch.cat([decoder.prefill(prompt, chunk), *(decoder.step() for _ in range(STEPS - 1))], 1)
+def decoded(decoder: Decoder, prompt: torch.Tensor) -> torch.Tensor:
+    return torch.cat([decoder.prefill(prompt), *(decoder.step() for _ in range(STEPS - 1))], 1)
 
 
 def addresses(decoder: Decoder) -> list[tuple[int, torch.Size]]:
     return [(x.data_ptr(), x.shape) for x in tree_leaves((decoder.states, decoder.token, decoder.position))]
 
 
-def check_decoder(teacher, **student) -> None:
+def check_decoder(teacher, chunk: int = 0, **student) -> None:
     """Decode two prompts in the same buffers, and the first again, leaving the model alone."""
     model = StudentFactory(init="fresh", **student).build(teacher, seed=0).eval()
     weights = {key: x.clone() for key, x in model.state_dict().items()}
-    decoder = Decoder(model, max_length=40)
+    decoder = Decoder(model, max_length=40, chunk=chunk)
     first, second = some_tokens(teacher), some_tokens(teacher, length=7, seed=6)
     expected = plain(model, first)
     assert torch.equal(decoded(decoder, first), expected)
     before, size = addresses(decoder), decoder.nbytes()
-    assert torch.equal(decoded(decoder, second, chunk=5), plain(model, second))
+    assert torch.equal(decoded(decoder, second), plain(model, second))
     assert addresses(decoder) == before and decoder.nbytes() == size
     assert torch.equal(decoded(decoder, first), expected)
     assert torch.equal(plain(model, first), expected)
@@ -65,6 +65,15 @@ def test_tokens_are_those_of_plain_decoding(teacher, name, layout):
 
 def test_tokens_of_a_hybrid_are_those_of_plain_decoding(teacher, name):
     check_decoder(teacher, mixer=name, softmax_layers=[1])
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 4}, {"softmax_layers": [1]}], ids=["alone", "window", "hybrid"])
+@pytest.mark.parametrize("chunk", [6, 32])
+def test_prompts_read_in_chunks_are_those_read_at_once(teacher, name, chunk, options):
+    """Prompts have 20 tokens, then 7: the first chunk is padded."""
+    if "window" in options and name in ("softmax", "hgrn2", "metala"):
+        pytest.skip("takes no window")
+    check_decoder(teacher, chunk, mixer=name, **options)
 
 
 def test_a_step_of_one_row_is_one_graph(teacher, name_and_layout):
@@ -128,9 +137,9 @@ def test_what_a_decoder_does_not_take_is_one_line(teacher, save_model):
         (lambda: Decoder(model, temperature=float("nan")), "temperature nan"),
         (lambda: Decoder(model, top_k=-1), "top_k -1"),
         (lambda: Decoder(model).step(), "step: no prompt has been read"),
-        (lambda: Decoder(model).prefill(prompt[:, :0]), r"prompt \[2, 0\], chunk 0"),
-        (lambda: Decoder(model).prefill(prompt[0]), r"prompt \[20\], chunk 0"),
-        (lambda: Decoder(model).prefill(prompt, chunk=-1), r"prompt \[2, 20\], chunk -1"),
+        (lambda: Decoder(model, chunk=-1), "chunk -1"),
+        (lambda: Decoder(model).prefill(prompt[:, :0]), r"prompt \[2, 0\]"),
+        (lambda: Decoder(model).prefill(prompt[0]), r"prompt \[20\]"),
         (lambda: Decoder(Teacher(str(save_model("gpt2"))).model, max_length=9), "model: a Decoder would not .*GPT2LMHeadModel"),
     ]:
         with pytest.raises(InputError, match=message) as refusal:

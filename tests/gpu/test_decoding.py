@@ -27,16 +27,22 @@ def test_tokens_with_a_window_are_those_of_plain_decoding(teacher, mixer, rows, 
     check_tokens(StudentFactory(mixer, init="fresh", window=8, sinks=2).build(teacher, seed=0), rows, compiled)
 
 
-def check_tokens(student: Student, rows: int, compiled: bool) -> None:
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "captured"])
+def test_prompts_read_in_captured_chunks_are_those_read_at_once(teacher, name, compiled):
+    student = StudentFactory(name, init="fresh").build(teacher, seed=0)
+    check_tokens(student, 2, compiled, chunk=16, graphs=1 if name == "softmax" else 2)
+
+
+def check_tokens(student: Student, rows: int, compiled: bool, chunk: int = 0, graphs: int = 1) -> None:
     model = student.to("cuda").eval()
-    decoder = Decoder(model, max_length=80, **{} if compiled else {"backend": None})
+    decoder = Decoder(model, max_length=80, chunk=chunk, **{} if compiled else {"backend": None})
     for length in (40, 7):
         prompt = torch.randint(1, model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(length))
         prompt = prompt.to("cuda")
         token, cache = prefill(model, prompt)
         expected = torch.cat([token, decode(model, token, cache, STEPS - 1)], 1)
         assert torch.equal(torch.cat(list(decoder.generate(prompt, STEPS)), 1), expected)
-        assert decoder.graph is not None and decoder.pool_bytes() > 0
+        assert len(decoder.graphs) == graphs and decoder.pool_bytes() > 0
 
 
 def test_generate_takes_the_graph(teacher_folder, monkeypatch, capsys):
