@@ -105,7 +105,8 @@ def summary(folder: Path) -> str:
         names = [name for name in published if name in rows]
         if names:
             found = {name: published[name] for name in names}
-            text += [f"### {title}", table({"teacher": paper.TEACHER} | found, teacher | rows)]
+            keys = changed_keys(results) if title == "Beyond the paper" else None
+            text += [f"### {title}", table({"teacher": paper.TEACHER} | found, teacher | rows, keys=keys)]
         if title in ("Table 3", "Table 2") and len(names) >= 3:
             text.append(ranking(names, rows))
     if lengths := sorted({int(key.split()[1]) for runs in rows.values() for values in runs.values() for key in values
@@ -139,6 +140,15 @@ def measured(result: dict[str, Any], model: str) -> dict[str, float]:
     return values
 
 
+def changed_keys(results: list[dict[str, Any]]) -> dict[str, str]:
+    """List, by student, the keys that differ from the defaults, without those that all results share."""
+    pairs = {result["row"]: {f"`{key} {str(value).lower() if isinstance(value, bool) else value}`"
+                             for key, value in result["config"].items()
+                             if key not in ("student.mixer", "seed", "data.shuffle")} for result in results}  # fmt: skip
+    shared = set.intersection(*pairs.values())
+    return {row: ", ".join(sorted(found - shared)) for row, found in pairs.items()}
+
+
 def guessing(result: dict[str, Any]) -> list[str]:
     """Say on which of the paper's tasks the teacher is not two standard errors above guessing, if on any."""
     found = paper.columns(result["evaluated"]["teacher"])
@@ -160,17 +170,19 @@ def overview(results: list[dict[str, Any]]) -> str:
 
 
 def table(published: dict[str, Any], rows: Rows,
-          measures: Sequence[str] = ("perplexity", "KL", *paper.COLUMNS, "Avg.", "recall")) -> str:  # fmt: skip
-    """Lay out rows in the order of `published`, the paper's averages in the last column; what no row has is left out."""
+          measures: Sequence[str] = ("perplexity", "KL", *paper.COLUMNS, "Avg.", "recall"),
+          keys: dict[str, str] | None = None) -> str:  # fmt: skip
+    """Lay out rows in the order of `published`, the paper's averages and their keys last; empty columns are left out."""
     columns = [column for column in measures
                if any(column in values for name in published for values in rows.get(name, {}).values())]  # fmt: skip
     beside = any(accuracies and accuracies[-1] is not None for name, accuracies in published.items() if name != "teacher")
-    lines = [["student", "seeds", *columns, *["paper's Avg."] * beside]]
+    lines = [["student", "seeds", *columns, *["paper's Avg."] * beside, *["keys that are not the defaults"] * bool(keys)]]
     for name, accuracies in published.items():
         runs = rows.get(name, {}).values()
         cells = [interval([values[column] for values in runs if column in values], DIGITS.get(column, 1)) for column in columns]
         published_average = f"{accuracies[-1]:.2f}" if accuracies and accuracies[-1] is not None else ""
-        lines.append([name, "" if name == "teacher" else str(len(runs)), *cells, *[published_average] * beside])
+        lines.append([name, "" if name == "teacher" else str(len(runs)), *cells, *[published_average] * beside,
+                      *([keys.get(name, "")] if keys else [])])  # fmt: skip
     return markdown(lines)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,11 @@ def test_bad_results_are_one_line(tmp_path):
     assert "x.json is damaged or no result of distill-pl study" in refused(
         "study", "study", "--show=summary", f"--results={tmp_path}"
     )
+
+
+@pytest.mark.parametrize("name", ["study", "recipes"])
+def test_what_the_repository_says_of_its_results_is_their_summary(name, tmp_path):
+    """To make it anew: distill-pl study study --results benchmarks/NAME --show summary > benchmarks/NAME/README.md."""
+    folder = Path(__file__).parents[2] / "benchmarks" / name
+    shutil.copytree(folder, tmp_path / name)  # into which a picture is drawn
+    assert (folder / "README.md").read_text() == summary(tmp_path / name) + "\n"
