@@ -12,7 +12,8 @@ from typing import Literal
 
 import docstring_parser
 import torch
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, get_loader, set_loader
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -29,6 +30,7 @@ from distill_pl.mixers import MIXERS
 from distill_pl.run.experiments import bundled, experiments, with_paths
 from distill_pl.run.fit import fit
 from distill_pl.run.study import study
+from distill_pl.run.values import KeysOnce
 from distill_pl.stages import STAGES
 from distill_pl.student.factory import StudentFactory
 from distill_pl.tokens import Tokens
@@ -40,7 +42,7 @@ TRAINER_KEYS = {
 # keys of `fit` and of the other commands
 PATHS = {
     "out", "teacher", "data", "data.dataset", "data.cache", "student.start_from", "model", "models",
-    "file", "dataset", "results", "run",
+    "file", "dataset", "results", "run", "text",
 }  # fmt: skip
 
 JSONARGPARSE_SAYS = {  # patterns of its messages -> what people can read
@@ -48,7 +50,9 @@ JSONARGPARSE_SAYS = {  # patterns of its messages -> what people can read
     r"(?:a )?<class '(?:[\w.]+\.)?(\w+)'>": r"\1",
     r"typing\.": "",
     "NoneType": "null",
-    r"Does not validate against any of .* Subtypes: \[(.*)\] Errors: .*Given value: (.*)": r"Expected \1. Got value: \2",
+    r"Does not validate against any of .* Subtypes: \[(.*)\] Errors: .*Given value:(?: (.*))?$": r"Expected \1. Got value: \2",
+    r"NestedArg\(key='(.*)', val='?(.*?)'?\)": r"{\1: \2}",
+    r' in "<unicode string>"': "",
     r"Unable to load config ('.*?') - .*": r"\1 is no file: give a YAML file, or its keys one by one",
 }
 
@@ -133,6 +137,8 @@ class DistillCLI(LightningCLI):
         """Parse `args` into `self.config`. Raises InputError in one line, with the nearest key where a key is unknown."""
         try:
             self.config = parser.parse_args(with_paths(sys.argv[1:] if args is None else [*args]))
+        except UnicodeDecodeError as error:
+            raise InputError(f"a YAML file is not encoded as UTF-8 ({error}): save it as UTF-8") from error
         except (ArgumentError, OverflowError) as error:
             text = " ".join(str(error).split())
             unknown = re.search(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)", text)
@@ -165,10 +171,26 @@ class DistillCLI(LightningCLI):
             command(**config.as_dict())
 
 
+def load_yaml(stream: str) -> object:
+    """Load YAML as jsonargparse does. Raises YAMLError where a mapping has a key twice."""
+    if ":" in stream:
+        yaml.load(stream, KeysOnce)
+    return jsonargparse_yaml(stream)
+
+
+jsonargparse_yaml = get_loader("yaml")
+set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
+
+
 def expand_home(config: Namespace) -> None:
-    """Replace `~` at the beginning of each path in place: in a YAML file, and after the `=` of a flag, no shell does."""
+    """Replace `~` at the beginning of each path in place: in a YAML file, and after the `=` of a flag, no shell does.
+
+    Raises InputError for a path that is empty, as an unset variable of the shell leaves it: Python takes it for `.`.
+    """
     for key in PATHS:
         value = config.get(key)
+        if value == "" or (isinstance(value, list) and "" in value):
+            raise InputError(f"{key} is empty: give a path")
         if isinstance(value, str):
             config[key] = os.path.expanduser(value)
         elif isinstance(value, list):

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import yaml
 from jsonargparse import Namespace
 
 from distill_pl.errors import InputError
@@ -62,6 +63,20 @@ RANGES = {
 for stage in STAGES:
     RANGES |= {f"{stage}.tokens": BUDGET, f"{stage}.lr": POSITIVE, f"{stage}.warmup": SHARE,
                f"{stage}.weight_decay": Range(0, 1e6), f"{stage}.clip": Range(0, above=True)}  # fmt: skip
+
+
+class KeysOnce(yaml.SafeLoader):
+    """Read YAML, and refuse a mapping that has a key twice, of which others silently keep the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Compose a mapping. Raises YAMLError, naming key and line, for a key that comes again."""
+        mapping = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in mapping.value:
+            if str(key.value) in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key.value} comes twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return mapping
 
 
 def check_numbers(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:

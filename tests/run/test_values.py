@@ -48,6 +48,8 @@ KEYS = {"tokens": 15 * STEP}
         ({"trainer.devices": 10**30}, "trainer: .*int"),
         ({"student.rope": "often"}, r"student.rope: Expected bool, null. Got value: often"),
         ({"student.softmax_layers": "all"}, r"student.softmax_layers: Expected Sequence. Got value: all"),
+        ({"kd.tokens": ""}, r"kd.tokens: Expected Tokens, null. Got value:"),
+        ({"kd.lr.a": 3}, r"kd.lr: Expected float. Got value: {a: 3}"),
         ({"student": 3}, r"student: '3' is no file: give a YAML file, or its keys one by one"),
         ({"trainer.precision": 64}, "trainer.precision 64.* 32-true"),
         ({"trainer.precision": "64-true"}, "trainer.precision 64-true.* 32-true"),
@@ -91,6 +93,35 @@ def test_a_budget_of_null_is_none(arguments):
 )
 def test_options_out_of_range(command, says):
     assert re.search(says, refused(*command.split()))
+
+
+@pytest.mark.parametrize("command", [
+    "fit --out=", "fit --out=x --teacher=", "evaluate x --text=", "study study --results=", "layers", "export --out=",
+])  # fmt: skip
+def test_an_empty_path_is_not_taken_for_the_folder_one_is_in(command):
+    name, *flags = command.split()
+    key = flags[-1][2:-1] if flags else "run"
+    assert f"{key} is empty: give a path" in refused(name, *flags, *[""] * (name in ("layers", "export")))
+
+
+def test_a_list_of_models_has_no_empty_path():
+    assert "models is empty" in refused("report", "runs", "")
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    (b"kd: {lr: 1}\ntokens: 1M\nkd: {alpha: 2}\n", "key kd comes twice, line 3"),
+    (b"kd:\n  lr: 1\n  alpha: 2\n  lr: 1\n", "key lr comes twice, line 4"),
+    ("# caf\xe9\n".encode("latin-1"), "not encoded as UTF-8"),
+    ("tokens: 1M\n".encode("utf-16"), "not encoded as UTF-8"),
+    (b"kd:\n\tlr: 1\n", "line 2, column 1"),
+])  # fmt: skip
+def test_a_configuration_that_says_two_things_or_nothing_is_refused(tmp_path, text, says):
+    (tmp_path / "keys.yaml").write_bytes(text)
+    assert says in refused("fit", f"--config={tmp_path}/keys.yaml", f"--out={tmp_path}/run")
+
+
+def test_what_merely_looks_like_yaml_is_text(tmp_path):
+    assert "student.mixer 'a: 1, a: 2' is unknown" in refused("fit", f"--out={tmp_path}/run", "--student.mixer=a: 1, a: 2")
 
 
 @pytest.mark.parametrize("command", ["evaluate", "generate", "report"])
