@@ -1,11 +1,11 @@
 """The mathematics of sequence mixing, one file for each family; no modules, no Lightning, no Hugging Face.
 
 Shape letters, here and everywhere: B batch, T time, H heads, K key dim per head, V value dim per head, D hidden.
-Every family is a NamedTuple `Inputs`, the arguments of its `mix`, and three pure, differentiable functions:
+Every file has a NamedTuple `Inputs`, the arguments of its `mix`, and three pure, differentiable functions:
 
-    matrix(q, k, ...)          -> A [B, H, T, T], lower-triangular: the mixing matrix, in fp32 or float64
-    mix(q, k, v, ..., state)   -> y [B, T, H, V] in the dtype of v, and the state after it: a whole sequence, the fast way
-    step(q, k, v, ..., state)  -> y [B, H, V] in the dtype of v, and the state after it: one token at constant cost
+    matrix(q, k, ...)          -> the mixing matrix A [B, H, T, T], lower-triangular, in fp32 or float64
+    mix(q, k, v, ..., state)   -> y = A v [B, T, H, V] in the dtype of v, without building A, and the state after the sequence
+    step(q, k, v, ..., state)  -> y [B, H, V] of one token, in the dtype of v, and the state after it
 
 `matrix` and `mix` take tensors [B, T, heads, ...], `step` the same without T. `matrix` takes all of `Inputs` but v. `state` is
 None at the start of a sequence and otherwise what the previous call returned. Tests hold every family to one law:
@@ -24,7 +24,7 @@ HAS_FLA = importlib.util.find_spec("fla") is not None  # a constant because torc
 def use_fla(backend: Backend, device: torch.device) -> bool:
     """Return whether `mix` calls a Triton kernel on `device`: `auto` does on a GPU where fla-core is installed.
 
-    Kernels have been wrong on some GPUs: tests/gpu compares each with its matrix, docs/gpu.md has what was measured.
+    Kernels have been wrong on some GPUs: tests/gpu compares each with its matrix, and docs/gpu.md lists their errors.
     """
     if backend == "auto":
         return device.type == "cuda" and HAS_FLA
@@ -32,5 +32,5 @@ def use_fla(backend: Backend, device: torch.device) -> bool:
 
 
 def promoted(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Cast tensors to fp32, float64 excepted: gates, their sums and states kept in bf16 lose 5% to 50% of A at T = 512."""
+    """Cast tensors to fp32 unless they are float64: gates, their sums and states in bf16 change A by 5% to 50% at T = 512."""
     return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]

@@ -1,4 +1,4 @@
-"""Linear attention with a decay per key channel: GLA (Yang et al., 2024) and, by other gates, HGRN2 and MetaLA.
+"""Linear attention with a decay per key channel: GLA (Yang et al., 2024) and, with other gates, HGRN2 and MetaLA.
 
     S_t = diag(e^{g_t}) S_{t-1} + k_t v_t^T         y_t = scale * S_t^T q_t
     A_ij = scale * sum_c q_ic k_jc e^{G_ic - G_jc}  with G the cumulative sum of the log decay g <= 0
@@ -7,7 +7,7 @@ If a temperature is given, g holds the logits of gates: the log decay is then lo
 
 The textbook factorisation (q e^G)(k e^-G)^T overflows fp32 within a few hundred tokens. `_triangle` avoids that: it splits
 the sequence into blocks of keys, and a query that looks back past a block is decayed by that block's total decay. G is then
-measured from the end of each block, so no exponent is ever positive. The blocks themselves are computed by the same rule.
+measured from the end of each block, so no exponent is ever positive. The diagonal blocks are computed recursively.
 """
 
 from typing import NamedTuple
@@ -18,14 +18,14 @@ from torch.nn.functional import logsigmoid, pad
 
 from distill_pl.ops import Backend, promoted, use_fla
 
-SMALL = 8  # the most queries that are multiplied with keys channel by channel instead of by a matrix product
-CHUNK = 64  # tokens mixed through their matrix; chunks exchange only the K x V state
+SMALL = 8  # up to so many queries, q k^T is a sum over channels instead of a matrix product
+CHUNK = 64  # tokens that `mix` mixes by their matrix A; between chunks it passes on the K x V state
 # widths K and V of the package's own kernel; all others take fla's, which autotunes for minutes at every new shape
 FUSED = (16, 32, 64, 128)
 
 
 class Inputs(NamedTuple):
-    """Hold the arguments of `mix` for a sequence, or without T those of `step` for a token."""
+    """Hold the arguments of `mix`; those of `step` are the same without the dimension T."""
 
     q: Tensor  # [B, T, H, K]
     k: Tensor  # [B, T, H, K]
@@ -51,7 +51,7 @@ def _triangle(q: Tensor, k: Tensor, g: Tensor) -> Tensor:
     blocks, size = diagonal.shape[-3:-1]
     q, k, block_decay = q * g.cumsum(-2).exp(), k * _sum_after(g).exp(), g.sum(-2, keepdim=True).exp()
     columns: list[Tensor] = []
-    queries = q[..., 0, :0, :]  # those after block j, decayed back to its end
+    queries = q[..., 0, :0, :]  # of all blocks after block j, decayed since the end of block j
     for j in reversed(range(blocks)):
         column = torch.cat([diagonal[..., j, :, :], _products(queries, k[..., j, :, :])], -2)
         columns.insert(0, pad(column, (0, 0, j * size, 0)))
@@ -70,7 +70,7 @@ def _sum_after(g: Tensor) -> Tensor:
 
 
 def _heads_first(length: int, *tensors: Tensor) -> list[Tensor]:
-    """Transpose [B, T, H, X] -> [B, H, length, X] in fp32, zeros after T: a token with k = 0 and g = 0 changes nothing."""
+    """Transpose [B, T, H, X] -> [B, H, length, X] in fp32 (float64 stays), with zeros after T, which change nothing."""
     return [pad(x.transpose(1, 2), (0, 0, 0, length - x.shape[1])) for x in promoted(*tensors)]
 
 

@@ -1,19 +1,19 @@
-"""Delta rules: a key's old value is erased before its new value is written, while the rest of the state decays.
+"""Delta rules: the state decays, a key's old value is erased, and its new value is written.
 
     S_t = (I - beta_t b_t r_t^T) diag(e^{g_t}) S_{t-1} + beta_t k_t v_t^T         y_t = scale * S_t^T q_t
 
-- DeltaNet (Yang et al., 2025): r = b = k and no decay; Gated DeltaNet (Yang et al., 2024): a log decay g <= 0 per head; KDA
-  (Kimi Linear, 2025): one per key channel.
-- RWKV-7 (Peng et al., 2025): what is read (r) and erased (b) are not the key.
+- DeltaNet (Yang et al., 2025) has r = b = k and no decay; Gated DeltaNet (Yang et al., 2024) adds a log decay g <= 0 per head,
+  KDA (Kimi Linear, 2025) one per key channel.
+- RWKV-7 (Peng et al., 2025) reads the old value along r and erases it along b, which both differ from k.
 
 For r = b = k, keys must have at most unit length and beta must lie between 0 and 1 (2 at most): then no step enlarges the
 state; with longer keys the state explodes.
 
-The steps of a chunk of tokens are one map of the state before it (the WY representation of Yang et al.):
+A chunk of tokens is one linear map of the state S before it and of its values v (the WY representation of Yang et al.):
 
     y = read S + inner v            S' = moved S + written^T v
 
-Only decays from one token to a later one occur in it, of which none exceeds 1.
+All decays in this map are from one token to a later one, so none exceeds 1.
 """
 
 from typing import NamedTuple
@@ -25,11 +25,11 @@ from torch.nn.functional import pad
 
 from distill_pl.ops import Backend, channel_decay, promoted, scalar_decay, use_fla
 
-CHUNK = 64  # tokens whose steps are solved for at once
+CHUNK = 64  # tokens of a chunk
 
 
 class Inputs(NamedTuple):
-    """Hold the arguments of `mix` for a sequence, or without T those of `step` for a token."""
+    """Hold the arguments of `mix`; those of `step` are the same without the dimension T."""
 
     q: Tensor  # [B, T, H, K]
     k: Tensor  # [B, T, H, K]
@@ -37,13 +37,13 @@ class Inputs(NamedTuple):
     beta: Tensor  # [B, T, H], between 0 and 1
     scale: float
     backend: Backend = "auto"
-    g: Tensor | None = None  # log decay <= 0, [B, T, H, K], or 1 in place of K for one a head; None: nothing decays
-    r: Tensor | None = None  # [B, T, H, K]; None: k
-    b: Tensor | None = None  # [B, T, H, K]; None: k
+    g: Tensor | None = None  # log decay <= 0: [B, T, H, K], or [B, T, H, 1] for one per head; None: no decay
+    r: Tensor | None = None  # [B, T, H, K]; None: r = k
+    b: Tensor | None = None  # [B, T, H, K]; None: b = k
 
 
 class Chunks(NamedTuple):
-    """Hold the maps of all chunks of C tokens, [B, chunks, H, ...]."""
+    """Hold the linear maps of all chunks of C tokens, [B, chunks, H, ...]; the module's docstring defines them."""
 
     read: Tensor  # [..., C, K]
     inner: Tensor  # [..., C, C]
@@ -52,13 +52,13 @@ class Chunks(NamedTuple):
 
 
 def _split(x: Tensor, size: int) -> Tensor:
-    """Promote and split x [B, T, ...] -> [B * chunks, size, ...], zeros after T: a token of zeros changes nothing."""
+    """Split x [B, T, ...] -> [B * chunks, size, ...] in fp32 (float64 stays), with zeros after T, which change nothing."""
     x = pad(promoted(x)[0], (*(0, 0) * (x.ndim - 2), 0, -x.shape[1] % size))
     return x.unflatten(1, (-1, size)).flatten(0, 1)
 
 
 def _chunks(size: int, q: Tensor, k: Tensor, beta: Tensor, g: Tensor | None, r: Tensor | None, b: Tensor | None) -> Chunks:
-    """Find the maps of all chunks of `size` tokens of `Inputs`."""
+    """Compute the maps of all chunks of `size` tokens; the tensors are those of `Inputs`."""
     batch, tied = len(q), b is None
     r, b = (k if x is None else x for x in (r, b))
     beta = beta[..., None]
@@ -79,7 +79,7 @@ def _chunks(size: int, q: Tensor, k: Tensor, beta: Tensor, g: Tensor | None, r: 
     q_b, r_b = (q_k, r_k) if tied else (products(q, b), products(r, b))
     since_start, until_end = g.cumsum(1).exp(), pad(g[:, 1:], (0, 0, 0, 0, 0, 1)).flip(1).cumsum(1).flip(1).exp()
     q, r, k, b = (x.transpose(1, 2) for x in (q * since_start, r * since_start, k * until_end, b * until_end))
-    # what r_t finds in the decayed state at its token, as a map of the state before the chunk and of the chunk's v
+    # r_t^T diag(e^{g_t}) S_{t-1}, as a map of the state before the chunk and of the chunk's v
     found = solve_triangular(r_b, torch.cat([r, r_k.tril(-1)], -1), upper=False, unitriangular=True)
     in_state, in_v = found.split([q.shape[-1], size], -1)
     kept = torch.diag_embed(since_start[:, -1].expand(-1, -1, q.shape[-1]))
@@ -89,9 +89,9 @@ def _chunks(size: int, q: Tensor, k: Tensor, beta: Tensor, g: Tensor | None, r: 
 
 def matrix(q: Tensor, k: Tensor, beta: Tensor, scale: float, backend: Backend = "auto", g: Tensor | None = None,
            r: Tensor | None = None, b: Tensor | None = None) -> Tensor:  # fmt: skip
-    """Build A from q, k [B, T, H, K], beta [B, T, H] and, see `Inputs`, g, r, b -> [B, H, T, T], fp32 (float64 stays).
+    """Build A from q, k [B, T, H, K], beta [B, T, H] and g, r, b of `Inputs` -> [B, H, T, T], fp32 (float64 stays).
 
-    The columns are built chunk by chunk from the last, while all later queries are moved back to each chunk's start.
+    Columns are built from the last chunk to the first; all later queries are carried back to the start of each chunk.
     """
     length = q.shape[1]
     columns: list[Tensor] = []
@@ -110,9 +110,9 @@ def mix(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float, backend: Ba
         g: Tensor | None = None, r: Tensor | None = None, b: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Mix a sequence: q, k [B, T, H, K], v [B, T, H, V], beta [B, T, H] -> y [B, T, H, V], state [B, H, K, V].
 
-    g, r, b: see `Inputs`. y has the dtype of v, the state is fp32 (float64 stays).
+    g, r, b are those of `Inputs`. y has the dtype of v, the state is fp32 (float64 stays).
     """
-    if use_fla(backend, q.device) and v.dtype != torch.float32:  # which the kernels refuse
+    if use_fla(backend, q.device) and v.dtype != torch.float32:  # the kernels refuse fp32
         from distill_pl.ops.gpu import fla_kernels as kernels
 
         beta = beta.float()
@@ -148,7 +148,7 @@ def step(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float, backend: B
          g: Tensor | None = None, r: Tensor | None = None, b: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Apply the recurrence: q, k [B, H, K], v [B, H, V], beta [B, H] -> y [B, H, V], state [B, H, K, V].
 
-    g, r, b: see `Inputs`, without T. y has the dtype of v, the state is fp32 (float64 stays).
+    g, r, b are those of `Inputs` without T. y has the dtype of v, the state is fp32 (float64 stays).
     """
     dtype = v.dtype
     with torch.autocast(q.device.type, enabled=False):

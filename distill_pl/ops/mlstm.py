@@ -15,14 +15,14 @@ from torch.nn.functional import pad
 
 from distill_pl.ops import Backend, promoted, scalar_decay, use_fla
 
-EPS = 1e-6  # xLSTM's
-LIMIT = 80.0  # of -m, so that e^{-m} is finite in fp32; m is that low only where all input gates stay shut
+EPS = 1e-6  # as in xLSTM
+LIMIT = 80.0  # largest -m, so that e^{-m} is finite in fp32; m is lower only while all input gates are closed
 
-State = tuple[Tensor, Tensor]  # C and, twice, n as [B, H, K, V + 2] fp32;  m [B, H] fp32
+State = tuple[Tensor, Tensor]  # C with n as two equal last columns [B, H, K, V + 2], m [B, H]; both fp32
 
 
 class Inputs(NamedTuple):
-    """Hold the arguments of `mix` for a sequence, or without T those of `step` for a token."""
+    """Hold the arguments of `mix`; those of `step` are the same without the dimension T."""
 
     q: Tensor  # [B, T, H, K]
     k: Tensor  # [B, T, H, K]
@@ -35,9 +35,9 @@ class Inputs(NamedTuple):
 
 @torch.no_grad()
 def _stabiliser(i: Tensor, g: Tensor, before: Tensor) -> Tensor:
-    """Compute m [B, T, H] from gates i, g [B, T, H] and m_0 [B, H].
+    """Compute m [B, T, H] from the log gates i, g [B, T, H] and the m before them [B, H].
 
-    y does not depend on the exact m, so the digits that sums from the start lose do not matter.
+    m cancels from y, so it does not matter that cumulative sums from the start lose digits.
     """
     decay = g.cumsum(1)
     highest = (i - decay).mT.cummax(-1).values.mT  # transposed: cummax over the last dimension is faster on a GPU
@@ -45,16 +45,16 @@ def _stabiliser(i: Tensor, g: Tensor, before: Tensor) -> Tensor:
 
 
 def _stabilised(k: Tensor, i: Tensor, g: Tensor, state: State | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute k' [B, T, H, K], g' [B, T, H] and m [B, T, H] of a sequence."""
+    """Compute k' [B, T, H, K], g' [B, T, H] and m [B, T, H] of a sequence, as the module's docstring defines them."""
     k, i, g = promoted(k, i, g)
     before = torch.zeros_like(i[:, 0]) if state is None else state[1]
     m = _stabiliser(i, g, before)
     return k * (i - m).exp()[..., None], g + torch.cat([before[:, None], m[:, :-1]], 1) - m, m
 
 
-def _divisor(n: Tensor, m: Tensor) -> Tensor:
-    """Compute max(|n . q|, e^{-m}) + eps; the argument n is n . q already."""
-    return torch.maximum(n.abs(), (-m).clamp(max=LIMIT).exp()) + EPS
+def _divisor(n_q: Tensor, m: Tensor) -> Tensor:
+    """Compute max(|n . q|, e^{-m}) + eps from n_q = n . q and m, of one shape."""
+    return torch.maximum(n_q.abs(), (-m).clamp(max=LIMIT).exp()) + EPS
 
 
 def _with_ones(v: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def _with_ones(v: Tensor) -> Tensor:
 
 
 def _normalized(y: Tensor, m: Tensor) -> Tensor:
-    """Divide the sums y' [..., V + 2] by their normaliser -> y [..., V]."""
+    """Divide y' [..., V + 2], the result of mixing v', by its normaliser for m [...] -> y [..., V]."""
     return y[..., :-2] / _divisor(y[..., -1], m)[..., None]
 
 

@@ -2,10 +2,10 @@
 
     S_ij = (scale * q_i . k_j)^power, j <= i        A_ij = S_ij / (sum_j S_ij + eps)
 
-q and k are features already. S must not be negative: with power 1 the features must not be negative, with power 2 S is a
-square. (q . k)^2 = f(q) . f(k), where f(x) holds the F = K (K + 1) / 2 products of two channels; with power 1, f(x) = x and
-F = K. So both have a state of constant size: sum_j f(k_j) [v_j, 1]^T, [B, H, F, V + 1] in fp32, its last column the
-normaliser. A token with k = 0 leaves no trace in it.
+q and k are features, which the mixer computes. S must not be negative: power 1 requires features that are not negative; with
+power 2, S is a square. (q . k)^2 = f(q) . f(k), where f(x) holds the F = K (K + 1) / 2 products of two channels; with power 1,
+f(x) = x and F = K. Both powers so have a state of constant size, sum_j f(k_j) [v_j, 1]^T, [B, H, F, V + 1] in fp32, whose last
+column is the normaliser. A token with k = 0 does not change it.
 With power 2, the state costs several times as much as mixing a short sequence: `mix` omits it unless `remember`.
 """
 
@@ -17,11 +17,11 @@ from torch.nn.functional import pad
 
 from distill_pl.ops import Backend, promoted, use_fla
 
-CHUNK = 64  # tokens mixed through their matrix, or F if that is more: a larger state should be updated less often
+CHUNK = 64  # tokens that `mix` mixes by their scores, or F if that is more: a larger state should be updated less often
 
 
 class Inputs(NamedTuple):
-    """Hold the arguments of `mix` for a sequence, or without T those of `step` for a token."""
+    """Hold the arguments of `mix`; those of `step` are the same without the dimension T."""
 
     q: Tensor  # [B, T, H, K]: features
     k: Tensor  # [B, T, H, K]: features
@@ -36,7 +36,7 @@ class Inputs(NamedTuple):
 def _features(x: Tensor, power: int) -> Tensor:
     """Compute f(x): [..., K] -> [..., F], for power 2 all products of two channels.
 
-    Their order: the squares, then the product of each channel with the one 1, 2, ... K / 2 places further on, cyclically.
+    The squares come first, then the products of each channel with those 1, 2, ... K / 2 places further on, cyclically.
     """
     if power == 1:
         return x
@@ -117,7 +117,7 @@ def step(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float, power: int =
     with torch.autocast(q.device.type, enabled=False):
         q, k, v = (x[..., None, :] for x in promoted(q, k, pad(v, (0, 1), value=1)))  # [B, H, 1, K or V + 1]
         q = q * scale
-        # The token's own score is not taken through the state: here it is exact, and it is all that a first row divides by.
+        # The token's own score is computed directly, without rounding f(k): it is the whole normaliser of a first token.
         sums = (q @ k.mT).pow(power) * v
         if state is not None:
             sums = sums + _features(q, power) @ state

@@ -3,9 +3,9 @@
     S_t = e^{g_t} S_{t-1} + k_t v_t^T               y_t = scale * S_t^T q_t
     A_ij = scale * (q_i . k_j) e^{G_i - G_j}        with G the cumulative sum of the log decay g <= 0
 
-This is channel decay with the same g for all channels of a head, and without a kernel `mix` and `step` compute it as that.
-On a GPU `mix` calls a faster kernel. `matrix` sums G_i - G_j over the tokens after j: a difference of sums from the start
-would lose its digits where gates are strong.
+This is channel decay with one g for all channels of a head: `mix` and `step` call ops/channel_decay.py, except that `mix` has a
+faster kernel on a GPU. `matrix` sums g over the tokens after j to obtain G_i - G_j: a difference of sums from the start would
+lose its digits where gates are strong.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from distill_pl.ops import Backend, channel_decay, promoted, use_fla
 
 
 class Inputs(NamedTuple):
-    """Hold the arguments of `mix` for a sequence, or without T those of `step` for a token."""
+    """Hold the arguments of `mix`; those of `step` are the same without the dimension T."""
 
     q: Tensor  # [B, T, H, K]
     k: Tensor  # [B, T, H, K]

@@ -18,7 +18,7 @@ State = tuple[Tensor, Tensor, Tensor]  # all keys and values so far [B, kv_heads
 
 
 class Inputs(NamedTuple):
-    """Hold the arguments of `mix` for a sequence, or without T those of `step` for a token."""
+    """Hold the arguments of `mix`; those of `step` are the same without the dimension T."""
 
     q: Tensor  # [B, T, H, K]
     k: Tensor  # [B, T, kv_heads, K]

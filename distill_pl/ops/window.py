@@ -2,8 +2,9 @@
 
     A_ij = softmax(scale * q_i . k_j) over the keys j <= i that are among the last `window` tokens, i included, or the `sinks`
 
-The sinks are the first tokens of a row that are not padding. Heads and `key_mask` are as in ops/softmax.py. Time and memory
-grow linearly with T, and the state is of constant size: a token becomes a sink, if one is lacking, when it leaves the window.
+The sinks are the first tokens of a row that are not padding; `key_mask` [B, T] is False for padding. k and v may have fewer
+heads than q (grouped-query attention). Time and memory grow linearly with T, and the state has a constant size: a token that
+leaves the window becomes a sink if there are fewer than `sinks`.
 """
 
 from typing import NamedTuple
@@ -14,11 +15,12 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from distill_pl.ops import softmax
 
-State = tuple[Tensor, Tensor, Tensor]  # sinks, then the last window - 1 tokens [B, kv_heads, S, K or V]; which exist [B, S]
+# keys and values of the sinks, then of the last window - 1 tokens [B, kv_heads, S, K or V]; which of them exist, bool [B, S]
+State = tuple[Tensor, Tensor, Tensor]
 
 
 class Inputs(NamedTuple):
-    """Hold the arguments of `mix` for a sequence, or without T those of `step` for a token."""
+    """Hold the arguments of `mix`; those of `step` are the same without the dimension T."""
 
     q: Tensor  # [B, T, H, K]
     k: Tensor  # [B, T, kv_heads, K]
@@ -56,7 +58,7 @@ def _visible(queries: int, mask: Tensor, window: int, sinks: int) -> Tensor:
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor) -> Tensor:
     """Attend from q [B, H, T, K] to k and v [B, kv_heads, S, K or V] where visible [B, 1, T, S] -> [B, H, T, V].
 
-    Queries that share a kv head stand side by side: no memory-efficient kernel takes grouped heads with a mask.
+    Queries that share a kv head are concatenated over T: no memory-efficient kernel takes grouped heads with a mask.
     """
     grouped = q.unflatten(1, (k.shape[1], -1))
     visible = visible.repeat(1, 1, grouped.shape[2], 1)
@@ -65,9 +67,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor) -> T
 
 
 def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor, window: int, sinks: int) -> Tensor:
-    """Attend from q [B, H, T, K], the last of S tokens, to all of them: each block of `window` to itself, the last, the sinks.
+    """Attend from the last T of S tokens, in blocks of `window` queries, to their own block, the one before it and the sinks.
 
-    k and v [B, kv_heads, S, K or V], mask bool [B, S] -> [B, H, T, V].
+    q [B, H, T, K], k and v [B, kv_heads, S, K or V], mask bool [B, S], False for padding -> [B, H, T, V].
     """
     batch, queries, missing = len(q), q.shape[2], -k.shape[2] % window
     q = pad(q, (0, 0, k.shape[2] - queries + missing, 0))
@@ -85,7 +87,7 @@ def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tenso
     own = mask.unflatten(1, (-1, window))
     there = torch.cat([pad(own[:, :-1], (0, 0, 1, 0)), own], 2)[:, :, None]
     near = (there & (distance >= 0) & (distance < window)) | (distance == 0)
-    far = exists[:, None, None] & (position[..., None] - index[:, None, None] >= window)  # a near sink is seen as a near token
+    far = exists[:, None, None] & (position[..., None] - index[:, None, None] >= window)  # sinks in the window are in `near`
     visible = torch.cat([far, near], 3).flatten(0, 1)[:, None]  # [B blocks, 1, window, sinks + 2 window]
     blocks = q.unflatten(2, (-1, window)).transpose(1, 2).flatten(0, 1)
     y = _attend(blocks, per_block(k), per_block(v), scale, visible)
@@ -93,7 +95,7 @@ def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tenso
 
 
 def _remember(k: Tensor, v: Tensor, mask: Tensor, window: int, sinks: int) -> State:
-    """Keep the sinks and the last window - 1 of all tokens: k and v [B, kv_heads, S, K or V], mask bool [B, S]."""
+    """Return the state after all S tokens, from k and v [B, kv_heads, S, K or V] and mask bool [B, S], False for padding."""
     missing = max(0, sinks + window - 1 - mask.shape[1])
     k, v, mask = pad(k, (0, 0, missing, 0)), pad(v, (0, 0, missing, 0)), pad(mask, (missing, 0))
     border = mask.shape[1] - (window - 1)
@@ -115,7 +117,7 @@ def mix(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, sinks: int, 
     if key_mask is None:
         key_mask = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if state is not None:  # in whose order every sink is further than the window from every new token
+    if state is not None:  # window - 1 tokens stand between its sinks and the new tokens, which see them as sinks alone
         k, v, key_mask = torch.cat([state[0], k], 2), torch.cat([state[1], v], 2), torch.cat([state[2], key_mask], 1)
     if q.shape[2] <= window:
         y = _attend(q, k, v, scale, _visible(q.shape[2], key_mask, window, sinks))

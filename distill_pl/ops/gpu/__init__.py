@@ -1,4 +1,4 @@
-"""Triton kernels of the ops in `distill_pl.ops`, which import them on first use where there is a GPU."""
+"""Triton kernels for `distill_pl.ops`; an op imports its kernel when it is first used on a GPU."""
 
 from torch import Tensor
 

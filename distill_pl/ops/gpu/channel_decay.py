@@ -197,7 +197,7 @@ def _d_others(q, k, v, g, dy, ends, inner, states, dk, dv, dg, d_initial, scale,
     sequence, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
     blocks = tl.cdiv(T, B)
     d_state = _state(ends, tl.program_id(0), K, V)
-    later = tl.zeros([C, K], tl.float32)  # one row, repeated
+    later = tl.zeros([C, K], tl.float32)  # all rows are equal
     tokens = tl.minimum(T - segment * length, length)
     for before in range(0, tl.cdiv(tokens, C)):
         first = segment * length + (tl.cdiv(tokens, C) - 1 - before) * C
@@ -255,7 +255,7 @@ def _starts(k: Tensor, v: Tensor, g: Tensor, state: Tensor | None, cut: tuple[in
 
 
 def _options(k: Tensor, v: Tensor) -> dict[str, int | None]:
-    """Choose warps so that their registers hold the state; small states leave room for three programs and for prefetching."""
+    """Choose so many warps that registers hold the state; small states leave room for three programs and for prefetching."""
     size = k.shape[-1] * v.shape[-1]
     fits = size <= 64 * 64
     warps = min(8, max(1, size // STATE_OF_A_WARP))
@@ -267,8 +267,8 @@ def fused(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tenso
           temperature: float | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Mix q, k, g [B, T, H, K] and v [B, T, H, V] as `ops.channel_decay.mix` does -> y [B, T, H, V], state [B, H, K, V].
 
-    q, k and v have one dtype, bf16 or fp32; g has any, the state is fp32; K and V are powers of two from 16 to 128.
-    Differentiable, also by and through the state; one operator to torch.compile.
+    q, k and v have one dtype, bf16 or fp32; g has any, the state is fp32; K and V are powers of two from 16 to 128. All of them,
+    and both states, have gradients. torch.compile does not trace this custom operator.
     """
     q, k, v, g, state = contiguous(q, k, v, g, state)
     (batch, length, heads, key), value, cut = k.shape, v.shape[-1], _cut(k)
@@ -283,7 +283,7 @@ def fused(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tenso
 @torch.library.custom_op("distill_pl::channel_decay_backward", mutates_args=())
 def _backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tensor | None, temperature: float | None,
               dy: Tensor, d_final: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute the gradients of q, k, v, g and, unless it is None, of the initial state."""
+    """Compute the gradients of q, k, v, g and, unless it is None, of the initial state, from dy and that of the final state."""
     q, k, v, g, state, dy, d_final = contiguous(q, k, v, g, state, dy, d_final)
     (batch, length, heads, key), value, cut = k.shape, v.shape[-1], _cut(k)
     dq, dk, dv, dg, d_initial = gradients = _gradients(q, k, v, g, state)
@@ -306,7 +306,7 @@ def _backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: T
 
 def _gradients(q: Tensor, k: Tensor, v: Tensor, g: Tensor,
                state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Allocate the gradients of q, k, v, g and the state, the last one empty if there is no state."""
+    """Allocate the gradients of q, k, v, g and the initial state; the last is empty if there is no state."""
     dq, dk, dv, dg = (x.new_empty(x.shape) for x in (q, k, v, g))
     return dq, dk, dv, dg, k.new_empty(0) if state is None else state.new_empty(state.shape)
 

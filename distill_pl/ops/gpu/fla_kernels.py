@@ -1,12 +1,15 @@
-"""Kernels of flash-linear-attention (fla), tuned ahead, each one operator to torch.compile.
+"""Kernels of flash-linear-attention (fla), tuned ahead, as custom operators, which torch.compile does not trace.
 
-The one place where this package reaches into fla. An op imports from here when it first calls a kernel: loading fla takes
-seconds.
+All of fla that training uses is reached from here, but for the convolutions of short_conv.py. An op imports this module when it
+first calls a kernel, because loading fla takes seconds.
 
-By itself, fla tries each kernel in up to 48 configurations at its first call, which takes half a minute to three minutes an op.
-tuned.json lists the configurations that were fastest at the study's shapes (for the delta rule's inverses with one warp, which
-fla does not try); a kernel called with arguments listed there tries the listed configuration alone. On other GPUs, for other
-arguments, with another version of fla, or where the user chose a mode of fla's own cache (FLA_CACHE_MODE), fla tunes as usual.
+By default, fla tries each kernel in up to 48 configurations at its first call, which takes 30 to 180 seconds for an op.
+tuned.json lists the configurations that were fastest at the study's shapes (among them one warp for the delta rule's inverses,
+which fla does not try); a kernel called with arguments listed there tries the listed configuration alone. On other GPUs, for
+other arguments, with another version of fla, or if the user chose a mode of fla's own cache (FLA_CACHE_MODE), fla tunes as usual.
+
+`sums` are cumulative sums of the log decay g within each chunk, divided by ln 2, because the kernels compute 2^x; the operators
+with "backward" in their name take dy and d_final, the gradients of y and of the final state.
 """
 
 import functools
@@ -58,7 +61,7 @@ def autotuner(kernel: str) -> Autotuner:
 
 
 def arguments(tuner: Autotuner, values: dict[str, Any]) -> dict[str, Any]:
-    """Pick from a kernel's arguments what its best configuration depends on: fla's own key, without COUNTS."""
+    """Pick the arguments of a kernel on which its best configuration depends: those of fla's own cache key, without COUNTS."""
     dtypes = sorted({str(x.dtype).removeprefix("torch.") for x in values.values() if isinstance(x, torch.Tensor)})
     return {name: values[name] for name in tuner.keys if name in values and name not in COUNTS} | {"dtypes": dtypes}
 
@@ -106,14 +109,14 @@ def _blocks(k: Tensor, v: Tensor) -> tuple[int, int, int, int, int]:
 
 
 def _add_up(parts: Tensor) -> Tensor:
-    """Add up what the programs that share a head computed [parts, ...], in its own dtype also under autocast."""
+    """Sum the partial results [parts, ...] of the programs that share a head, in their dtype even under autocast."""
     return parts[0] if len(parts) == 1 else parts.sum(0, dtype=parts.dtype)
 
 
 @custom_op("distill_pl::scalar_decay", mutates_args=())
 def _scalar_decay(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float,
                   state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute y, the state, and the sums of g that the backward pass needs."""
+    """Compute y, the final state, and the `sums` [B, T, H] that the backward pass needs."""
     q, k, v, g, state = contiguous(q, k, v, g, state)
     (batch, length, heads, key), value = k.shape, v.shape[-1]
     chunk, of_key, _, parts, _ = _blocks(k, v)
@@ -146,7 +149,7 @@ def _allocate_gradients(q: Tensor, k: Tensor, v: Tensor, sums: Tensor,
 @custom_op("distill_pl::scalar_decay_backward", mutates_args=())
 def _scalar_decay_backward(q: Tensor, k: Tensor, v: Tensor, sums: Tensor, scale: float, state: Tensor | None, dy: Tensor,
                            d_final: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute the gradients of q, k, v, g and the state; all but the last are still to be added up over their parts."""
+    """Compute the gradients of q, k, v, g, each still to be summed over its parts, and of the initial state."""
     q, k, v, state, dy, d_final = contiguous(q, k, v, state, dy, d_final)
     (batch, length, heads, key), value = k.shape, v.shape[-1]
     chunk, of_key, of_value, key_parts, value_parts = _blocks(k, v)
@@ -168,7 +171,7 @@ def _(q, k, v, sums, scale, state, dy, d_final):
 @custom_op("distill_pl::delta_rule", mutates_args=())
 def _delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float,
                 state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute y, the state, and the inverses [B, T, H, CHUNK] that the backward pass needs."""
+    """Compute y, the final state, and the inverses [B, T, H, CHUNK] that the backward pass needs, by fla's delta rule."""
     q, k, v, beta, state = contiguous(q, k, v, beta, state)
     with torch.cuda.device_of(q):
         y, inverse, final = chunk_delta_rule_fwd(q, k, v, beta, scale, state, output_final_state=True)
@@ -198,7 +201,7 @@ def _(q, k, v, beta, inverse, scale, state, dy, d_final):
 @custom_op("distill_pl::gated_delta", mutates_args=())
 def _gated_delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float,
                  state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute y, the state, and the sums of g and two [B, T, H, CHUNK] that the backward pass needs."""
+    """Compute by fla's KDA: y, the final state, and `sums`, q k^T and k k^T [B, T, H, CHUNK] for the backward pass."""
     q, k, v, g, beta, state = contiguous(q, k, v, g, beta, state)
     with torch.cuda.device_of(q):
         y, final, sums, q_k, k_k, *_ = chunk_kda_fwd(q, k, v, g, beta, scale, state, output_final_state=True)
@@ -230,7 +233,7 @@ def _(q, k, v, g, beta, sums, q_k, k_k, scale, state, dy, d_final):
 @custom_op("distill_pl::head_delta", mutates_args=())
 def _head_delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float,
                 state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute y, the state, and the sums of g and the inverses [B, T, H, CHUNK] that the backward pass needs."""
+    """Compute by fla's Gated DeltaNet: y, the final state, and `sums` and inverses [B, T, H, CHUNK] for the backward pass."""
     q, k, v, g, beta, state = contiguous(q, k, v, g, beta, state)
     with torch.cuda.device_of(q):
         sums, y, inverse, final, *_ = chunk_gated_delta_rule_fwd(q, k, v, g, beta, scale, state, output_final_state=True)
@@ -246,13 +249,13 @@ def chunk_gradients(q: Tensor, k: Tensor, v: Tensor, sums: Tensor, h: Tensor, dy
                     scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Differentiate the outputs and states of all chunks -> gradients of q, k and w [B, T, H, K], and of g [B, T, H].
 
-    The function differentiated is, with a = 2^sums the decays from a chunk's start, e^(cumulative sum of g), a' until its end,
+    With a = 2^sums [B, T, H] the decays since a chunk's start, and a' those until its end, the function is
 
         y = scale * (a q h + (q k^T * decays) v)        h' = a_end h + (a' k)^T v        v = u - w h
 
-    q, k, dy, dv, v [B, T, H, K or V]: v without what the state h [B, chunks, H, K, V] before each chunk holds, dh the gradient
-    of the state after it. This stands in for fla's chunk_bwd_dqkwg, which Triton 3.4 to 3.7.0 miscompiles on Hopper GPUs. It is
-    plain torch, outside of an operator, so that torch.compile fuses it.
+    q, k [B, T, H, K]; v, dy, dv [B, T, H, V]; h [B, chunks, H, K, V] the state before each chunk, dh the gradient of the state
+    after it. This replaces fla's chunk_bwd_dqkwg, which Triton 3.4 to 3.7.0 miscompiles on Hopper GPUs. It is plain PyTorch and
+    no operator, so that torch.compile fuses it.
     """
     length = q.shape[1]
 
@@ -283,7 +286,7 @@ def chunk_gradients(q: Tensor, k: Tensor, v: Tensor, sums: Tensor, h: Tensor, dy
 def _head_delta_states(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, sums: Tensor, inverse: Tensor, scale: float,
                        state: Tensor | None, dy: Tensor,
                        d_final: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute what `chunk_gradients` reads: h, v, dv and dh; and the gradient of the initial state."""
+    """Compute h, v, dv and dh, which `chunk_gradients` reads, and the gradient of the initial state."""
     q, k, v, beta, state, dy, d_final = contiguous(q, k, v, beta, state, dy, d_final)
     with torch.cuda.device_of(q):
         w, u = recompute_w_u_fwd(k, v, beta, inverse, g=sums)
@@ -302,7 +305,7 @@ def _(q, k, v, beta, sums, inverse, scale, state, dy, d_final):
 @custom_op("distill_pl::head_delta_solved", mutates_args=())
 def _head_delta_solved(k: Tensor, v: Tensor, beta: Tensor, sums: Tensor, inverse: Tensor, dw: Tensor,
                        du: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute the gradients of k, v, g and beta by those of w and u, which the inverses make of them."""
+    """Compute the gradients of k, v, g and beta from dw and du, those of w and u, which the inverses and k, v, beta, g give."""
     k, v, beta, dw, du = contiguous(k, v, beta, dw, du)
     with torch.cuda.device_of(k):
         dk, dv, d_beta, d_sums = prepare_wy_repr_bwd(k, v, beta, inverse, dw, du, g=sums)
@@ -314,13 +317,13 @@ def _(k, v, beta, sums, inverse, dw, du):
     return _new(k), _new(v), _new(sums), _new(beta)
 
 
-DPLR_CHUNK = 16  # at which fla takes any decay
+DPLR_CHUNK = 16  # the chunk length at which fla's kernels take any decay
 
 
 @custom_op("distill_pl::rank_one", mutates_args=())
 def _rank_one(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor, scale: float,
               state: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Compute y and the state; the backward pass computes all else again."""
+    """Compute y and the final state; the backward pass recomputes everything else."""
     q, k, v, a, b, g, state = contiguous(q, k, v, a, b, g, state)
     with torch.cuda.device_of(q):
         y, final, *_ = chunk_dplr_fwd(q, k, v, a, b, g, scale, state, output_final_state=True, chunk_size=DPLR_CHUNK)
@@ -340,7 +343,7 @@ def _rank_one_backward(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g:
         saved_tensors=contiguous(q, k, v, a, b, g, state), scale=scale, chunk_size=DPLR_CHUNK, safe_gate=False,
         disable_recompute=False, cu_seqlens=None, chunk_indices=None, cp_context=None,
     )  # fmt: skip
-    backward = inspect.unwrap(ChunkDPLRDeltaRuleFunction.backward)  # without what only autograd's own context has
+    backward = inspect.unwrap(ChunkDPLRDeltaRuleFunction.backward)  # without decorators, which need autograd's own context
     with torch.cuda.device_of(q):
         dq, dk, dv, da, db, dg, _, d_state, *_ = backward(context, *contiguous(dy, d_final))
     return [dq, dk, dv, da, db, dg, q.new_empty(0) if state is None else d_state]
@@ -352,6 +355,7 @@ def _(q, k, v, a, b, g, scale, state, dy, d_final):
 
 
 def _save(ctx, inputs, output) -> None:
+    """Save the inputs of an operator, and its outputs beyond y and the final state, for the backward pass."""
     *tensors, ctx.scale, state = inputs
     ctx.count = len(tensors)
     ctx.save_for_backward(*tensors, state, *output[2:])
@@ -360,6 +364,8 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(backward):
+    """Return the autograd formula of an operator whose gradients `backward` computes."""
+
     def run(ctx, dy, d_final, *_):
         tensors, (state, *kept) = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
         dy = torch.zeros_like(tensors[2]) if dy is None else dy
@@ -393,11 +399,11 @@ def scalar_decay(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float
                  state: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Mix as `ops.scalar_decay.mix` does, by the kernels of fla's fused_chunk_simple_gla -> y [B, T, H, V], state.
 
-    q, k [B, T, H, K] and v [B, T, H, V] have one dtype; g [B, T, H] is fp32, or None where nothing decays. The kernels are
-    called directly, since fla's function makes programs that share a head write fp32 and adds up and casts in passes of their
-    own, which costs Hedgehog 11% of a training step.
+    q, k [B, T, H, K] and v [B, T, H, V] have one dtype; g [B, T, H] is fp32, or None for no decay. The kernels are called
+    directly, since in fla's function programs that share a head write fp32, which separate kernels sum and cast: this costs
+    Hedgehog 11% of a training step.
     """
-    value, missing = v.shape[-1], -v.shape[-1] % 8  # rows that are no multiple of 16 bytes are read in pieces of 4 bytes
+    value, missing = v.shape[-1], -v.shape[-1] % 8  # rows that are no multiple of 16 bytes are read 4 bytes at a time
     if missing:
         v, state = pad(v, (0, missing)), None if state is None else pad(state, (0, missing))
     y, state, _ = _scalar_decay(q, k, v, g, scale, state)
@@ -405,7 +411,7 @@ def scalar_decay(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float
 
 
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mix as `ops.gated_delta.mix` does where nothing decays, by fla's chunk_delta_rule -> y [B, T, H, V], state [B, H, K, V].
+    """Mix as `ops.gated_delta.mix` does without decay, by fla's chunk_delta_rule -> y [B, T, H, V], state [B, H, K, V].
 
     q, k [B, T, H, K] and v [B, T, H, V] have one dtype, which is not fp32; beta is [B, T, H].
     """
@@ -446,8 +452,8 @@ def squared(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Compute sum_j S_ij v_j [B, H, T, V] and sum_j S_ij [B, H, T] with S_ij = (q_i . k_j)^2, by fla's parallel_rebased.
 
     q, k, v are contiguous [B, H, T, K or V] of one dtype, K and V at most 128. The kernels are called directly, since fla's
-    function makes them write fp32 and sums over a dimension of 1. Both results are rounded alike: otherwise a row that sees
-    one token would not be that token's v, nor the gradient of its score 0.
+    function makes them write fp32 and sums over a dimension of size 1. Both results have the dtype of v: if one were fp32, the
+    first row would not be its token's v, nor the gradient of its score 0.
     """
     y, total = _new(v), v.new_empty(v.shape[:3])
     grid, sizes = _squared_sizes(q, v, 128)

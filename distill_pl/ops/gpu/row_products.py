@@ -1,8 +1,8 @@
-"""Products of a single row, as in decoding a batch of one: all matrices that read the row, and its norm, as one kernel.
+"""Matrix products of a single row, as when decoding a batch of one, with all matrices that read the row, in one kernel.
 
 The kernel should take the time in which the GPU reads the weights. Therefore it requests them before the previous kernel has
-ended (programmatic dependent launch, from Hopper on), and every program recomputes what would otherwise be kernels of their
-own, the residual sum and the norm.
+ended (programmatic dependent launch, from Hopper on), and every program recomputes the residual sum and the norm of the row,
+which would otherwise be separate kernels.
 """
 
 import torch
@@ -24,7 +24,7 @@ def launches_early() -> bool:
 def _kernel(x, residual, gain, y, total, weights, biases, eps, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
             SIZES: tl.constexpr, PROGRAMS: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
             EARLY: tl.constexpr):  # fmt: skip
-    """Multiply ROWS rows of one of the weights; weight i has SIZES[i] rows and the programs from PROGRAMS[i] on."""
+    """Multiply ROWS rows of one of the weights by x; weight i has SIZES[i] rows, and its first program is PROGRAMS[i]."""
     if EARLY:
         gdc_launch_dependents()
     program = tl.program_id(0)
@@ -57,7 +57,7 @@ def _kernel(x, residual, gain, y, total, weights, biases, eps, K: tl.constexpr, 
         if program == 0:
             tl.store(total + column, h.to(dtype), column < K)
     scale = 1.0
-    if NORM:  # applied after the products, which thus need not wait for the sum of squares
+    if NORM:  # the scale is applied after the products, so that they need not wait for the sum of squares
         scale = tl.rsqrt(tl.sum(h * h, 0) / K + eps)
         h *= gain.to(tl.float32)
     product = (product + tl.sum(tile.to(tl.float32) * h[None, :], 1) * scale).to(dtype)
@@ -69,7 +69,7 @@ def _kernel(x, residual, gain, y, total, weights, biases, eps, K: tl.constexpr, 
 
 def launch(x: Tensor, weights: list[Tensor], biases: list[Tensor], gain: Tensor | None, eps: float, residual: Tensor | None,
            gated: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Compute `row_products` by the Triton kernel."""
+    """Compute `row_products` by the Triton kernel; arguments and results are the same."""
     y, total = allocate(x, weights, biases, gain, eps, residual, gated)
     sizes, width = tuple(map(len, weights[: 1 if gated else None])), weights[0].shape[1]
     block = triton.next_power_of_2(width)
@@ -92,15 +92,16 @@ def row_products(x: Tensor, weights: list[Tensor], biases: list[Tensor], gain: T
                  residual: Tensor | None, gated: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Multiply a row x of K numbers by weights [N_i, K] -> y [1, 1, sum of N_i], x + residual (undefined without residual).
 
-    biases [N_i]: one for each weight, or none at all; gain [K], eps: of an RMS norm of x + residual, as in transformers' Llama.
-    gated: y is silu(first product) * second product, [1, 1, N]. All tensors are contiguous but x, and of one dtype.
+    biases: one [N_i] for each weight, or none at all. gain [K] and eps: those of an RMSNorm that is applied to x + residual
+    first; gain None for no norm. gated: y is silu(first product) * second product, [1, 1, N]. All tensors have one dtype; all but
+    x are contiguous.
     """
     return launch(x.contiguous(), weights, biases, gain, eps, residual, gated)
 
 
 @row_products.register_kernel("cpu")
 def plain(x, weights, biases, gain, eps, residual, gated):
-    """Compute `row_products` by torch operators."""
+    """Compute `row_products` in plain PyTorch; arguments and results are the same."""
     x = x.reshape(1, 1, -1)
     total = x.clone() if residual is None else x + residual
     h = total
@@ -115,6 +116,6 @@ def plain(x, weights, biases, gain, eps, residual, gated):
 
 @row_products.register_fake
 def allocate(x, weights, biases, gain, eps, residual, gated):
-    """Allocate the outputs of `row_products`."""
+    """Allocate the outputs of `row_products`, given its arguments."""
     sizes = [len(weight) for weight in weights[: 1 if gated else None]]
     return x.new_empty(1, 1, sum(sizes)), x.new_empty(1, 1, weights[0].shape[1])

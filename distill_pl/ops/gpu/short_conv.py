@@ -1,4 +1,4 @@
-"""Short causal convolution and silu by fla's kernels, one operator to torch.compile.
+"""Short causal convolution and silu by fla's kernels, as custom operators, which torch.compile does not trace.
 
     y_t = silu(sum_i w_i x_{t-W+1+i}),  x = 0 before the start of a sequence
 """
@@ -23,7 +23,7 @@ def short_conv(x: Tensor, weight: Tensor) -> Tensor:
 
 @torch.library.custom_op("distill_pl::short_conv_backward", mutates_args=())
 def _backward(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of x and weight."""
+    """Compute the gradients of x [B, T, C] and weight [C, W] from that of y, dy [B, T, C]."""
     with torch.cuda.device_of(x):
         return causal_conv1d_bwd(x.contiguous(), dy.contiguous(), None, weight.contiguous(), activation="silu")[:2]
 
