@@ -1,4 +1,4 @@
-"""The sequence mixers of the paper's Table 1, in its order, and others. A new mixer is one file here and one line in MIXERS."""
+"""The sequence mixers of the paper's Table 1, in its order, then newer ones. To add a mixer: a file here, a line in MIXERS."""
 
 from distill_pl.mixers.delta_net import DeltaNet
 from distill_pl.mixers.gated_delta_net import GatedDeltaNet

@@ -14,7 +14,7 @@ from distill_pl.ops import gated_delta
 
 
 class DeltaNet(ConvolvedMixer):
-    """DeltaNet in the shape of the teacher's heads: q, k, v and o can be copied, but the l2 norm drops the lengths of q, k."""
+    """DeltaNet in the shape of the teacher's heads: q, k, v and o can be copied, but the l2 norm removes q's and k's length."""
 
     op = gated_delta
 

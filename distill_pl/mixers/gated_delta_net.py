@@ -16,7 +16,7 @@ from distill_pl.mixers.delta_net import DeltaNet
 
 
 class GatedDeltaNet(DeltaNet):
-    """Gated DeltaNet in the shape of the teacher's heads: q, k, v and o can be copied, but unit length drops that of q and k.
+    """Gated DeltaNet in the shape of the teacher's heads: q, k, v, o can be copied, but the l2 norm removes q's and k's length.
 
     The original has fewer heads, whose values are twice as wide as their keys, and draws A_log and dt_bias at random, so that
     heads forget at different speeds from the start.
@@ -41,7 +41,7 @@ class GatedDeltaNet(DeltaNet):
         return -self.A_log.float().exp()[:, None] * step.unflatten(-1, (self.heads, -1))
 
     def inputs(self, hidden, position, mask, state):
-        """Project hidden [B, T, D] to the inputs of DeltaNet and g; a padded token has beta 0 and writes nothing."""
+        """Project hidden [B, T, D] to q and k of unit length, v, beta and g; a padded token has beta 0 and writes nothing."""
         inputs, read_by_output = super().inputs(hidden, position, mask, state)
         return inputs._replace(g=self.log_decay(hidden)), read_by_output
 

@@ -13,7 +13,7 @@ from transformers import initialization
 from distill_pl.mixers.mixer import Paper, RMSNorm, SequenceMixer
 from distill_pl.ops import channel_decay
 
-TEMPERATURE = 16  # divides the log gate, as in the original: a moderate bias already forgets slowly
+TEMPERATURE = 16  # divides the log gate, as in the original, so that moderate logits give slow forgetting
 RANK = 16  # of the decay's projection W_2 W_1, as in the original
 
 

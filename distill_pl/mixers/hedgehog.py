@@ -30,7 +30,7 @@ class FeatureMap(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Compute phi(x): [B, T, H, K] -> [B, T, H, 2 K] in the dtype of x, the softmax in fp32."""
         (y,) = promoted(2 * (torch.einsum("bthk,hjk->bthj", x, self.weight) + self.bias))
-        # not torch.softmax of the concatenation: the gradients of the two halves are one pass on a GPU
+        # not torch.softmax of the concatenation: as two halves, both gradients are computed by one GPU kernel
         largest = y.detach().abs().amax(-1, keepdim=True)
         positive, negative = (y - largest).exp(), (-y - largest).exp()
         total = (positive + negative).sum(-1, keepdim=True)

@@ -4,8 +4,8 @@
     A: ops/channel_decay.py;  after A v: RMSNorm over all heads, o_proj
 
 The original has no bias b: its learned lower bounds of f, a softmax over all layers, keep the upper layers from forgetting.
-Here b makes every layer start at `retention` (section 3.1) and the lower bound of f is 0. A positive bound would exclude
-lower retentions, and learned bounds would couple layers that stages 1 and 2 align one by one.
+Here b makes every layer start at `student.retention` (section 3.1), and f has no lower bound. A bound would exclude lower
+retentions, and learned bounds would couple layers that stages 1 and 2 align one by one.
 """
 
 import math

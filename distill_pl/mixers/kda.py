@@ -12,7 +12,7 @@ from distill_pl.mixers.gated_delta_net import GatedDeltaNet
 
 
 class KDA(GatedDeltaNet):
-    """KDA in the shape of the teacher's heads: q, k, v and o can be copied, but unit length drops that of q and k.
+    """KDA in the shape of the teacher's heads: q, k, v and o can be copied, but the l2 norm removes q's and k's length.
 
     As in the original, the projections of decay and gate have the rank of a head's width, and A_log is per head. The original
     draws A_log and dt_bias at random, and alternates with layers of softmax attention (here: `student.softmax_layers`).

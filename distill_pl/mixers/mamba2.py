@@ -38,7 +38,7 @@ class Mamba2(ConvolvedMixer):
     def start(self, config) -> None:
         """Set A_log = 0, D = 1 and the bias of dt for which e^{-dt} is `config.retention` (section 3.1).
 
-        A token is written with weight dt, which is then about the share that is forgotten for it.
+        dt, here -log(retention), is also the weight with which a token is written, close to the share 1 - retention forgotten.
         """
         super().start(config)
         initialization.zeros_(self.A_log)

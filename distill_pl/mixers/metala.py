@@ -4,7 +4,7 @@
     A: ops/channel_decay.py
     after A v: + self-augmentation sigmoid((q . (w_aug * k)) v), LayerNorm per head, times silu(W_g x'), o_proj
 
-The original's heads have half as many key channels as value channels, and no bias b, which the start of section 3.1 needs.
+The original's heads have half as many key channels as value channels, and no bias b, which section 3.1's start value needs.
 """
 
 import math
@@ -38,7 +38,7 @@ class MetaLA(SequenceMixer):
         self.eps = config.rms_norm_eps
 
     def start(self, config) -> None:
-        """Set the convolution to the identity, the augmentation to 0 and the decay to `config.retention` (section 3.1)."""
+        """Set the convolution to the identity, the augmentation to 0 and b for a retention of `config.retention` per token."""
         self.conv.start()
         initialization.zeros_(self.augmentation)
         keep = config.retention**TEMPERATURE
@@ -49,9 +49,9 @@ class MetaLA(SequenceMixer):
         return super().state_bytes(batch, length, itemsize) + self.conv.state_bytes(batch, itemsize)
 
     def inputs(self, hidden, position, mask, state):
-        """Project the convolved hidden to q, k = 1 - e^g, v and the decay's logits g; the key of a padded token is zero.
+        """Project the convolved hidden to q, k = 1 - decay, v and the decay's logits; the key of a padded token is zero.
 
-        The second result, for `output`, is the convolved hidden and q, k, v as they are before RoPE.
+        The second result, for `output`, is the convolved hidden and q, k, v before RoPE.
         """
         (hidden,) = convolve({"hidden": self.conv}, [hidden[:, :, None]], mask, state, self.backend, [False])
         hidden = hidden.flatten(2)
@@ -69,6 +69,6 @@ class MetaLA(SequenceMixer):
         """Add the self-augmentation, normalise each head and gate it. mixed [B, T, H, V] -> [B, T, H V]."""
         hidden, q, k, v = read_by_output
         augmented = mixed + torch.sigmoid((q * (self.augmentation * k)).sum(-1, keepdim=True) * v)
-        # not RMSNorm: only subtracting the mean cancels the 1/2 that the sigmoid starts at
+        # LayerNorm, not RMSNorm: subtracting the mean cancels the constant 1/2 that the sigmoid adds at the start
         normed = layer_norm(augmented.float(), (self.value_dim,), eps=self.eps).to(hidden.dtype)
         return normed.flatten(2) * silu(self.gate_proj(hidden))

@@ -1,8 +1,8 @@
-"""The contract of a mixer: the projections around one op, standing where a Transformer layer has its attention.
+"""The base class of mixers: projections around one op, in the place of a Transformer layer's attention.
 
-A mixer owns everything about attention that has weights: the projections before the op and, after A v, head norm, gate and
-output projection. A transformers decoder layer calls a mixer as it calls its own `self_attn`, so the layer around a mixer is
-the teacher's own code.
+A mixer owns all weights of attention: the projections before the op and, after A v, head norm, gate and output projection. A
+decoder layer of transformers calls a mixer as it calls its own `self_attn`, so the layer around a mixer is the teacher's own
+code.
 """
 
 from types import ModuleType
@@ -18,14 +18,14 @@ from distill_pl.ops import promoted, window
 if TYPE_CHECKING:
     from distill_pl.student.cache import MixerState
 
-Tables = tuple[Tensor, Tensor]  # cos and sin of RoPE, [B, T, K], or narrower where it rotates the first channels alone
-Position = Tables | dict[str, Tables]  # a dict, by type of layer, where these differ in RoPE
-# Logit of an op's first share of a head beside window attention, about 1/8. The window, with the teacher's own q, k and v, is
-# the better start, but the share multiplies the op's gradients: it is the largest that hardly shows. With a small teacher of
-# CE 0.610 and a window of 16, students that copy q, k and v start at CE + KL 0.611 (gla), 0.628 (delta_net), 0.618 (mamba2); at
-# logit -1 at 0.616, 1.379 and 0.949. Mixed before norms and gates, gla and delta_net start at 4.65 and 8.01 even at logit -4.
-# With a window of 4 and a sink, which is too short (mixer swa: 0.694 after 60 steps of KD), the three come to 0.675, 0.628 and
-# 0.646 in as many steps from logit -2, and to 0.646, 0.640 and 0.659 from logit 0.
+Tables = tuple[Tensor, Tensor]  # cos and sin of RoPE, [B, T, K], or narrower where RoPE rotates only the first channels
+Position = Tables | dict[str, Tables]  # a dict by type of layer where types differ in RoPE
+# Initial logit of the op's share of a head beside window attention: a share of about 1/8. The window, with the teacher's own q,
+# k and v, is the better start, but the share also scales the op's gradients; this is the largest share that hardly raises the
+# loss at the start. CE + KL at the start with a small teacher (CE 0.610), a window of 16 and copied q, k and v: 0.611 (gla),
+# 0.628 (delta_net), 0.618 (mamba2); with logit -1: 0.616, 1.379, 0.949. Combined before norms and gates instead, gla and
+# delta_net start at 4.65 and 8.01 even with logit -4. With too short a window, of 4 and one sink (mixer swa: 0.694 after 60
+# steps of KD), the three reach 0.675, 0.628, 0.646 after 60 steps from logit -2, and 0.646, 0.640, 0.659 from logit 0.
 SHARE_LOGIT = -2.0
 
 
@@ -44,7 +44,7 @@ class RMSNorm(nn.Module):
 
 
 class JointRMSNorm(RMSNorm):
-    """Apply an RMSNorm to all heads together (OLMo 2)."""
+    """Normalise all heads together by one RMSNorm (OLMo 2)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x [..., heads, K] -> [..., heads, K], in the dtype of x; the size is heads * K."""
@@ -66,16 +66,16 @@ def rotate(x: Tensor, tables: Tables) -> Tensor:
 
 
 class Paper(NamedTuple):
-    """Describe a mixer of the size that Appendix A counts, where that is not the size of the teacher's heads."""
+    """Hold the sizes of a mixer with `student.shape paper`, which give the parameter counts of Appendix A."""
 
-    heads: int | None = None  # the teacher's number
+    heads: int | None = None  # None: the teacher's number
     key: float = 1  # width of all heads' keys together, as a share of the teacher's
     value: float = 1  # width of all heads' values together, as a share of the teacher's
     kv_heads: str = "expanded"
 
     @property
     def fits(self) -> bool:
-        """Return whether the teacher's q, k, v and o projections have these sizes all the same."""
+        """Return whether these are the sizes of the teacher's q, k, v and o projections, which can then be copied."""
         return (self.heads, self.key, self.value) == (None, 1, 1)
 
 
@@ -109,7 +109,7 @@ class SequenceMixer(nn.Module):
         self.rope = self.rotates if config.rope is None else config.rope
         self.backend = config.backend
         self.window, self.sinks = config.window, config.sinks
-        self.teacher_rotates, self.layer_type = True, ""  # whether the teacher's layer has RoPE; a key of `Position`
+        self.teacher_rotates, self.layer_type = True, ""  # whether the teacher's layer has RoPE; its key in a dict `Position`
         hidden = config.hidden_size
         self.q_proj = nn.Linear(hidden, self.heads * self.key_dim, bias=config.qkv_bias)
         if "k" in self.copies:
@@ -123,7 +123,7 @@ class SequenceMixer(nn.Module):
             self.window_logit = nn.Parameter(torch.zeros(self.heads))
 
     def head_norm(self, heads: int, config) -> nn.Module:
-        """Build the norm of q or k that the teacher has: of each head (Qwen3), of all together, or none."""
+        """Build the norm of q or k that the teacher has: of each head (Qwen 3), of all heads together (OLMo 2), or none."""
         if not config.qk_norm:
             return nn.Identity()
         if config.qk_norm_joint:
@@ -131,13 +131,13 @@ class SequenceMixer(nn.Module):
         return RMSNorm(self.key_dim, config.rms_norm_eps, config.qk_norm_offset)
 
     def start(self, config) -> None:
-        """Set the start values that are this mixer's own, such as decay biases (section 3.1); linears are random already.
+        """Set this mixer's own start values, such as decay biases (section 3.1); linears have been drawn at random before.
 
-        Set them by `transformers.initialization`, which leaves loaded weights alone.
+        Use `transformers.initialization`, which leaves loaded weights as they are.
         """
 
     def start_window(self) -> None:
-        """Set the share of each head that an op has beside window attention (`student.window`)."""
+        """Set the op's initial share of each head beside window attention, if there is any (`student.window`)."""
         if self.beside_window:
             initialization.constant_(self.window_logit, SHARE_LOGIT)
 
@@ -145,29 +145,29 @@ class SequenceMixer(nn.Module):
                state: "MixerState | None") -> tuple[Any, Any]:  # fmt: skip
         """Project a hidden state -> the op's `Inputs`, tensors [B, T, heads, ...], and what `output` reads besides A v.
 
-        hidden [B, T, D] comes from the layer's norm. mask bool [B, T] is False where padded: a padded token must leave no
-        trace in what follows. state is this layer's memory while generating, for mixers that keep more than the op's state.
+        hidden [B, T, D] comes from the layer's norm. mask bool [B, T] is False where padded: a padded token must not change
+        later outputs. state, None unless generating, is for mixers that keep more than the op's state, such as convolutions.
         """
         raise NotImplementedError
 
     def output(self, mixed: Tensor, read_by_output: Any) -> Tensor:
-        """Turn A v into what o_proj reads: mixed [B, T, H, V] and the second result of `inputs` -> [B, T, H V]."""
+        """Turn mixed = A v [B, T, H, V] and the second result of `inputs` into the input of o_proj [B, T, H V]."""
         return mixed.flatten(2)
 
     def state_bytes(self, batch: int, length: int, itemsize: int) -> int:
-        """Return the bytes that this layer keeps, in theory, after `length` tokens of `batch` rows while generating.
+        """Return the theoretical bytes of the op's state and of convolutions after `length` tokens of `batch` rows.
 
-        itemsize is that of the weights' dtype in bytes; an op's own state is fp32 whatever the weights are. The base class
-        counts one K x V matrix a head.
+        itemsize: bytes of a number in the weights' dtype; recurrent states are fp32 whatever the weights are. The base class
+        counts one K x V matrix per head.
         """
         return 4 * batch * self.heads * self.key_dim * self.value_dim
 
     def cache_bytes(self, batch: int, length: int, itemsize: int) -> int:
-        """Return `state_bytes` with those of window attention beside the op."""
+        """Return the theoretical bytes of this layer's state: `state_bytes`, and those of window attention beside the op."""
         return self.state_bytes(batch, length, itemsize) + (self.window_bytes(batch, itemsize) if self.beside_window else 0)
 
     def window_bytes(self, batch: int, itemsize: int) -> int:
-        """Return the bytes that `ops.window` keeps: keys and values of window and sinks, and a bool for each that exists."""
+        """Return the bytes of `ops.window`'s state: keys and values of window and sinks, and a bool each that it exists."""
         return batch * (self.window + self.sinks - 1) * (self.kv_count * (self.key_dim + self.value_dim) * itemsize + 1)
 
     def qkv(self, hidden: Tensor, position: Position | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,7 +201,8 @@ class SequenceMixer(nn.Module):
                  state: "MixerState | None") -> tuple[list[tuple[ModuleType, Any]], Any]:  # fmt: skip
         """Return the op and, with `student.window`, window attention, each with its `Inputs`, and what `output` reads.
 
-        Arguments are those of `inputs`. Window attention has the teacher's own q, k and v, with RoPE and no convolution.
+        Arguments are those of `inputs`. Window attention reads the mixer's q, k and v projections as the teacher's attention
+        does: with RoPE and without convolution.
         """
         inputs, read_by_output = self.inputs(hidden, position, mask, state)
         if not self.beside_window:
@@ -212,9 +213,9 @@ class SequenceMixer(nn.Module):
         return [(self.op, inputs), (window, window_inputs)], read_by_output
 
     def combined(self, parts: list[Tensor], dims: int) -> Tensor:
-        """Mix what `branches` lead to, share * op + (1 - share) * window -> their shape and dtype; one part stays as it is.
+        """Combine the results of `branches`, share * op + (1 - share) * window, in their shape; return a single one unchanged.
 
-        dims: number of dimensions after the heads: 1 for [B, T, H, V], 2 for [B, H, T, T].
+        dims: number of dimensions after the heads: 1 for [B, T, H, V], 2 for [B, H, T, T]. The result has the first's dtype.
         """
         if len(parts) == 1:
             return parts[0]
@@ -231,7 +232,10 @@ class SequenceMixer(nn.Module):
         return self.combined(matrices, dims=2)
 
     def matrix_times(self, z: Tensor, hidden: Tensor, position: Position) -> Tensor:
-        """Compute A z [B, T, H, P] without building A, for z [1, T, 1, P] shared by all sequences and heads."""
+        """Compute A z [B, T, H, P] without building A, for z [1, T, 1, P], the same for all sequences and heads.
+
+        hidden [B, T, D] comes from the layer's norm.
+        """
         products = []
         for op, inputs in self.branches(hidden, position, None, None)[0]:
             values = z.to(inputs.v.dtype).expand(*inputs.v.shape[:3], -1)
@@ -260,7 +264,7 @@ class SequenceMixer(nn.Module):
 
 
 def advance(op: ModuleType, inputs: Any, state: Any) -> tuple[Tensor, Any]:
-    """Mix the tokens that follow `state`, a single one by `step` -> y [B, T, H, V] and the state after them."""
+    """Mix the tokens that follow `state`, by `op.mix` or, for T = 1, `op.step` -> y [B, T, H, V] and the state after them."""
     if inputs.v.shape[1] > 1:
         return op.mix(**inputs._asdict(), state=state)
     token = {name: x[:, 0] if isinstance(x, Tensor) else x for name, x in inputs._asdict().items()}

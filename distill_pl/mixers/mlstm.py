@@ -35,7 +35,7 @@ class MLSTM(SequenceMixer):
         initialization.constant_(self.input_proj.bias, -bias)
 
     def state_bytes(self, batch, length, itemsize):
-        """Return the bytes of C, with two columns for n, and m per head in fp32."""
+        """Return the bytes of C with two columns for n, and of m, for each head, in fp32."""
         return 4 * batch * self.heads * (self.key_dim * (self.value_dim + 2) + 1)
 
     def log_decay(self, hidden: Tensor) -> Tensor:

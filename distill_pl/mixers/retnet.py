@@ -15,7 +15,7 @@ from distill_pl.ops import scalar_decay
 class RetNet(SequenceMixer):
     """Retention in the shape of the teacher's heads: q, k, v and o can be copied.
 
-    The decay is no parameter, so `student.retention` does not apply.
+    The decay is fixed, so `student.retention` does not apply.
     """
 
     op = scalar_decay

@@ -28,10 +28,10 @@ FASTEST = -math.exp(-0.5)  # log decay: a token keeps at least 0.545 of each cha
 class RWKV7(SequenceMixer):
     """RWKV-7's time mixing in the shape of the teacher's heads: q (the original's r), k, v and o can be copied.
 
-    Copied projections read what the teacher's do at the start, where every mu is 0; the original starts from fixed functions
-    of layer and channel. A head's scores are scaled as the teacher's, which the group norm cancels. Left out is the value
-    residual, v mixed with the first layer's, since a layer sees no other. Ranks (K for decay and a, 2 K for the gate) are those
-    of the original's models of 768 and 1024 channels.
+    Every mu starts at 0, so that copied projections read what the teacher's read; the original's mu start as fixed functions of
+    layer and channel. Scores are scaled as in the teacher, which the group norm cancels. The original's value residual, which
+    mixes v with the first layer's v, is left out, because a layer does not see the others. Ranks (K for decay and a, 2 K for
+    the gate) are those of the original's models of 768 and 1024 channels.
     """
 
     op = gated_delta
@@ -51,7 +51,7 @@ class RWKV7(SequenceMixer):
     def start(self, config) -> None:
         """Set mu = 0, k_k = k_a = 1, r_k = 0 and the decay's bias with which a token retains `config.retention` of the state.
 
-        Raises InputError for a retention that no bias gives.
+        Raises InputError for a retention of 0.545 or less, which RWKV-7's bounded decay cannot reach.
         """
         share = math.log(config.retention) / FASTEST
         if share >= 1:
@@ -76,7 +76,7 @@ class RWKV7(SequenceMixer):
         return FASTEST * self.by_head(self.decay_proj(hidden).float().sigmoid())
 
     def shifted(self, hidden: Tensor, state: "MixerState | None") -> dict[str, Tensor]:
-        """Mix each token of hidden [B, T, D] with the one before it -> what each projection reads, by name, [B, T, D].
+        """Mix each token of hidden [B, T, D] with the one before it -> the input of each projection [B, T, D], by name.
 
         In generation, `state.tails["shift"]` [B, 1, D] holds the token before hidden; it is read and replaced.
         """
@@ -87,7 +87,7 @@ class RWKV7(SequenceMixer):
         return {name: hidden + mu.to(hidden.dtype) * (before - hidden) for name, mu in self.shifts.items()}
 
     def inputs(self, hidden, position, mask, state):
-        """Project the shifted hidden [B, T, D] to q, k, v, g and what is read and erased; a padded token has beta 0."""
+        """Project the shifted hidden [B, T, D] to q, k, v, g and the op's r and b; a padded token has beta 0."""
         beta = hidden.new_ones(*hidden.shape[:2], self.heads, dtype=torch.float32)
         if mask is not None:
             hidden, beta = hidden * mask[..., None], beta * mask[..., None]
@@ -99,7 +99,7 @@ class RWKV7(SequenceMixer):
         g, a = self.log_decay(x["decay"]), self.by_head(self.rate_proj(x["rate"]).sigmoid())
         u = l2_norm(k * self.by_head(self.k_k).to(k.dtype))
         k = k * (1 + self.by_head(self.k_a).to(k.dtype) * (a - 1))
-        r = u * (-g).exp()  # because the op reads the state after it has decayed
+        r = u * (-g).exp()  # the op reads the state after its decay, RWKV-7 before it
         return gated_delta.Inputs(q, k, v, beta, self.scale, self.backend, g, r, b=u * a), (q, k, v, x["gate"])
 
     def output(self, mixed, read_by_output):

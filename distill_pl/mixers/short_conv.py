@@ -1,4 +1,4 @@
-"""The short causal convolution with which Mamba2, MetaLA and the delta nets prepare the inputs of their op."""
+"""The short causal convolution before the op of Mamba2, MetaLA, DeltaNet, Gated DeltaNet and KDA."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from distill_pl.ops import Backend, use_fla
 if TYPE_CHECKING:
     from distill_pl.student.cache import MixerState
 
-WIDTH = 4  # taps: the token itself is the last
+WIDTH = 4  # taps; the last one is the current token's
 EPS = 1e-6  # under the root of the l2 norm, so that the zero key of a padded token stays zero
 
 
@@ -35,7 +35,7 @@ class ShortConv(nn.Module):
         initialization.copy_(self.weight, identity)
 
     def state_bytes(self, batch: int, itemsize: int) -> int:
-        """Return the bytes of the tail that generation keeps: WIDTH - 1 tokens of `batch` rows, `itemsize` bytes a number."""
+        """Return the bytes of the last WIDTH - 1 tokens, which generation keeps: `batch` rows, `itemsize` bytes a number."""
         return batch * len(self.weight) * (WIDTH - 1) * itemsize
 
     def forward(self, x: Tensor, state: "MixerState | None", name: str) -> Tensor:
@@ -63,10 +63,10 @@ def l2_norm(x: Tensor) -> Tensor:
 
 def convolve(convs: dict[str, ShortConv], inputs: Sequence[Tensor], mask: Tensor | None, state: "MixerState | None",
              backend: Backend, unit: Sequence[bool]) -> list[Tensor]:  # fmt: skip
-    """Convolve each of `inputs` [B, T, heads, X] with its convolution, then scale each head to unit length where `unit`.
+    """Apply to each of `inputs` [B, T, heads, X] its convolution, then scale each head to unit length where `unit` is True.
 
-    The results have the shapes and dtypes of the inputs. Padded tokens (mask False) count as zeros, like those before the
-    start. On a GPU, outside generation, each input takes one kernel.
+    The results have the shapes and dtypes of the inputs. Padded tokens (mask [B, T] False) count as zeros, like those before
+    the start. On a GPU, each convolution is one kernel, except in generation.
     """
     if mask is not None:
         inputs = [x * mask[:, :, None, None] for x in inputs]
@@ -81,7 +81,7 @@ def convolve(convs: dict[str, ShortConv], inputs: Sequence[Tensor], mask: Tensor
 
 
 class ConvolvedMixer(SequenceMixer):
-    """Base of Mamba2 and DeltaNet, whose q, k and v each pass through a short convolution and silu."""
+    """Base of Mamba2, DeltaNet, Gated DeltaNet and KDA, whose q, k and v each pass through a short convolution and silu."""
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)

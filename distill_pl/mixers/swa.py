@@ -8,7 +8,7 @@ from distill_pl.ops import window
 
 
 class SlidingWindow(SequenceMixer):
-    """The teacher's attention limited to `student.window` tokens and `student.sinks`: q, k, v and o can be copied."""
+    """The teacher's attention to the last `student.window` and first `student.sinks` tokens; q, k, v and o can be copied."""
 
     op = window
     kv_heads = "grouped"
@@ -16,7 +16,7 @@ class SlidingWindow(SequenceMixer):
     paper = Paper(kv_heads="grouped")
 
     def state_bytes(self, batch, length, itemsize):
-        """Return the bytes of the window's and the sinks' keys and values, and of a bool each that says whether it exists."""
+        """Return the bytes of the keys and values of window and sinks, and of a bool each that it exists."""
         return self.window_bytes(batch, itemsize)
 
     def inputs(self, hidden, position, mask, state):

@@ -267,8 +267,8 @@ def fused(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tenso
           temperature: float | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Mix q, k, g [B, T, H, K] and v [B, T, H, V] as `ops.channel_decay.mix` does -> y [B, T, H, V], state [B, H, K, V].
 
-    q, k and v have one dtype, bf16 or fp32; g has any, the state is fp32; K and V are powers of two from 16 to 128. All of them,
-    and both states, have gradients. torch.compile does not trace this custom operator.
+    q, k and v have one dtype, bf16 or fp32; g has any, the state is fp32; K and V are powers of two from 16 to 128. All tensors
+    have gradients, the states too. torch.compile does not trace this custom operator.
     """
     q, k, v, g, state = contiguous(q, k, v, g, state)
     (batch, length, heads, key), value, cut = k.shape, v.shape[-1], _cut(k)

@@ -6,7 +6,8 @@ first calls a kernel, because loading fla takes seconds.
 By default, fla tries each kernel in up to 48 configurations at its first call, which takes 30 to 180 seconds for an op.
 tuned.json lists the configurations that were fastest at the study's shapes (among them one warp for the delta rule's inverses,
 which fla does not try); a kernel called with arguments listed there tries the listed configuration alone. On other GPUs, for
-other arguments, with another version of fla, or if the user chose a mode of fla's own cache (FLA_CACHE_MODE), fla tunes as usual.
+other arguments, with another version of fla, or if the user chose a mode of fla's own cache (FLA_CACHE_MODE), fla tunes as
+usual.
 
 `sums` are cumulative sums of the log decay g within each chunk, divided by ln 2, because the kernels compute 2^x; the operators
 with "backward" in their name take dy and d_final, the gradients of y and of the final state.

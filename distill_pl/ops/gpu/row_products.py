@@ -93,8 +93,8 @@ def row_products(x: Tensor, weights: list[Tensor], biases: list[Tensor], gain: T
     """Multiply a row x of K numbers by weights [N_i, K] -> y [1, 1, sum of N_i], x + residual (undefined without residual).
 
     biases: one [N_i] for each weight, or none at all. gain [K] and eps: those of an RMSNorm that is applied to x + residual
-    first; gain None for no norm. gated: y is silu(first product) * second product, [1, 1, N]. All tensors have one dtype; all but
-    x are contiguous.
+    first; gain None for no norm. gated: y is silu(first product) * second product, [1, 1, N]. All tensors have one dtype;
+    weights, biases, gain and residual are contiguous.
     """
     return launch(x.contiguous(), weights, biases, gain, eps, residual, gated)
 
