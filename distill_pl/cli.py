@@ -144,7 +144,7 @@ class DistillCLI(LightningCLI):
             unknown = re.search(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)", text)
             if unknown:
                 command = next((name for name in self.commands if name in (sys.argv[1:] if args is None else args)), "fit")
-                keys = [action.dest for action in actions(self.parsers[command])]
+                keys = [action.dest for action in actions(self.parsers[command]) if action.dest != unknown[1]]
                 near = difflib.get_close_matches(unknown[1], keys, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"see distill-pl {command} --help"
                 raise InputError(f"unknown key {unknown[1]}: {hint}") from error

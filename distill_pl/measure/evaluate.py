@@ -62,19 +62,11 @@ def evaluate(
         seed: seed of whatever lm-eval and the recall tasks draw.
     """
     quiet()
-    numbers = {"limit": limit, "batch_size": batch_size, "seed": seed}
-    check_numbers(numbers, {"limit": AT_LEAST_1, "batch_size": AT_LEAST_1, "seed": SEED})
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
-    groups = {"study": paper.TASKS, "recall": list(recall.TASKS)}
-    names = [task for name in names for task in groups.get(name, [name])]
-    harness_names = [name for name in names if name not in recall.TASKS]
-    questions = recall.Questions(parse_lengths(lengths), 25 if limit is None else limit, text, seed)
     runs = {model: read_config(Path(model)) for model in models if is_run(model)}
     for model in models:
-        if not names and text is None and model not in runs:
+        if not tasks.strip(", ") and text is None and model not in runs:
             raise InputError(f"model {model!r} is no run folder, whose held-out text could be used: give --tasks or --text")
-    if harness_names:
-        check_tasks(harness_names, data)
+    names, questions = check_options(tasks, data, limit, batch_size, lengths, text, seed)
     options = {"limit": limit, "seed": seed, "lm_eval": version("lm_eval")}
     suffix = ending(limit)
     jobs: dict[str, list[tuple[str, str, Path]]] = {}  # what to measure for each of `models`: name, weights, file of results
@@ -86,7 +78,7 @@ def evaluate(
         else:
             jobs[model] = [(model, path, Path("eval") / f"{model.strip('/').replace('/', '--')}{suffix}")]
         for _, path, file in jobs[model]:
-            prompt_tokenizer(load_tokenizer(path))
+            check_questions(path, names, questions, has_text=model in runs or text is not None)
             read_report(file)
             check_writable(file)
     results: dict[str, Results] = {}
@@ -101,6 +93,39 @@ def evaluate(
     if "kept" in printed:
         say("kept: the share of the teacher's average margin over guessing that the student keeps; of likelihood, that of the "
             "teacher's probability of a token (geometric mean)")  # fmt: skip
+
+
+def check_options(tasks: str = "", data: str | None = None, limit: int | None = None, batch_size: int = 16,
+                  lengths: str = "512,1024,2048,4096", text: str | None = None,
+                  seed: int = 0) -> tuple[list[str], recall.Questions]:  # fmt: skip
+    """Check the options of `evaluate` -> the names of all tasks, and what recall tasks and `text` ask.
+
+    Raises InputError for an option out of range, and for a task that neither lm-eval nor this package knows or `data` lacks.
+    """
+    numbers = {"limit": limit, "batch_size": batch_size, "seed": seed}
+    check_numbers(numbers, {"limit": AT_LEAST_1, "batch_size": AT_LEAST_1, "seed": SEED})
+    groups = {"study": paper.TASKS, "recall": list(recall.TASKS)}
+    words = filter(None, map(str.strip, tasks.split(",")))
+    names = list(dict.fromkeys(task for word in words for task in groups.get(word, [word])))
+    questions = recall.Questions(parse_lengths(lengths), 25 if limit is None else limit, text, seed)
+    if of_harness := [name for name in names if name not in recall.TASKS]:
+        check_tasks(of_harness, data, others=[*groups, *recall.TASKS])
+    return names, questions
+
+
+def check_questions(path: str, tasks: list[str], questions: recall.Questions, has_text: bool) -> None:
+    """Raise InputError, before weights are read, where the tokenizer at `path` or `text` does not suffice for the questions.
+
+    has_text: whether there will be a text in which recall tasks hide numbers.
+    """
+    tokenizer = load_tokenizer(path)
+    prompt_tokenizer(tokenizer)
+    if questions.text is not None:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        long_text.rows(documents(questions.text), tokenizer, config, questions.lengths[-1], 1)
+    source = recall.make_source(tokenizer, " ".join(recall.FILLER) if has_text else "")
+    for task in (task for task in tasks if task in recall.TASKS):
+        recall.make_items(task, source, questions.lengths[0], questions)
 
 
 def measure(path: str, file: Path, tasks: list[str], texts: dict | None, data: str | None, batch_size: int,
@@ -352,7 +377,10 @@ def held_out_chunks(model: PreTrainedModel, tokenizer, data: dict[str, Any]) -> 
 def documents(text: str) -> Iterator[str]:
     """Read the documents of a dataset given as `text`. Raises InputError where it cannot be read."""
     source = TextSource(text)
-    return filter(None, source.texts(source.open(["train"])[0]["train"]))
+    try:
+        yield from filter(None, source.texts(source.open(["train"])[0]["train"]))
+    except InputError as error:
+        raise InputError(f"text: {str(error).removeprefix('data.dataset ')}") from error
 
 
 def haystack(model: PreTrainedModel, tokenizer, data: dict[str, Any] | None, text: str | None) -> str:

@@ -16,7 +16,7 @@ import logging
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,13 @@ PACKAGES = {"ifeval": ["langdetect", "immutabledict", "nltk"]}
 NLTK_DATA = {"ifeval": "punkt_tab"}
 
 
-def check_tasks(tasks: list[str], data: str | Path | None) -> None:
+def check_tasks(tasks: list[str], data: str | Path | None, others: Iterable[str] = ()) -> None:
     """Check task names and files before any work starts.
 
     Args:
         tasks: names of lm-eval tasks; without `data` also groups and tags.
         data: folder with one `<task>.jsonl` for each task, or None for the hub.
+        others: names that are not lm-eval's, but that a wrong one may be meant for.
 
     Raises:
         InputError: no task, a name that lm-eval does not know or `data` cannot feed, a package that a task needs, no folder,
@@ -52,7 +53,7 @@ def check_tasks(tasks: list[str], data: str | Path | None) -> None:
     known = _task_manager().all_tasks
     for task in tasks:
         if task not in known:
-            close = ", ".join(difflib.get_close_matches(task, known)) or "one that `lm-eval ls tasks` lists"
+            close = ", ".join(difflib.get_close_matches(task, [*others, *known])) or "one that `lm-eval ls tasks` lists"
             raise InputError(f"tasks={task}: lm-eval has no such task; did you mean {close}?")
         if missing := [package for package in PACKAGES.get(task, []) if find_spec(package) is None]:
             raise InputError(f"tasks={task}: it needs packages that are not installed: pip install {' '.join(missing)}")

@@ -19,8 +19,10 @@ SEGMENT = 2048  # tokens of each row in one forward pass
 def rows(documents: Iterable[str], tokenizer: Any, config: PreTrainedConfig, length: int, number: int) -> Tensor:
     """Pack documents as they are for training and cut the head into rows -> [at most `number`, length] token ids.
 
-    Raises InputError where there is not even one row.
+    Raises InputError where there is not even one row, or a row of one token, in which nothing is predicted.
     """
+    if length < 2:
+        raise InputError(f"text: rows of {length} token have none to predict: give lengths of at least 2")
     encoder, end = text_encoder(tokenizer), end_of_text(tokenizer, config)
     before, after = special_tokens(tokenizer) if end is None else around_documents(tokenizer, end)
     ids: list[int] = []

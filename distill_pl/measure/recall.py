@@ -63,6 +63,10 @@ class Item(NamedTuple):
     expected: tuple[tuple[int, int], ...] = ()  # positions in the prompt, and the token that follows each
 
 
+class NoRoom(Exception):
+    """The number of tokens that a prompt would need for its question."""
+
+
 class Source(NamedTuple):
     """Hold what items are made from."""
 
@@ -97,7 +101,7 @@ def needles(source: Source, rng: random.Random, length: int, depth: float, *, ke
     question = source.encode((QUESTION if values == 1 else QUESTION_OF_SEVERAL).format(key=names[0]))
     room = length - len(source.before) - len(question) - sum(map(len, hidden))
     if room < 0:
-        raise InputError(f"length {length} has no room for a question of this task: give at least {length - room}")
+        raise NoRoom(length - room)
     sentences = [source.encode(" " + sentence) for sentence in FILLER] if filler else source.sentences
     parts = take(sentences, 0 if filler else rng.randrange(len(sentences)), room)
     places = [depth, *(rng.random() for _ in hidden[1:])]
@@ -127,7 +131,7 @@ def pairs(source: Source, rng: random.Random, length: int, depth: float) -> Item
     size = 2 + len(colon) + len(comma)
     count = min((length - len(before)) // (2 * size), len(source.words) // 2)
     if count < 1:
-        raise InputError(f"length {length} has no room for a question of this task: give at least {len(before) + 2 * size}")
+        raise NoRoom(len(before) + 2 * size)
     words = rng.sample(source.words, 2 * count)
     values = dict(zip(words[:count], words[count:], strict=True))
     queries = rng.sample(words[:count], count)
@@ -143,7 +147,10 @@ def induction(source: Source, rng: random.Random, length: int, depth: float) -> 
     """Write random words with A B at `depth` and A at the end; B comes next."""
     before = source.before
     first, second, *others = rng.sample(source.words, min(len(source.words), 1024))
-    rest = [rng.choice(others) for _ in range(length - len(before) - 3)]
+    room = length - len(before) - 3
+    if room < 0:
+        raise NoRoom(length - room)
+    rest = [rng.choice(others) for _ in range(room)]
     place = round(depth * len(rest))
     prompt = [*before, *rest[:place], first, second, *rest[place:], first]
     return Item(prompt, 1 / len({first, second, *rest}), (source.tokenizer.decode([second]).strip(),))
@@ -154,7 +161,10 @@ def copy(source: Source, rng: random.Random, length: int, depth: float) -> Item:
     before = source.before
     words = rng.sample(source.words, COPIED + min(len(source.words) - COPIED, 1024))
     copied, others = words[:COPIED], words[COPIED:]
-    rest = [rng.choice(others) for _ in range(length - len(before) - COPIED - 2)]
+    room = length - len(before) - COPIED - 2
+    if room < 0:
+        raise NoRoom(length - room)
+    rest = [rng.choice(others) for _ in range(room)]
     place = round(depth * len(rest))
     prompt = [*before, *rest[:place], *copied, *rest[place:], *copied[:2]]
     guessing = 1 / len({*copied, *rest}) ** (COPIED - 2)
@@ -192,7 +202,7 @@ TASKS = {
 def make_items(task: str, source: Source, length: int, questions: Questions) -> list[Item]:
     """Make items of `length` tokens, from the questions' seed alone, with depths from 0 to 1 in equal steps.
 
-    Raises InputError where the tokenizer has too few whole words, or the text is too short to be cut from.
+    Raises InputError where the tokenizer has too few whole words, there is no text, or `length` has no room for the question.
     """
     if TASKS[task].needs_text and not source.sentences:
         raise InputError(f"tasks={task}: it hides numbers in real text: give --text FILE, or a run folder")
@@ -203,7 +213,16 @@ def make_items(task: str, source: Source, length: int, questions: Questions) -> 
         )
     rng = random.Random(f"{questions.seed} {task} {length}")  # of text, the seed is the same on every machine
     depths = [index / max(1, questions.number - 1) for index in range(questions.number)]
-    return [TASKS[task].make(source, rng, length, depth, **TASKS[task].options) for depth in depths]
+    items, needed = [], 0
+    for depth in depths:
+        try:
+            items.append(TASKS[task].make(source, rng, length, depth, **TASKS[task].options))
+        except NoRoom as error:
+            needed = max(needed, error.args[0])
+    if needed:  # at another length, other words are drawn, which may take a few tokens more
+        enough = 64 * (needed // 64 + 1)
+        raise InputError(f"tasks={task}: length {length} has no room for its question: give lengths of at least {enough}")
+    return items
 
 
 def fingerprint(items: dict[int, list[Item]]) -> str:

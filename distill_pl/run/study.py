@@ -1,10 +1,8 @@
 """`distill-pl study`: carry out the runs that a file lists, several at once, and keep what came out of each in a small JSON."""
 
-import contextlib
 import ctypes
 import difflib
 import functools
-import io
 import itertools
 import json
 import logging
@@ -27,20 +25,21 @@ import torch
 import yaml
 from jsonargparse import Namespace
 from safetensors import safe_open
+from transformers import AutoConfig
 
 from distill_pl.console import aligned, perplexity, quiet, say
 from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.data.sources import counted
 from distill_pl.errors import InputError, one_line
-from distill_pl.measure.evaluate import ending, evaluate, read_report
+from distill_pl.measure.evaluate import check_options, check_questions, ending, load_tokenizer, read_report
 from distill_pl.measure.report import scalars
 from distill_pl.run.experiments import bundled, config_file
 from distill_pl.run.folder import StageRun, differing, disk_refused, flat, plain, read_metrics, write_aside
 from distill_pl.run.plan import plan
 from distill_pl.run.summary import summary
 from distill_pl.run.trainer import device
-from distill_pl.run.values import AT_LEAST_1, POSITIVE, check_numbers, check_values
-from distill_pl.stages import STAGES
+from distill_pl.run.values import AT_LEAST_1, POSITIVE, SEED, KeysOnce, check_numbers, check_values
+from distill_pl.stages import STAGES, KDStage
 from distill_pl.student.factory import StudentFactory
 from distill_pl.tokens import Tokens, short
 
@@ -48,6 +47,8 @@ FILE_KEYS: dict[str, type | tuple] = {"common": dict, "seeds": list, "evaluate":
 GROUP_KEYS: dict[str, type | tuple] = {"config": (str, list), "name": str, "set": dict, "over": dict, "seeds": list}
 SECONDS_BETWEEN_LOOKS, SECONDS_TO_STOP = 0.2, 60.0
 NAMED = ("teacher", "data.dataset", "tokens")  # keys that results name, changed or not
+NOT_OF_A_RUN = {"seed", "out", "config", "dry_run", "print_config", "help"}  # keys of fit
+NAME_BYTES = 200  # of a run: file systems take 255 with what is appended
 STOPPED_BY = (signal.SIGINT, signal.SIGTERM)
 
 Step = tuple[subprocess.Popen, bool]  # what a run waits for, and whether it trains
@@ -62,6 +63,12 @@ class Run(NamedTuple):
     args: list[str]  # of distill-pl fit
     config: Namespace
     changed: dict[str, Any]  # of the configuration, by dotted key: NAMED and what is not the default
+
+
+class Texts(KeysOnce):
+    """Read YAML with values as text, as on the command line, which parses them; `<<` merges mappings as usual."""
+
+    yaml_implicit_resolvers = {"<": KeysOnce.yaml_implicit_resolvers["<"]}
 
 
 class Failed(Exception):
@@ -136,6 +143,7 @@ def study(
     if show == "plan":
         say(plan_table(wanted, done))
         return
+    check_material(file, list(left.values()), options and evaluation(options, parser()))
     failed = carry_out(left, Path(out), folder, options, parallel, deadline)
     if failed:
         sys.exit(1)
@@ -147,10 +155,13 @@ def read(file: str) -> dict[str, Any]:
     if not path.is_file() and file == "study":
         path = bundled("experiments") / "study.yaml"
     try:
-        lines = yaml.load(path.read_text(), yaml.BaseLoader)  # values stay text, as on the command line, which parses them
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"study {file!r} cannot be read as YAML ({one_line(error)}): give a file such as `study`") from error
+        lines = yaml.load(path.read_text(), Texts)
+        json.dumps(lines)  # fails for an anchor within itself
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        raise InputError(f"study {file!r} cannot be read as YAML ({one_line(error)}): mend it, or give `study`") from error
     check_keys(f"study {file!r}", lines, FILE_KEYS)
+    for key, value in lines.get("evaluate", {}).items():  # its options that have several values are texts such as a,b
+        lines["evaluate"][key] = ",".join(map(str, value)) if isinstance(value, list) else value
     if not lines.get("runs"):
         raise InputError(f"study {file!r} has no runs: list groups of them under `runs`, such as - {{config: gla_qkv}}")
     for number, group in enumerate(lines["runs"], start=1):
@@ -179,29 +190,41 @@ def expand(file: str, lines: dict[str, Any], own: dict[str, Any], out: Path, fir
     """
     parse = functools.cache(parser())
     if options := lines.get("evaluate"):
-        with contextlib.redirect_stdout(io.StringIO()):  # without models, an empty table
-            evaluate(**parse(("evaluate", ".", *options_of(options))).as_dict() | {"models": []})
+        try:
+            check_options(**evaluation(options, parse))
+        except InputError as error:
+            raise InputError(f"study {file!r}, evaluate: {error}") from error
     defaults = flat(plain(parse(("fit", "--out=."))))
+    common = once(file, lines.get("common", {}))
     runs: dict[str, Run] = {}
     for group in lines["runs"]:
-        configs, over = group.get("config"), flat(group.get("over", {}))
+        over, chosen = flat(group.get("over", {})), once(file, group.get("set", {}), group.get("over", {}))
+        configs, seeds = group.get("config"), group.get("seeds", lines.get("seeds", ["0"]))
         configs = configs if isinstance(configs, list) else [configs]
-        seeds = group.get("seeds", lines.get("seeds", ["0"]))
+        for seed in seeds:
+            if not str(seed).isdecimal() or int(seed) not in SEED:
+                raise InputError(f"study {file!r}: {seed!r} is no seed: give whole numbers from 0 to {SEED.most}")
         if not all(isinstance(value, list) for value in over.values()):
             raise InputError(f"study {file!r}: over {over} has a value that is no list: put those to be tried in [ ]")
         if not all(isinstance(config, str | None) for config in configs):
             raise InputError(f"study {file!r}: config {configs} are not all names of experiments or files")
-        for seed, config, *values in itertools.product(seeds[:first], configs, *over.values()):
+        for seed, config, *values in itertools.product(map(int, seeds[:first]), configs, *over.values()):
             varied = dict(zip(over, values, strict=True))
             words = [Path(config).stem if config else "", group.get("name", ""), *(f"{k}={text(v)}" for k, v in varied.items())]
             row = re.sub(r"[^\w.=-]+", "_", "_".join(filter(None, words)))
-            keys = flat(lines.get("common", {})) | flat(group.get("set", {})) | varied | own
-            if not row or {"seed", "out", "config"} & keys.keys():
-                raise InputError(f"study {file!r}: seed, out and config of a run come from the study: give `seeds`, --out and "
-                                 "`config`, and a group without `config` a `name`")  # fmt: skip
+            keys = common | chosen | varied | own
+            if not row:
+                raise InputError(f"study {file!r}: give a group without `config` a `name`")
+            if others := sorted(NOT_OF_A_RUN & keys.keys()):
+                raise InputError(f"study {file!r}: {others[0]} is not for a run of a study: leave it out; seed, out and config "
+                                 "come from `seeds`, --out and `config`")  # fmt: skip
             name = f"{row}_s{seed}"
             if name in runs:
-                raise InputError(f"study {file!r} has two runs {name}: give one of their groups another `name`")
+                raise InputError(f"study {file!r} has two runs {name}: list each config, seed and value once, and give one of "
+                                 "two groups another `name`")  # fmt: skip
+            if len(name.encode()) > NAME_BYTES:
+                raise InputError(f"study {file!r}: run {name[:40]}... has too long a name for a file: give a shorter `name`, "
+                                 "or groups with a `name` and `set` instead of `over`")  # fmt: skip
             try:
                 runs[name] = settle(name, row, seed, config, keys, out, parse, defaults)
             except InputError as error:
@@ -209,14 +232,44 @@ def expand(file: str, lines: dict[str, Any], own: dict[str, Any], out: Path, fir
     return list(runs.values())
 
 
-def settle(name: str, row: str, seed: str, experiment: str | None, keys: dict[str, Any], out: Path,
+def check_material(file: str, runs: list[Run], options: dict[str, Any] | None) -> None:
+    """Raise InputError, before any run begins, for a tokenizer, text or questions of `evaluate` that cannot be used."""
+    material = {json.dumps([run.config.teacher, plain(run.config.data)]): run for run in runs}
+    for run in material.values():
+        try:
+            tokenizer = load_tokenizer(run.config.teacher)
+            teacher = AutoConfig.from_pretrained(run.config.teacher, trust_remote_code=False)
+            ChunkDataModule(**run.config.data).open(tokenizer, teacher)
+            if options is not None:
+                check_questions(run.config.teacher, *check_options(**options), has_text=True)
+        except InputError as error:
+            raise InputError(f"study {file!r}, run {run.name}: {error}") from error
+
+
+def once(file: str, *parts: dict[str, Any]) -> dict[str, Any]:
+    """Flatten mappings to one with dotted keys. Raises InputError for a key that comes twice, as in {kd.lr: 1, kd: {lr: 2}}."""
+    found: dict[str, Any] = {}
+    for key, value in (item for part in parts for item in part.items()):
+        leaves = flat({key: value})
+        if twice := sorted(found.keys() & leaves.keys()):
+            raise InputError(f"study {file!r}: {twice[0]} is given twice in one group: leave one out")
+        found |= leaves
+    return found
+
+
+def evaluation(options: dict[str, Any], parse: Callable[[tuple[str, ...]], Namespace]) -> dict[str, Any]:
+    """Parse the options of `evaluate`."""
+    return {key: value for key, value in parse(("evaluate", ".", *options_of(options))).as_dict().items() if key != "models"}
+
+
+def settle(name: str, row: str, seed: int, experiment: str | None, keys: dict[str, Any], out: Path,
            parse: Callable[[tuple[str, ...]], Namespace], defaults: dict[str, Any]) -> Run:  # fmt: skip
     """Parse and check a run, whose seed also orders its text unless `keys` say otherwise.
 
     Stages of the experiment whose tokens `keys` don't give keep their share of all tokens.
     """
     chosen = ("--config", config_file(experiment)) if experiment else ()
-    keys = {"data.shuffle": seed} | keys
+    keys = {"data.shuffle": str(seed)} | keys
     alone = parse(("fit", *chosen, "--out=."))
     config = parse(("fit", *chosen, f"--seed={seed}", *options_of(keys), f"--out={out / name}"))
     for stage in STAGES:
@@ -227,7 +280,8 @@ def settle(name: str, row: str, seed: str, experiment: str | None, keys: dict[st
     config.pop("dry_run", None)
     check_values(config)
     plan(config)
-    StudentFactory(**config.student.as_dict() | {"start_from": None})  # without loading that
+    StudentFactory(**config.student)
+    KDStage(None, None, **config.kd)
     ChunkDataModule(**config.data)
     args = [*chosen, *options_of(keys), f"--seed={seed}", f"--out={config.out}"]
     changed = {key: value for key, value in flat(plain(config)).items()

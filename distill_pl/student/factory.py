@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakSet
@@ -109,11 +110,16 @@ class StudentFactory:
             )
         self.mixer, self.init, self.shape, self.rope = mixer, init, shape, rope
         self.retention, self.backend = retention, backend
-        self.start = None if start_from is None else load_start(start_from)
+        self.start_from = start_from
         self.window = WINDOW if window is None and mixer == "swa" else window
         self.sinks = None if self.window is None else sinks or SINKS
         self.softmax_layers = sorted(set(softmax_layers))
         self.kv_heads = kv_heads or (paper if shape == "paper" else MIXERS[mixer]).kv_heads
+
+    @cached_property
+    def start(self) -> PreTrainedModel | None:
+        """Return the student to go on from, loaded when it is first asked for. Raises InputError where there is none."""
+        return None if self.start_from is None else load_start(self.start_from)
 
     def config(self, teacher: Teacher) -> StudentConfig:
         """Return the configuration of this factory's student of `teacher`. Raises InputError for layers it does not have."""
@@ -180,7 +186,7 @@ class StudentFactory:
     @property
     def is_teacher(self) -> bool:
         """Return whether a student computes its teacher's logits before training."""
-        return self.mixer == "softmax" and self.init in COPIED and self.rope is not False and self.start is None
+        return self.mixer == "softmax" and self.init in COPIED and self.rope is not False and self.start_from is None
 
 
 def load_start(path: str) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
 
@@ -270,9 +271,32 @@ def test_evaluate_measures_recall_once(known_words, tmp_path, monkeypatch, capsy
 def test_what_cannot_be_asked_is_refused(source, known_words):
     with pytest.raises(InputError, match="niah_single_2: it hides numbers in real text: give --text"):
         make_items("niah_single_2", make_source(known_words, ""), LENGTH, QUESTIONS)
-    with pytest.raises(InputError, match="length 16 has no room for a question"):
-        make_items("niah_single_1", source, 16, QUESTIONS)
-    with pytest.raises(InputError, match="length 4 has no room for a question"):
-        make_items("mqar", source, 4, QUESTIONS)
     with pytest.raises(InputError, match="copy: it needs 32 words that are single tokens, and the tokenizer has 5"):
         make_items("copy", source._replace(words=source.words[:5]), LENGTH, QUESTIONS)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_length_without_room_is_refused_and_the_one_that_is_named_has_room(source, task):
+    with pytest.raises(InputError, match=f"tasks={task}: length 2 has no room for its question: give lengths of at") as refusal:
+        make_items(task, source, 2, QUESTIONS)
+    length = int(str(refusal.value).split()[-1])
+    assert {len(item.prompt) for item in make_items(task, source, length, QUESTIONS)} == {length}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("--tasks mqar,copy --lengths 17,999999", "tasks=copy: length 17 has no room"),
+        ("--tasks mqar --text nowhere.txt", "text: 'nowhere.txt': no such file"),
+        ("--text text.txt", "text: it holds 4 tokens, fewer than the largest of lengths, 4096"),
+        ("--text text.txt --lengths 1", "text: rows of 1 token have none to predict"),
+        pytest.param("--tasks recal", "did you mean recall", marks=pytest.mark.slow),
+    ],
+)
+def test_questions_are_refused_before_anything_is_measured(tmp_path, monkeypatch, known_words, options, says):
+    monkeypatch.chdir(tmp_path)
+    known_words.save_pretrained("model")  # without weights
+    LlamaConfig(vocab_size=len(known_words)).save_pretrained("model")
+    Path("text.txt").write_text("a b")
+    assert says in refused("evaluate", "model", *options.split())
+    assert not Path("eval").exists()

@@ -44,6 +44,19 @@ def test_runs_are_all_combinations_seed_by_seed(file):
     assert run.config.student.softmax_layers == [1, 2] and run.row == run.name.removesuffix("_s7")
 
 
+def test_values_are_those_of_the_command_line_and_anchors_those_of_yaml(file):
+    file.write_text(
+        "seeds: [007]\nevaluate: {tasks: [mqar, copy], lengths: [64, 128]}\nruns:\n"
+        "  - {config: gla, set: &own {kd: {lr: 1e-3}, data.name: 010}}\n  - {config: mlstm, set: {<<: *own, tokens: 1_000M}}\n",
+        encoding="utf-8-sig", newline="\r\n",
+    )  # fmt: skip
+    lines = read(str(file))
+    assert lines["evaluate"] == {"tasks": "mqar,copy", "lengths": "64,128"}
+    runs = {run.name: run.config for run in expand(str(file), lines, {}, file.parent, None)}
+    assert [*runs] == ["gla_s7", "mlstm_s7"] and {config.seed for config in runs.values()} == {7}
+    assert {(config.kd.lr, config.data.name, config.tokens) for config in runs.values()} == {(1e-3, "010", 10**9)}
+
+
 def test_stages_keep_their_share_of_the_tokens(file):
     runs = listed(file, RUNS | {"common": {"tokens": "30M"}})
     assert runs["gla_s0"].config.matrix_mixing.tokens == 0
@@ -83,12 +96,24 @@ def test_the_papers_study_has_every_row_of_its_tables():
         ({"runs": [{"config": "gla", "set": {"student": {"mixer": "glaa"}}}]}, "run gla_s0: student.mixer 'glaa' is unknown"),
         ({"runs": [{"config": "gla"}, {"config": "gla"}]}, "two runs gla_s0: .* another `name`"),
         ({"runs": [{}]}, "a group without `config` a `name`"),
-        (RUNS | {"common": {"out": "x"}}, "seed, out and config of a run come from the study"),
+        (RUNS | {"common": {"out": "x"}}, "out is not for a run of a study"),
         (RUNS | {"common": {"kd": {"lrr": 1}}}, "run gla_s0: unknown key kd.lrr: did you mean kd.lr?"),
         (RUNS | {"common": {"tokens": "10k"}}, "run gla_s0: kd.tokens 10k is less than one batch"),
-        (RUNS | {"seeds": ["a"]}, "seed: Expected int. Got value: a"),
-        (RUNS | {"evaluate": {"lengths": "9,x"}}, "lengths '9,x' are not whole positive numbers"),
-        (RUNS | {"evaluate": {"taskss": "x"}}, "unknown key taskss: did you mean tasks?"),
+        (RUNS | {"seeds": ["a"]}, "'a' is no seed: give whole numbers from 0"),
+        (RUNS | {"seeds": [-1]}, "'-1' is no seed"),
+        (RUNS | {"seeds": ["007", 7]}, "two runs gla_s7: list each config, seed and value once"),
+        (RUNS | {"evaluate": {"lengths": "9,x"}}, "evaluate: lengths '9,x' are not whole positive numbers"),
+        (RUNS | {"evaluate": {"taskss": "x"}}, "evaluate: unknown key taskss: did you mean tasks?"),
+        (RUNS | {"evaluate": {"models": "x"}}, "evaluate: unknown key models: see distill-pl evaluate"),
+        ("runs: [{config: gla}]\nruns: [{config: mlstm}]", "key runs comes twice .* line 2"),
+        ("runs: [{config: gla, set: &a {kd: *a}}]", "Circular reference"),
+        ("runs: [{config: gla, set: {kd.lr: 1, kd: {lr: 2}}}]", "kd.lr is given twice in one group"),
+        ("runs: [{config: gla, set: {kd.lr: 1}, over: {kd: {lr: [2]}}}]", "kd.lr is given twice in one group"),
+        (RUNS | {"common": {"dry_run": True}}, "dry_run is not for a run of a study"),
+        (RUNS | {"common": {"print_config": ""}}, "print_config is not for a run of a study"),
+        ({"runs": [{"config": "gla", "name": "x" * 200}]}, "too long a name for a file"),
+        (RUNS | {"common": {"kd": {"ce": 0, "alpha": 0}}}, "run gla_s0: kd.ce 0 and kd.alpha 0 leave nothing to learn"),
+        (RUNS | {"common": {"student": {"init": "calibrated", "start_from": "x"}}}, "would undo what student.start_from 'x'"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_one_line(file, lines, says):
@@ -108,6 +133,25 @@ def test_what_is_wrong_in_a_file_is_one_line(file, lines, says):
 def test_what_is_wrong_on_the_command_line_is_one_line(file, key, value, says):
     file.write_text(yaml.safe_dump(RUNS))
     assert says in refused("study", file, f"--{key}={value}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"common": {"teacher": "/nowhere"}}, "run gla_s0: model '/nowhere' cannot be loaded"),
+        ({"common": {"data.dataset": "/nowhere.txt"}}, "run gla_s0: data.dataset '/nowhere.txt': no such file"),
+        ({"evaluate": {"tasks": "copy"}}, "run gla_s0: tasks=copy: it needs 32 words that are single tokens"),
+        ({"evaluate": {"text": "/nowhere.txt"}}, "run gla_s0: text: '/nowhere.txt': no such file"),
+        ({"evaluate": {"text": "few.txt", "lengths": 16}}, "run gla_s0: text: it holds 8 tokens, fewer than"),
+    ],
+)
+def test_what_every_run_needs_is_looked_at_before_any_begins(file, teacher_folder, corpus, monkeypatch, changes, says):
+    monkeypatch.chdir(file.parent)
+    Path("few.txt").write_text("few words")
+    common = dict(arg[2:].split("=", 1) for arg in fit_command(".", teacher_folder, corpus, "cache")[2:])
+    file.write_text(yaml.safe_dump(RUNS | changes | {"common": common | changes.get("common", {})}))
+    assert says in refused("study", file, "--out=out", "--only=gla_s0")
+    assert not Path("out").exists()
 
 
 def test_the_plan_is_printed_and_nothing_is_run(file, capsys):
