@@ -14,7 +14,7 @@ from distill_pl.stages import Stage
 class StepGraphs(Callback):
     """Capture a stage's losses and their gradient at its first training step, and replay them from then on.
 
-    Where a step cannot be captured, for want of memory or because it waits for the GPU, it runs as before.
+    If a step cannot be captured, because memory is short or the step waits for the GPU, the stage runs without graphs.
     """
 
     def __init__(self) -> None:
@@ -22,17 +22,17 @@ class StepGraphs(Callback):
         self.is_captured = False
 
     def on_train_start(self, trainer: L.Trainer, stage: Stage) -> None:
-        """Let the stage take its losses from here."""
+        """Make the stage compute its losses by graphs, which its first step captures."""
 
         def losses(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-            if self.losses is None:  # not before: capturing needs a batch, autocast and DDP as a step has them
+            if self.losses is None:  # not earlier: capturing needs a batch, autocast and DDP as in a step
                 self.losses = self.capture(stage, inputs)
             return self.losses(*inputs)
 
         stage.captured_losses = losses
 
     def capture(self, stage: Stage, inputs: tuple[Tensor, ...]) -> Callable:
-        """Return the stage's losses as CUDA graphs for inputs of these shapes, or as they are where that fails."""
+        """Return the stage's losses as CUDA graphs for inputs of these shapes, or `stage.losses_given` if capturing fails."""
         try:
             captured, stage.graph_bytes = capture_losses(stage.losses_given, stage.student, inputs)
         except RuntimeError as error:
@@ -47,34 +47,35 @@ class StepGraphs(Callback):
         self.is_first = batch_idx % trainer.accumulate_grad_batches == 0
 
     def on_after_backward(self, trainer: L.Trainer, stage: Stage) -> None:
-        """Copy the first micro-batch's gradients away from where the graph writes the next one's."""
+        """Copy the first micro-batch's gradients out of the graph's buffers, which the next micro-batch overwrites."""
         if self.is_captured and trainer.accumulate_grad_batches > 1 and self.is_first:
             for parameter in stage.student.parameters():
                 parameter.grad = None if parameter.grad is None else parameter.grad.clone()
 
     def on_train_end(self, trainer: L.Trainer, stage: Stage) -> None:
-        """Free what the graphs hold for the next stage."""
+        """Free the graphs' memory, which the next stage needs."""
         self.losses = stage.captured_losses = None
         stage.graph_bytes, self.is_captured = 0, False
 
 
 def capture_losses(losses: Callable[..., tuple[Tensor, Tensor]], student: nn.Module,
                    inputs: tuple[Tensor, ...]) -> tuple[Any, int]:  # fmt: skip
-    """Capture losses of a student's parameters for inputs of these shapes -> a function like `losses`, GPU bytes of its pool.
+    """Capture `losses` of inputs and a student's parameters -> the same function as CUDA graphs, the GPU bytes of their pool.
 
-    Every call overwrites the results of the last, and every backward pass the gradients: copy those that must outlive it.
+    The graphs take inputs of the given shapes. Each call overwrites the results of the call before, and each backward pass the
+    gradients of the one before: copy what is still needed.
     """
     pool = torch.cuda.graph_pool_handle()
     samples = tuple(x.clone() for x in inputs)
-    graphs = torch.cuda.make_graphed_callables(  # one run first: what is compiled or tuned in it cannot be captured
+    graphs = torch.cuda.make_graphed_callables(  # a warm-up run compiles and tunes, which cannot be captured
         _Losses(losses, student), samples, num_warmup_iters=1, allow_unused_input=True, pool=pool
     )
-    torch.cuda.reset_peak_memory_stats()  # from now on, what lives within a step lies in the pool
+    torch.cuda.reset_peak_memory_stats()  # from now on, a step's temporary tensors lie in the pool
     return graphs, pool_bytes(pool)
 
 
 class _Losses(nn.Module):
-    """Present a function of a student as a module with the student's parameters, as make_graphed_callables wants it."""
+    """Wrap a function of a student as a module with the student's parameters, which make_graphed_callables requires."""
 
     def __init__(self, losses: Callable, student: nn.Module):
         super().__init__()

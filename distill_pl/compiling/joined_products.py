@@ -1,11 +1,11 @@
-"""Join matrix products of backward passes that share a factor or are only added up: a pass over Inductor's graphs.
+"""Join matrix products of backward passes that share a factor or are only summed: a pass over Inductor's graphs.
 
     sum_i dy_i W_i    ->  [dy_1 dy_2 ..] [W_1; W_2; ..]     gradient of an input that several linears read
-    dy_i^T x          ->  rows of [dy_1 dy_2 ..]^T x        gradients of these linears' weights, which leave the product in fp32
+    dy_i^T x          ->  rows of [dy_1 dy_2 ..]^T x        gradients of these linears' weights; the product returns fp32
     a + b + x W^T     ->  (a + b) += x W^T                  an MLP's product added to the residual stream
 
-Fewer, larger products fill a GPU better, and what several products would write, to be read and added up, is written once. All
-that this package uses of Inductor's graphs and lowerings is reached from this module.
+Fewer, larger products use a GPU better, and their sum is written once instead of being read and added afterwards. This module
+is the only one that reaches into Inductor's graphs and lowerings.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -50,7 +50,7 @@ class JoinProducts(CustomGraphPass):
         if side_by_side not in lowerings:
 
             @register_lowering(side_by_side, type_promotion_kind=None)
-            def _(parts):  # not Inductor's cat, which may compute all parts for every element of the whole
+            def _(parts):  # not Inductor's cat, which may compute all parts for every element of the result
                 return TensorBox(ConcatKernel.create(parts, 1))
 
             @register_lowering(add_product, type_promotion_kind=None)
@@ -63,7 +63,7 @@ class JoinProducts(CustomGraphPass):
         join_products(graph)
 
     def uuid(self) -> Any:
-        """Identify this version of the pass: Inductor's cached graphs of another version do not count."""
+        """Identify this version of the pass, so that Inductor does not reuse graphs cached by another version."""
         return get_hash_for_files((__file__,))
 
 
@@ -71,7 +71,7 @@ def join_products(graph: Graph) -> None:
     """Join products of a forward or backward graph in place."""
     from torch._inductor.pattern_matcher import stable_topological_sort
 
-    joined: dict[tuple[Node, ...], Node] = {}  # both gradients read the same dy side by side
+    joined: dict[tuple[Node, ...], Node] = {}  # concatenated dy, which the gradients of inputs and of weights share
     _join_sums(graph, joined)
     _join_weight_gradients(graph, joined)
     _add_to_sums(graph)
@@ -80,7 +80,7 @@ def join_products(graph: Graph) -> None:
 
 
 def _join_sums(graph: Graph, joined: dict[tuple[Node, ...], Node]) -> None:
-    """Replace sum_i dy_i W_i."""
+    """Replace sums sum_i dy_i W_i by one product each."""
     order = {node: index for index, node in enumerate(graph.nodes)}
     for total in graph.find_nodes(op="call_function", target=aten.add.Tensor):
         if len(total.users) == 1 and next(iter(total.users)).target is aten.add.Tensor:
@@ -101,18 +101,18 @@ def _join_sums(graph: Graph, joined: dict[tuple[Node, ...], Node]) -> None:
 
 
 def _join_weight_gradients(graph: Graph, joined: dict[tuple[Node, ...], Node]) -> None:
-    """Replace the products dy_i^T x that share x; on a GPU each leaves its product in fp32, if all of its readers cast it."""
+    """Replace products dy_i^T x that share x by one; on a GPU it returns fp32 if all readers cast the products to fp32."""
     found: dict[tuple, list[Node]] = {}
     for product in graph.find_nodes(op="call_function", target=aten.mm.default):
         if _is_weight_gradient(product):
-            x: Any = product.args[1]  # reshaped once for all products, or anew for each
+            x: Any = product.args[1]  # one reshaped node for all products, or one for each
             found.setdefault((x.args[0] if x.target in RESHAPES else x, x.meta["val"].shape), []).append(product)
     for products in found.values():
         x, dy = products[0].args[1], [_transposed(product.args[0]) for product in products]
         casts: list[Any] = [user for product in products for user in product.users if _is_cast_to_fp32(user)]
         fp32 = x.meta["val"].is_cuda and len(casts) == sum(len(product.users) for product in products)
         if len(products) > 1 or fp32:
-            with graph.inserting_before(products[-1]):  # not at the end of the graph, until when dy and x would be kept
+            with graph.inserting_before(products[-1]):  # not at the end of the graph, which would keep dy and x until then
                 factors = _call(graph, aten.permute.default, _side_by_side(graph, dy, joined), [1, 0]), x
                 target, dtype = (aten.mm.dtype, (torch.float32,)) if fp32 else (aten.mm.default, ())
                 whole = _call(graph, target, *factors, *dtype)
@@ -125,7 +125,7 @@ def _join_weight_gradients(graph: Graph, joined: dict[tuple[Node, ...], Node]) -
 
 
 def _add_to_sums(graph: Graph) -> None:
-    """Replace a + b + x W^T, where a + b is computed for this sum alone."""
+    """Replace a + b + x W^T by a product that adds to a + b in place."""
     for total in graph.find_nodes(op="call_function", target=aten.add.Tensor):
         shape, dtype = total.meta["val"].shape, total.meta["val"].dtype
         for summand, other in (total.args, total.args[::-1]) if not total.kwargs else ():
@@ -161,12 +161,12 @@ def _side_by_side(graph: Graph, parts: Sequence[Any], joined: dict[tuple[Node, .
 
 
 def _transposed(node: Any) -> Any:
-    """Return the matrix that `node` is the transpose of, or None."""
+    """Return the matrix of which `node` is the transpose, or None if it is no transpose."""
     return node.args[0] if node.target is aten.permute.default and node.args[1] == [1, 0] else None
 
 
 def _is_weight_gradient(product: Node) -> bool:
-    """Return whether a product is dy^T x and a result of the graph, as it is or cast."""
+    """Return whether a product is dy^T x and read only by the graph's output, directly or after a cast."""
     results = [user for node in product.users for user in (node.users if node.target is cast else [node])]
     return _transposed(product.args[0]) is not None and all(user.op == "output" for user in results)
 
@@ -176,14 +176,14 @@ def _is_cast_to_fp32(node: Node) -> bool:
 
 
 def _summands(node: Node, like: Tensor) -> Iterator[Node]:
-    """Yield what is added up, unweighted, in a sum whose parts all have the shape and dtype of `like` and one reader."""
+    """Yield the summands of nested, unweighted additions that have the shape and dtype of `like` and a single reader."""
     for x in node.args if not node.kwargs else ():
         if isinstance(x, Node) and len(x.users) == 1 and (x.meta["val"].shape, x.meta["val"].dtype) == (like.shape, like.dtype):
             yield from _summands(x, like) if x.target is aten.add.Tensor else (x,)
 
 
 def _product(node: Any) -> Node | None:
-    """Return the product that `node` is, reshaped or cast or not, if nothing else reads it."""
+    """Return the matrix product behind `node`, through reshapes and casts, if nothing else reads it; else None."""
     while node.target in (cast, *RESHAPES) and len(node.users) == 1:
         node = node.args[0]
     return node if node.target is aten.mm.default and len(node.users) == 1 else None

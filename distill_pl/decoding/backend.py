@@ -1,6 +1,6 @@
-"""Backend of torch.compile for decoding: inductor, with products of one row written as sums that fuse with what is around them.
+"""Backend of torch.compile for decoding: inductor, with products of one row written as sums, which fuse with other operators.
 
-All that decoding uses of torch._inductor and torch._dynamo beyond their documented interface is reached from this module.
+This is the only module of `decoding` that uses undocumented parts of torch._inductor and torch._dynamo.
 """
 
 from contextlib import AbstractContextManager
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 INDUCTOR_OPTIONS = {
-    # What is computed from few numbers is recomputed wherever it is read: for one row, a kernel less is worth any arithmetic.
+    # Recompute small intermediates in every kernel that reads them: for one row, a kernel costs more time than arithmetic.
     "unroll_reductions_threshold": 17,
     "realize_reads_threshold": 400,
     "realize_acc_reads_threshold": 400,
@@ -23,10 +23,10 @@ RECOMPILE_LIMITS = ("recompile_limit", "accumulated_recompile_limit")  # of Dyna
 
 
 def product_as_sum(a: Tensor, b: Tensor) -> Tensor:
-    """Return [.., M, K] @ [.., K, N] as a broadcast product or a sum over K; NotImplemented where the product is to stay.
+    """Compute [.., M, K] @ [.., K, N] as a broadcast product or a sum over K; return NotImplemented to keep the product.
 
-    A sum replaces products of one row if b is a recurrent state (batched, fp32) or K <= N: each of the N sums recomputes all
-    K terms.
+    A sum replaces the product of one row (M = 1) if b is a recurrent state (batched, fp32) or K <= N, since each of the N sums
+    recomputes all K terms.
     """
     terms, columns = b.shape[-2:]
     if terms == 1:
@@ -37,13 +37,13 @@ def product_as_sum(a: Tensor, b: Tensor) -> Tensor:
 
 
 def biased_product_as_sum(bias: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
-    """Return beta * bias + alpha * a @ b, the product by `product_as_sum`, or NotImplemented where that is."""
+    """Compute beta * bias + alpha * a @ b by `product_as_sum`; return NotImplemented where `product_as_sum` does."""
     product = product_as_sum(a, b)
     return NotImplemented if product is NotImplemented else beta * bias + alpha * product
 
 
 def decode_backend(graph: torch.fx.GraphModule, inputs: list[Tensor], **options: Any) -> Any:
-    """Compile a graph as inductor does, but with INDUCTOR_OPTIONS and products of one row as sums. options: of `compile_fx`."""
+    """Compile a graph by inductor with INDUCTOR_OPTIONS and products of one row as sums; `options` go to `compile_fx`."""
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
 
@@ -61,5 +61,5 @@ def decode_backend(graph: torch.fx.GraphModule, inputs: list[Tensor], **options:
 
 
 def unlimited_recompiles() -> AbstractContextManager:
-    """Let Dynamo hold as many versions of a function as there are kinds of layers in all Decoders of a process."""
+    """Return a context in which Dynamo may compile a function many times: once for each kind of layer of each Decoder."""
     return torch._dynamo.config.patch(dict.fromkeys(RECOMPILE_LIMITS, 1000))

@@ -1,9 +1,9 @@
-"""Token-by-token generation from fixed buffers: on a GPU compiled, and captured whole in a CUDA graph.
+"""Token-by-token generation from fixed buffers; on a GPU each step is compiled and captured as one CUDA graph.
 
-A plain step launches a thousand small kernels from Python: tens of milliseconds for a model of SmolLM-360M's shape, whose
-weights a GPU reads in 0.3. Here all layers of one kind share one compiled function, in which products of one row include the
-norms and element-wise operations around them, and the whole step, from token to next token, is captured once and replayed.
-So is the reading of a piece of a prompt, where states do not grow.
+In plain PyTorch, a step launches a thousand small kernels from Python: tens of milliseconds for a model of SmolLM-360M's shape,
+whose weights a GPU reads in 0.3 ms. Here all layers of one kind share one compiled function, in which products of one row
+include the norms and element-wise operations around them, and the whole step, from token to next token, is captured once and
+replayed. If states do not grow, reading a chunk of a prompt is captured as well.
 """
 
 import math
@@ -32,20 +32,23 @@ from distill_pl.student.modeling import Student
 
 BLOCK = 256  # positions of the kv cache in one batched product: in a single product, a long cache keeps few cores busy
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # rope types whose tables Python recomputes as the sequence grows
-OneLayerCache = namedtuple("OneLayerCache", "layers")  # all that a mixer reads of a cache
-State = tuple[Any, dict[str, tuple[Tensor, ...]]]  # of a layer: the op's state, and convolution tails as single tokens
+OneLayerCache = namedtuple("OneLayerCache", "layers")  # `layers` is all that a mixer reads of a cache
+State = tuple[Any, dict[str, tuple[Tensor, ...]]]  # of a layer: the op's state; by name, a convolution's last tokens [B, 1, C]
 
 
 class FixedSoftmax:
-    """`ops.softmax.step` on keys and values of a fixed length, as in transformers' StaticCache.
+    """`ops.softmax` for one token, on keys and values in buffers of fixed length, as in transformers' StaticCache.
 
-    State: keys and values [B, kv_heads, L, K or V], L a multiple of BLOCK, and the token's position [1], updated in place.
+    State: keys and values [B, kv_heads, L, K or V], L a multiple of BLOCK, updated in place, and the token's position [1].
     """
 
     @staticmethod
     def step(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None = None,
              state: Any = None) -> tuple[Tensor, Any]:  # fmt: skip
-        """Attend to all positions so far. q [B, H, K], k and v [B, kv_heads, K or V], no key_mask -> y [B, H, V], state."""
+        """Attend to all tokens up to this one: q [B, H, K], k and v [B, kv_heads, K or V] -> y [B, H, V], state.
+
+        key_mask is ignored: no token may be padded.
+        """
         keys, values, position = state
         keys.index_copy_(2, position, k[:, :, None])
         values.index_copy_(2, position, v[:, :, None])
@@ -60,7 +63,7 @@ class FixedSoftmax:
 
 
 def unsupported_reason(model: PreTrainedModel, length: int) -> str | None:
-    """Return why a Decoder would not compute what `model` does for sequences of `length` tokens, or None if it would."""
+    """Return why a Decoder's results would differ from `model`'s for sequences of `length` tokens, or None if they agree."""
     devices = sorted({str(x.device) for x in model.parameters()})
     if len(devices) > 1:
         return f"its weights lie on {' and '.join(devices)}"
@@ -79,7 +82,10 @@ def unsupported_reason(model: PreTrainedModel, length: int) -> str | None:
 
 
 def as_student(model: PreTrainedModel) -> Student:
-    """Return a new Student on the tensors of `model`, whose modules may be changed; of a Llama, with softmax in all layers."""
+    """Return a new Student that shares the tensors of `model`, a Student or a Llama, which becomes one with softmax mixers.
+
+    The new Student's modules may be changed without changing `model`.
+    """
     teacher: Any = SimpleNamespace(config=model.config, model=model)
     config = model.config if isinstance(model, Student) else StudentFactory("softmax").config(teacher)
     with torch.device("meta"):
@@ -90,17 +96,18 @@ def as_student(model: PreTrainedModel) -> Student:
 
 
 def state_of(memory: Any) -> State:
-    """Return the tensors of a layer's memory, each token of a convolution's tail by itself, so that it can move up in place."""
-    if not isinstance(memory, MixerState):  # of transformers' own cache
+    """Return the tensors of a layer's cache; a convolution's last tokens are split, so that each is overwritten in place."""
+    if not isinstance(memory, MixerState):  # a layer of transformers' own cache
         return (memory.keys, memory.values), {}
     return memory.op, {name: tail.split(1, 1) for name, tail in memory.tails.items()}
 
 
 def layer_step(layer: nn.Module, hidden: tuple[Tensor, ...], rope: Position | None, state: State,
                **mask: Tensor) -> tuple[Tensor, ...]:  # fmt: skip
-    """Run tokens through a layer, from and to one or (RowLayer) two tensors [B, T, D], and overwrite `state`.
+    """Run a layer on hidden states and overwrite its `state` -> its output.
 
-    mask: empty, or attention_mask, bool [B, T], which is False where padded.
+    hidden and the output are one tensor [B, T, D], or for a RowLayer two, whose sum counts. mask: empty, or attention_mask,
+    bool [B, T], which is False where padded.
     """
     memory = MixerState()
     memory.op, memory.tails = state[0], {name: torch.cat(tokens, 1) for name, tokens in state[1].items()}
@@ -118,21 +125,22 @@ class Decoder:
         tokens = [decoder.prefill(prompt)]
         while ...: tokens.append(decoder.step())
 
-    A Decoder shares the model's tensors and leaves its modules alone. States, token and position lie in buffers that every
-    step overwrites: of constant size for every mixer but softmax, whose keys and values have room for `max_length` tokens. On
-    a GPU, the first `prefill` compiles and captures the step, which takes seconds, and with `chunk` the reading of a chunk.
+    A Decoder shares the model's tensors and does not change its modules. States, token and position lie in buffers that every
+    step overwrites. The states have a constant size, except for softmax, whose keys and values have room for `max_length`
+    tokens. On a GPU, the first `prefill` compiles and captures the step, which takes seconds, and with `chunk` the reading of a
+    chunk.
     """
 
     def __init__(self, model: PreTrainedModel, max_length: int | None = None, temperature: float = 0.0, top_k: int = 0,
                  backend: Any = "auto", chunk: int = 0):  # fmt: skip
         """Set up decoding; buffers are allocated by the first `prefill`.
 
-        max_length: of prompt and new tokens; it must be given if a layer attends by softmax.
-        temperature: 0 takes the likeliest token, more samples, from the `top_k` likeliest if not 0.
-        backend: of torch.compile, None to compile nothing; auto: `decode_backend` on a GPU, else None.
-        chunk: tokens of a prompt that are read at once; 0 for all, without compiling it.
+        max_length: most tokens of prompt and continuation together; required if a layer has softmax attention.
+        temperature: 0 takes the likeliest token; above 0, tokens are sampled from all or, with `top_k`, from the k likeliest.
+        backend: backend of torch.compile, None to compile nothing; auto: `decode_backend` on a GPU, else None.
+        chunk: tokens of a prompt that are read at once; 0 reads the whole prompt at once, not compiled.
 
-        Raises InputError for an option out of range, and for a model of which a Decoder would not compute what it does.
+        Raises InputError for an option out of range, and for a model for which a Decoder's results would differ from its own.
         """
         if reason := unsupported_reason(model, max_length or 0):
             raise InputError(f"model: a Decoder would not compute what it does ({reason}): use its generate")
@@ -150,9 +158,9 @@ class Decoder:
 
     @torch.no_grad()
     def prefill(self, prompt: Tensor) -> Tensor:
-        """Start anew with a prompt [B, T] -> the next token [B, 1].
+        """Read a prompt [B, T] from an empty state -> the next token [B, 1].
 
-        Raises InputError for no token, if T exceeds max_length or if B differs from the first call's.
+        Raises InputError for an empty prompt, if T exceeds max_length, or if B differs from the first call's.
         """
         if prompt.ndim != 2 or prompt.numel() == 0:
             raise InputError(f"prompt {list(prompt.shape)}: give [B, T] of at least one token")
@@ -175,7 +183,7 @@ class Decoder:
 
     @torch.no_grad()
     def step(self) -> Tensor:
-        """Decode one token: return the token [B, 1] after the last. Raises InputError beyond max_length or before a prompt."""
+        """Decode and return the next token [B, 1]. Raises InputError beyond max_length and before any `prefill`."""
         if not self.states:
             raise InputError("step: no prompt has been read: call prefill first")
         self._check_room(self.length + 1)
@@ -201,14 +209,14 @@ class Decoder:
             raise InputError(f"{length} tokens exceed this Decoder's max_length {self.max_length}: give a greater max_length")
 
     def _prepare(self, cache: Cache, batch: int) -> None:
-        """Allocate buffers like the states in a prompt's cache; compile and capture the step on them."""
+        """Allocate buffers with the shapes of the states in a prompt's cache; compile and capture the step on them."""
         device = self.model.device
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.position = torch.zeros(1, dtype=torch.long, device=device)
         self.student = student = as_student(self.model)
         room = math.ceil((self.max_length or 0) / BLOCK) * BLOCK
         for mixer, memory in zip(student.mixers, cache.layers, strict=True):
-            mixer.layer_idx = 0  # in a cache of one layer: layers whose indices differed would be compiled one by one
+            mixer.layer_idx = 0  # its index in a OneLayerCache; with different indices, each layer would be compiled
             state = state_of(memory)
             if isinstance(mixer, Softmax):
                 mixer.op = FixedSoftmax  # type: ignore[assignment]
@@ -228,9 +236,9 @@ class Decoder:
         self.advance = self._captured(self._step)
 
     def _read_in_chunks(self, prompt: Tensor) -> None:
-        """Read a prompt [B, T] into the buffers, padded in front to whole chunks."""
+        """Read a prompt [B, T] into the buffers, padded on the left to whole chunks."""
         length = prompt.shape[1]
-        if not self.states:  # a padded token leaves no trace, so that the states after it are those of the beginning
+        if not self.states:  # a padded token changes no state, so the states after it are the initial ones
             padded = {"attention_mask": torch.zeros_like(prompt[:, :1]), "use_cache": True, "return_dict": True}
             cache = self.model(prompt[:, :1], **padded).past_key_values
             self._prepare(cache, len(prompt))
@@ -247,7 +255,7 @@ class Decoder:
         self.position.fill_(length)
 
     def _prepare_reading(self) -> None:
-        """Allocate buffers for a chunk of a prompt; compile and capture its reading, by layers that are not changed."""
+        """Allocate buffers for a chunk of a prompt; compile and capture its reading, by plain layers instead of RowLayers."""
         self.reader = as_student(self.model)
         for mixer in self.reader.mixers:
             mixer.layer_idx = 0
@@ -257,10 +265,10 @@ class Decoder:
         self.read = self._captured(self._read)
 
     def _captured(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Capture what `run` does as a CUDA graph -> what replays it; on a CPU, `run` itself."""
+        """Capture `run` as a CUDA graph -> a function that replays it; on a CPU, `run` itself."""
         if self.gpu or self.backend:
             with unlimited_recompiles():
-                for _ in range(2):  # in its first run a kernel may be compiled or tuned, which cannot be captured
+                for _ in range(2):  # kernels are compiled and tuned when they first run, which cannot be captured
                     run()
         if not self.gpu:
             return run
@@ -270,7 +278,7 @@ class Decoder:
         return self.graphs[-1].replay
 
     def _load(self, cache: Cache, length: int) -> None:
-        """Copy the states of a prompt of `length` tokens into the buffers and empty `cache` layer by layer, to free memory."""
+        """Copy the states after a prompt of `length` tokens from `cache` into the buffers, freeing `cache` layer by layer."""
         for index, (mixer, state) in enumerate(zip(self.student.mixers, self.states, strict=True)):
             read, cache.layers[index] = state_of(cache.layers[index]), None  # type: ignore[call-overload]
             if isinstance(mixer, Softmax):
@@ -289,7 +297,7 @@ class Decoder:
         predict(hidden)
 
     def _read(self) -> None:
-        """Read the tokens `piece` [B, chunk] at `positions` [1, chunk], padding where these are negative."""
+        """Read the tokens `piece` [B, chunk] at `positions` [1, chunk]; negative positions are padding."""
         mask = (self.positions >= 0).expand(len(self.piece), -1)
         embedded = self.reader.model.embed_tokens(self.piece)
         rope = self.reader.position(embedded, self.positions.clamp(min=0)) if self.uses_rope else None
@@ -300,7 +308,7 @@ class Decoder:
         self.token.copy_(self._choose(logits[:, -1]))
 
     def _embed(self, token: Tensor, position: Tensor) -> tuple[tuple[Tensor, ...], Position | None]:
-        """Embed token [B, 1] at position [1] -> the first layer's input, and RoPE's (cos, sin) if any mixer reads it."""
+        """Embed token [B, 1] at position [1] -> the first layer's input, and RoPE's (cos, sin) if any mixer uses it."""
         hidden = self.student.model.embed_tokens(token)
         rope = self.student.position(hidden, position[None]) if self.uses_rope else None
         return (hidden,) if self.head is None else (hidden / 2, hidden / 2), rope  # RowLayer adds its two inputs
@@ -319,6 +327,6 @@ class Decoder:
         if self.temperature == 0:
             return logits.argmax(-1, keepdim=True)
         logits, tokens = logits.float().topk(min(self.top_k or logits.shape[-1], logits.shape[-1]))
-        # the first of exponential clocks whose rates are the probabilities: unlike multinomial, it never waits for the GPU
+        # exponential variables with the probabilities as rates: the least one is a sample. multinomial would wait for the GPU
         clocks = torch.empty_like(logits).exponential_() / (logits / self.temperature).softmax(-1)
         return tokens.gather(-1, clocks.argmin(-1, keepdim=True))

@@ -1,4 +1,4 @@
-"""Generation of whole texts by a Decoder, where it takes the place of `model.generate`."""
+"""Generation of whole texts by a Decoder, in place of `model.generate`."""
 
 import torch
 from torch import Tensor
@@ -6,16 +6,17 @@ from transformers import PreTrainedModel
 
 from distill_pl.decoding.decoder import Decoder, unsupported_reason
 
-SUPPORTED_GENERATION_OPTIONS = {  # what a generation config may set: a Decoder heeds it, or it changes nothing here
+SUPPORTED_GENERATION_OPTIONS = {  # of a generation config: those that a Decoder follows or that change nothing here
     "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "use_cache",
     "max_length", "max_new_tokens",
 }  # fmt: skip
 
 
 def continue_prompt(model: PreTrainedModel, prompt: Tensor, max_new_tokens: int, temperature: float) -> Tensor | None:
-    """Continue a prompt [1, T] as `model.generate` does -> [1, T + n]; None where a Decoder cannot, for an option or the model.
+    """Continue a prompt [1, T] by n tokens as `model.generate` does -> [1, T + n].
 
-    The step is captured but not compiled: compiling takes longer than generating some thousand tokens.
+    n is `max_new_tokens`, or less after an end token. Returns None if a Decoder does not support the model or an option of its
+    generation config. The step is captured but not compiled: compiling takes longer than generating some thousand tokens.
     """
     options = model.generation_config
     length = prompt.shape[1] + max_new_tokens

@@ -1,4 +1,4 @@
-"""One token of a batch of one through a decoder layer of Llama's wiring, in as few GPU kernels as possible."""
+"""Run a decoder layer with Llama's structure on one token of a batch of one, in as few GPU kernels as possible."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from transformers.activations import ACT2FN
 
 from distill_pl.mixers.mixer import Position, RMSNorm
 
-LLAMA_LAYERS = tuple(f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3"))  # all of one wiring
+LLAMA_LAYERS = tuple(f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3"))  # all of one structure
 
 
 def is_llama_layer(layer: Any) -> bool:
-    """Return whether a decoder layer of transformers computes what a RowLayer does: Llama's wiring and a SwiGLU MLP."""
+    """Return whether a decoder layer of transformers computes what a RowLayer does: Llama's structure and a SwiGLU MLP."""
     return type(layer).__name__ in LLAMA_LAYERS and type(layer.mlp.act_fn) is type(ACT2FN["silu"])
 
 
@@ -20,7 +20,7 @@ class RowProducts(nn.Module):
     """Linears that read the same row as one kernel, `ops.gpu.row_products`, with the residual sum and norm before them."""
 
     def __init__(self, linears: list[nn.Linear], norm: nn.Module | None = None, gated: bool = False, heads: int = 1):
-        """Join linears. norm: RMS norm of the row; gated: silu(first product) * second, as in MLPs; heads: parts of a row."""
+        """Join linears. norm: RMSNorm of the row; gated: silu(first product) * second, as in MLPs; heads: heads in the row."""
         super().__init__()
         import distill_pl.ops.gpu.row_products  # noqa: F401 (registers the operator; here, because it loads Triton)
 
@@ -31,14 +31,14 @@ class RowProducts(nn.Module):
         self.eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Multiply x [1, 1, D] -> all products concatenated [1, 1, sum of N]; given a residual, also return x + residual."""
-        x = x.unflatten(-1, (self.heads, -1))  # unless the operator's input shows the heads, their norms are separate kernels
+        """Multiply x [1, 1, D] -> all products, concatenated [1, 1, sum of N]; with a residual, also return x + residual."""
+        x = x.unflatten(-1, (self.heads, -1))  # with heads as a dimension of the input, norms of heads need no extra kernel
         y, total = torch.ops.distill_pl.row_products(x, self.weights, self.biases, self.gain, self.eps, residual, self.gated)
         return y if residual is None else (y, total)
 
 
 class ProductSlice(nn.Module):
-    """Replacement of a linear whose product RowProducts has computed: selects its columns from all that it is given."""
+    """Replacement of a linear whose product RowProducts has computed: selects its columns from all products."""
 
     def __init__(self, start: int, size: int):
         super().__init__()
@@ -50,14 +50,14 @@ class ProductSlice(nn.Module):
 
 
 def realize(conv: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    """Make inductor write a convolution's output to memory once instead of recomputing it in every reader. A forward hook."""
+    """Make inductor write a convolution's output to memory instead of recomputing it in every reader; a forward hook."""
     return output.as_strided(output.shape, output.stride())
 
 
 class RowLayer(nn.Module):
-    """A decoder layer for one token of a batch of one, which takes over the mixer of `layer` and changes its modules.
+    """A decoder layer for one token of a batch of one, which uses the mixer of `layer` and replaces its linears.
 
-    The residual sum is left to the kernel that reads it: update and hidden state pass from layer to layer as two tensors.
+    The residual sum is computed by the kernel that reads it, so a layer returns its update and the hidden state as two tensors.
     """
 
     def __init__(self, layer: Any):
@@ -65,14 +65,14 @@ class RowLayer(nn.Module):
         self.mixer, self.norm, self.products = layer.self_attn, layer.input_layernorm, None
         linears = {name: module for name, module in self.mixer.named_modules() if isinstance(module, nn.Linear)}
         o_proj = linears.pop("o_proj")
-        # that read the normalised row: not the second of two projections, and none after a token shift (RWKV-7)
+        # keep linears that read the normalised row: not the second of two projections, and none after a token shift (RWKV-7)
         shifts = hasattr(self.mixer, "shifts")
         linears = {name: linear for name, linear in linears.items() if not (shifts or name.endswith((".1", ".2")))}
         start = 0
         for name, linear in linears.items():
             self.mixer.set_submodule(name, ProductSlice(start, linear.out_features))
             start += linear.out_features
-        if hasattr(self.mixer, "conv"):  # which reads the normalised row before the linears do (MetaLA)
+        if hasattr(self.mixer, "conv"):  # the linears read the row after this convolution (MetaLA)
             products = RowProducts(list(linears.values()))
             self.mixer.conv.register_forward_hook(lambda conv, inputs, output: products(output))
         elif linears:
@@ -84,14 +84,14 @@ class RowLayer(nn.Module):
         norm = getattr(self.mixer, "norm", None)
         last = not self.mixer.beside_window and "gate_proj" not in linears
         if isinstance(norm, RMSNorm) and len(norm.weight) == o_proj.in_features and last:
-            self.mixer.norm = nn.Identity()  # a norm over all heads that o_proj alone reads (HGRN2): 0.564 -> 0.517 ms
+            self.mixer.norm = nn.Identity()  # a norm over all heads that only o_proj reads (HGRN2) is fused: 0.564 -> 0.517 ms
             self.mixer.o_proj = RowProducts([o_proj], norm, heads=self.mixer.heads)
         self.up = RowProducts([layer.mlp.gate_proj, layer.mlp.up_proj], layer.post_attention_layernorm, gated=True)
         self.down = RowProducts([layer.mlp.down_proj])
 
     def forward(self, update: Tensor, hidden: Tensor, position_embeddings: Position | None,
                 past_key_values: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Run the layer on hidden + update, both [1, 1, D] -> the layer's own update and the hidden state to add it to."""
+        """Run the layer on hidden + update, both [1, 1, D] -> this layer's update and the hidden state to which it is added."""
         if self.products is None:
             hidden = hidden + update
             row = self.norm(hidden)
