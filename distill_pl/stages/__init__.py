@@ -1,4 +1,4 @@
-"""The three stages of the study, in order; the names are those of the configuration."""
+"""The three stages of the study in order, by their names in the configuration."""
 
 from distill_pl.stages.hidden_align import HiddenAlignStage
 from distill_pl.stages.kd import KDStage

@@ -11,26 +11,26 @@ from distill_pl.stages.async_copy import AsyncCopy
 
 
 class Step(NamedTuple):
-    """Remember a training step until it is known whether its loss and gradient were finite."""
+    """Hold a training step until it is known whether its loss and gradient were finite."""
 
-    number: int
+    number: int  # counted from 1
     batch: Tensor  # tokens [B, T] of its last micro-batch
-    values: Tensor  # loss and parts
-    finite: AsyncCopy  # bool
+    values: Tensor  # the loss, then its parts
+    finite: AsyncCopy  # of a bool: whether loss and gradient were finite
 
 
 class FiniteCheck:
-    """Check every step of a stage once, a step late: asking at once would make the CPU wait for the GPU (6% of a step)."""
+    """Check every step of a stage, one step late: at once, the CPU would wait for the GPU (6% of a step)."""
 
     def __init__(self) -> None:
         self.pending: Step | None = None
 
     def record(self, step: Step) -> None:
-        """Remember a step, to be checked by the next `verify`."""
+        """Store a step, which the next `verify` checks."""
         self.pending = step
 
     def verify(self, stage: Any) -> None:
-        """Raise Diverged, naming step and layer, if the loss or gradient of the step recorded of a Stage was not finite."""
+        """Raise Diverged, naming step and layer, if the loss or gradient of the recorded step of `stage` was not finite."""
         step, self.pending = self.pending, None
         if step is not None and not step.finite.get():
             raise Diverged(
@@ -41,7 +41,7 @@ class FiniteCheck:
 
 @torch.no_grad()
 def _first_not_finite(stage: Any, step: Step) -> str:
-    """Run the step again to say where a value first stops being finite: a layer, a part of the loss, or a gradient."""
+    """Run a step's last micro-batch again and name what is not finite first: a layer, a part of the loss, or a gradient."""
     hidden = stage.student.model.embed_tokens(step.batch)
     position = stage.student.position(hidden)
     for index, layer in enumerate(stage.student.model.layers):
@@ -56,4 +56,4 @@ def _first_not_finite(stage: Any, step: Step) -> str:
         loss, _ = stage.losses(step.batch, seed=step.number - 1)
         gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     bad = [name for name, g in zip(trained, gradients, strict=True) if g is not None and not g.isfinite().all()]
-    return f"in the gradient of {bad[-1]}" if bad else "in a gradient"  # the last layer: gradients flow from there down
+    return f"in the gradient of {bad[-1]}" if bad else "in a gradient"  # the last one: gradients flow backward

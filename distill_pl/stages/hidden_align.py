@@ -19,8 +19,8 @@ class HiddenAlignStage(Stage):
     The mixers train; the norms and MLPs around them stay the teacher's until the last stage.
 
     Args:
-        target: what is compared: `block`, the output of the whole block (Eq. 8), or `mixer`, that of the mixer with the output
-            of the teacher's attention, after o_proj.
+        target: what is compared: `block`, the outputs of whole blocks (Eq. 8), or `mixer`, the outputs of the mixer and of the
+            teacher's attention, after o_proj.
         norm: distance of two hidden states: `l2` is Eq. 8's, `mse` the mean squared error.
         decay: share of the steps, at the end, in which the learning rate falls.
     """
@@ -44,22 +44,22 @@ class HiddenAlignStage(Stage):
 
     @property
     def part_names(self) -> list[str]:
-        """Name one part a layer."""
+        """Name one part of the loss per layer."""
         return self.layer_names()
 
     def share_of_lr(self, step: int, steps: int) -> float:
-        """Return the share of the learning rate: warm-up, stable, decay (section 4.3)."""
+        """Return the learning rate at `step` of `steps` as a share of its maximum: warm-up, stable, decay (section 4.3)."""
         return warmup_stable_decay(step, steps, self.warmup, self.decay)
 
     def losses_given(self, tokens: Tensor, *drawn: Tensor) -> tuple[Tensor, Tensor]:
-        """Average Eq. 8's distances over the layers of a batch of tokens [B, T]."""
+        """Compute Eq. 8's distance of each layer for tokens [B, T] -> their mean, and the distances [layers], detached."""
         layers = zip(self.student.model.layers, self.teacher.layers(tokens, with_mixed=self.target == "mixer"), strict=True)
         parts = torch.stack([self.layer_distance(student_layer, layer, self.norm) for student_layer, layer in layers])
         return parts.mean(), parts.detach()
 
 
 def layer_distance(student_layer: nn.Module, layer: Layer, norm: Literal["l2", "mse"]) -> Tensor:
-    """Compute Eq. 8 for one layer, a scalar: of mixers where the teacher's layer says what its attention computed."""
+    """Compute Eq. 8 for one layer, a scalar: for outputs of mixer and attention if `layer.mixed` is given, else of blocks."""
     if layer.mixed is None:
         return hidden_distance(student_layer(layer.input, position_embeddings=layer.position), layer.output, norm)
     mixed, _ = student_layer.self_attn(student_layer.input_layernorm(layer.input), layer.position)

@@ -15,20 +15,20 @@ from distill_pl.tokens import Tokens
 class KDStage(Stage):
     """Stage 3, knowledge distillation end to end (Eqs. 5 and 6).
 
-    Minimise ce times the cross-entropy on the text plus alpha times the divergence of student and teacher.
+    The loss is ce times the cross-entropy on the text plus alpha times the divergence of student and teacher.
 
     Args:
         tokens: training tokens of this stage; default: the run's `tokens` less those of the other stages; 0 skips it.
-        ce: weight of the cross-entropy; 0 leaves the text to the teacher.
+        ce: weight of the cross-entropy; with 0 the student learns from the teacher's distributions alone.
         alpha: weight of the divergence; 0 is plain training, without a teacher (Appendix B).
         temperature: softens both distributions in the divergence, which is multiplied by its square.
         divergence: `forward` is KL(teacher || student) of Eq. 6, `reverse` KL(student || teacher), `jensen_shannon` the mean of
             both distributions' KL to their mean.
-        top_k: take the divergence over the teacher's k likeliest tokens and all others together as one; default: over all.
+        top_k: compute the divergence over the teacher's k likeliest tokens and one class of all others; default: all tokens.
         train: `all` parameters of the student, or its `mixers` alone.
         other_lr: learning rate outside the mixers, as a factor of lr.
-        schedule: course of the learning rate after warm-up: `linear` to final_lr (section 4.3), `cosine` to it, or
-            `stable_decay`: level, and linear over the share `decay` at the end.
+        schedule: learning rate after warm-up: `linear` decay to final_lr (section 4.3), `cosine` decay to final_lr, or
+            `stable_decay`: constant, then linear decay to final_lr over the share `decay` of the steps.
         decay: share of the steps, at the end, in which the learning rate falls; only with schedule stable_decay.
         final_lr: learning rate at the end, as a share of lr.
     """
@@ -82,11 +82,11 @@ class KDStage(Stage):
 
     @property
     def part_names(self) -> list[str]:
-        """Name the terms of the loss; the divergence is logged as KL, whichever it is."""
+        """Name the terms of the loss; every kind of divergence is logged as train/kl."""
         return ["train/ce", "train/kl"] if self.objective.alpha else ["train/ce"]
 
     def share_of_lr(self, step: int, steps: int) -> float:
-        """Return the share of the learning rate: warm-up, then linear decay (section 4.3), or another schedule."""
+        """Return the learning rate at `step` of `steps` as a share of its maximum: warm-up, then the schedule."""
         if self.schedule == "stable_decay":
             share = warmup_stable_decay(step, steps, self.warmup, self.decay)
         else:
@@ -98,22 +98,22 @@ class KDStage(Stage):
         return self.final_lr + (1 - self.final_lr) * share
 
     def losses_given(self, tokens: Tensor, *drawn: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the objective for a batch of tokens [B, T]."""
+        """Compute the loss for a batch of tokens [B, T] -> a scalar, and its terms [CE, divergence] or [CE], detached."""
         return self.losses_of(tokens, *self.hidden_states(tokens))
 
     def hidden_states(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Run tokens [B, T] -> final hidden states [B, T, D] of the student and, unless alpha is 0, of the teacher."""
+        """Run both models on tokens [B, T] -> final hidden states [B, T, D] of student and teacher; None if alpha is 0."""
         return self.student.hidden_states(tokens), self.teacher.hidden_states(tokens) if self.objective.alpha else None
 
     def losses_of(self, tokens: Tensor, student: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Compute the objective and its terms from final hidden states [B, T, D]; teacher is None for plain training."""
+        """Compute the loss and its terms from final hidden states [B, T, D]; teacher is None for plain training."""
         if teacher is None:
             loss, parts = next_token_loss(tokens, student, self.student.lm_head, objective=self.objective, terms=self.terms)
             return loss, parts[:1]
         return next_token_loss(tokens, student, self.student.lm_head, teacher, self.teacher.head, self.objective, self.terms)
 
     def validate(self, tokens: Tensor) -> dict[str, Tensor]:
-        """Compute the metrics of held-out tokens [B, T], running each model once."""
+        """Compute loss, student_ce and, with a teacher, teacher_ce of held-out tokens [B, T], running each model once."""
         student, teacher = self.hidden_states(tokens)
         loss, parts = self.losses_of(tokens, student, teacher)
         metrics = {"loss": loss, "student_ce": parts[0]}

@@ -14,21 +14,21 @@ from distill_pl.stages.optim import warmup_stable_decay
 from distill_pl.stages.stage import Stage
 from distill_pl.teacher import Layer
 
-# entries of T x T matrices, over all heads, that exist together; one sequence's matrices always do
+# most entries of T x T matrices, over sequences and heads, in memory at once; but at least one sequence's
 ENTRIES_AT_ONCE = {"cpu": 2**22, "cuda": 2**28}
 
 
 class MatrixMixingStage(Stage):
     """Stage 1, matrix mixing: train each layer's mixing matrix towards the teacher's attention matrix (Eq. 7).
 
-    Student layer l reads the teacher's input of layer l; only parameters that its mixing matrix depends on train.
+    Student layer l reads the teacher's input of layer l. Only parameters on which the mixing matrices depend are trained.
 
     Args:
         decay: share of the steps, at the end, in which the learning rate falls.
         estimator: `exact` builds both T x T matrices, a few sequences of the batch at a time; `probe` estimates their
             distance without building them: for random signs z, E |(A_t - A_s) z|^2 = |A_t - A_s|_F^2.
         norm: `frobenius`, the Frobenius norm of the difference, or `mse`, its mean squared entry (Appendix B).
-        probes: number of random vectors z; more give a better estimate.
+        probes: number of random vectors z; more give a more exact estimate.
     """
 
     name = "matrix_mixing"
@@ -66,24 +66,24 @@ class MatrixMixingStage(Stage):
 
     @property
     def part_names(self) -> list[str]:
-        """Name one part a layer."""
+        """Name one part of the loss per layer."""
         return self.layer_names()
 
     def share_of_lr(self, step: int, steps: int) -> float:
-        """Return the share of the learning rate: warm-up, stable, decay (section 4.3)."""
+        """Return the learning rate at `step` of `steps` as a share of its maximum: warm-up, stable, decay (section 4.3)."""
         return warmup_stable_decay(step, steps, self.warmup, self.decay)
 
     def draw(self, tokens: Tensor, seed: int) -> tuple[Tensor, ...]:
-        """Draw the probes: random signs z [1, T, 1, P]; nothing for exact matrices."""
+        """Draw the probes from `seed`: random signs z [1, T, 1, P], int8; nothing for exact matrices."""
         if self.estimator == "exact":
             return ()
         generator = torch.Generator().manual_seed(seed)
         bits = torch.randint(0, 2, (1, tokens.shape[1], 1, self.probes), generator=generator, dtype=torch.int8)
-        signs = bits.to(tokens.device) * 2 - 1  # int8, as the CPU waits for an idle GPU to copy more than 64 KiB
+        signs = bits.to(tokens.device) * 2 - 1  # int8: before copies of more than 64 KiB the CPU waits for an idle GPU
         return (signs,)
 
     def losses_given(self, tokens: Tensor, *drawn: Tensor) -> tuple[Tensor, Tensor]:
-        """Average Eq. 7's distances over the layers of a batch of tokens [B, T]."""
+        """Compute Eq. 7's distance of each layer for tokens [B, T] -> their mean, and the distances [layers], detached."""
         distances = []
         for student_layer, layer in zip(self.student.model.layers, self.teacher.layers(tokens), strict=True):
             if self.estimator == "exact":
@@ -98,7 +98,7 @@ class MatrixMixingStage(Stage):
 def squared_distance(student_layer: nn.Module, hidden: Tensor, query: Tensor, key: Tensor, scale: float, position) -> Tensor:
     """Compute |A_teacher - A_student|_F^2 [B, H] from both matrices.
 
-    hidden [B, T, D] is the teacher's input of the layer; query and key [B, T, heads, K] are the teacher's, after RoPE.
+    hidden [B, T, D], the layer's input, query and key [B, T, heads, K], after RoPE, scale and position are the teacher's.
     """
     student = student_layer.self_attn.matrix(student_layer.input_layernorm(hidden), position)
     return (softmax.matrix(query, key, scale) - student).square().sum((-2, -1))
@@ -116,7 +116,7 @@ def exact_distance(student_layer: nn.Module, layer: Layer, norm: Literal["froben
                    squared_distance: Callable = squared_distance) -> Tensor:  # fmt: skip
     """Compute Eq. 7 for one layer, a scalar, from the matrices of a few sequences at a time.
 
-    The gradient is made along with the loss, so that no matrix is kept for the backward pass or built again in it.
+    The gradient is computed along with the loss, so that no matrix is kept for the backward pass or built again in it.
     """
     batch, length, heads, _ = layer.query.shape
     at_once = max(1, ENTRIES_AT_ONCE["cuda" if layer.query.is_cuda else "cpu"] // (heads * length**2))
@@ -132,7 +132,7 @@ def exact_distance(student_layer: nn.Module, layer: Layer, norm: Literal["froben
 
 
 class _SumOverPieces(torch.autograd.Function):
-    """Sum `distance` over pieces of a batch, computing the gradient of each piece right away."""
+    """Sum `distance` over pieces of a batch; the forward pass also computes the gradient of each piece."""
 
     @staticmethod
     def forward(ctx, distance, pieces, *parameters):
@@ -153,7 +153,7 @@ class _SumOverPieces(torch.autograd.Function):
 
 
 def mixing_parameters(mixer: SequenceMixer) -> list[torch.nn.Parameter]:
-    """Find the parameters that A depends on: those for which a matrix of four tokens has a gradient."""
+    """Find the parameters on which A depends: those for which the matrix of four random tokens has a gradient."""
     parameters = list(mixer.requires_grad_(True).parameters())
     device = parameters[0].device
     generator = torch.Generator().manual_seed(0)

@@ -11,9 +11,9 @@ from torch.optim import AdamW, Optimizer
 
 def adamw(parameters: Iterable[Parameter], lr: float, weight_decay: float,
           share_of_lr: Callable[[Parameter], float] = lambda _: 1.0) -> AdamW:  # fmt: skip
-    """Build AdamW with betas (0.9, 0.95), fused on a GPU; matrices decay, norms and biases do not.
+    """Build AdamW with betas (0.9, 0.95), fused on a GPU, with weight decay for matrices but not for norms and biases.
 
-    share_of_lr says what share of `lr` a parameter learns at; the first group has the largest.
+    share_of_lr gives a parameter's learning rate as a share of `lr`; groups are sorted so that the first has the largest.
     """
     parameters = [p for p in parameters if p.requires_grad]
     groups: dict[tuple[float, bool], list[Parameter]] = {}
@@ -27,7 +27,7 @@ def adamw(parameters: Iterable[Parameter], lr: float, weight_decay: float,
 
 
 def warmup_stable_decay(step: int, steps: int, warmup: float, decay: float) -> float:
-    """Return the share of the maximum learning rate at `step` of `steps`: up, level, down to 0.
+    """Return the learning rate at `step` of `steps` as a share of its maximum: rising, constant, then falling to 0, linearly.
 
     warmup and decay are the shares of the steps in which the rate rises and falls.
     """
@@ -36,7 +36,7 @@ def warmup_stable_decay(step: int, steps: int, warmup: float, decay: float) -> f
 
 
 def linear(step: int, steps: int, warmup: float) -> float:
-    """Return the share of the maximum learning rate at `step` of `steps`: up for a share `warmup`, then down to 0."""
+    """Return the learning rate at `step` of `steps` as a share of its maximum: rising for a share `warmup`, falling to 0."""
     return warmup_stable_decay(step, steps, warmup, decay=1 - warmup)
 
 
@@ -46,14 +46,14 @@ def clips_inside_step(optimizer: Optimizer, norm: Tensor) -> bool:
 
 
 def clip_inside_step(optimizer: Optimizer, norm: Tensor, clip: float, finite: Tensor) -> None:
-    """Let a fused optimizer's next step clip gradients of this norm to `clip`, and change nothing unless `finite`.
+    """Make the next step of a fused optimizer clip gradients of norm `norm` to `clip`, and change nothing unless `finite`.
 
-    The CPU then waits for neither. torch's fused optimizers divide gradients by their attribute `grad_scale` and skip the step
-    where `found_inf` is 1; both attributes are how torch's GradScaler talks to them and are not documented.
+    `norm` and `finite`, scalars on the GPU, need not be copied to the CPU. torch's fused optimizers divide gradients by their
+    attribute `grad_scale` and skip the step if `found_inf` is 1; both attributes serve torch's GradScaler and are undocumented.
     """
     vars(optimizer).update(grad_scale=(norm.float() / clip).clamp(min=1), found_inf=(~finite).float())
 
 
 def clip_now(parameters: Sequence[Parameter], norm: Tensor, clip: float) -> None:
-    """Scale the gradients of `parameters`, whose norm all together is `norm`, to a norm of at most `clip`."""
+    """Scale the gradients of `parameters`, whose common norm is `norm`, to a norm of at most `clip`."""
     clip_grads_with_norm_(parameters, clip, norm)

@@ -15,7 +15,7 @@ from distill_pl.student.modeling import Student
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
-    """Shard over all ranks in one dimension; a checkpoint is one file, as under any other strategy."""
+    """Shard over all ranks in one dimension; a checkpoint is a single file, as with other strategies."""
 
     def __init__(self):
         super().__init__(save_distributed_checkpoint=False)
@@ -32,12 +32,12 @@ def is_sharded(student: Student) -> bool:
 
 
 def shard(student: Student, called: Sequence[nn.Module], teacher: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard both models in place over the mesh; each layer is gathered while it computes. Collective.
+    """Shard both models in place over the mesh; each layer is gathered while it computes. All ranks must call this.
 
-    called: the student's layers or, where a stage calls mixers and the norms before them alone, its mixers. The teacher may
-    be sharded already, by an earlier stage.
+    called: the student's layers or, if a stage calls only mixers and the norms before them, its mixers. The teacher may have
+    been sharded by an earlier stage.
     """
-    warnings.filterwarnings("ignore", message=".*returned a view tensor")  # which nothing here changes in place
+    warnings.filterwarnings("ignore", message=".*returned a view tensor")  # harmless: nothing here changes the view in place
     for layer in student.model.layers:
         if layer.self_attn in called:
             fully_shard(layer.input_layernorm, mesh=mesh)
@@ -50,17 +50,20 @@ def shard(student: Student, called: Sequence[nn.Module], teacher: nn.Module, mes
         student.hidden_states(torch.zeros(1, 1, dtype=torch.long, device=mesh.device_type))
     for layer in teacher.model.layers:
         if not isinstance(layer, FSDPModule):
-            # each layer is a root of its own, which FSDP would leave gathered after its forward pass
+            # each layer is an FSDP root, and by default FSDP does not reshard a root after its forward pass
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
 
 
 def eagerly(device_type: str) -> AbstractContextManager:
-    """Return a context in which nothing compiles; on a CPU, where nothing does, it does not import the compiler."""
+    """Return a context in which torch.compile runs functions eagerly; on a CPU an empty one, which imports no compiler."""
     return torch.compiler.set_stance("force_eager") if device_type == "cuda" else nullcontext()
 
 
 def unsharded(student: Student) -> Student:
-    """Return a whole copy on the CPU, whose weights are right on rank 0 alone; an unsharded student itself. Collective."""
+    """Return an unsharded copy on the CPU, with valid weights on rank 0 only, or the student itself if it is not sharded.
+
+    All ranks must call this.
+    """
     if not is_sharded(student):
         return student
     weights = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

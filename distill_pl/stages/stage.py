@@ -1,4 +1,4 @@
-"""Train a student against a frozen teacher on one loss made of named parts: the base of the three stages."""
+"""The base class of the three stages: train a student with a frozen teacher on a loss that consists of named parts."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -28,9 +28,9 @@ class Stage(L.LightningModule):
     """Train a student on one objective against a frozen teacher.
 
     A subclass names the parts of its loss in `part_names`, computes them in `losses_given`, and returns from `trained` the
-    parameters that it trains. After a training step, `values` (this rank's share of the batch: the loss, then its parts) and
-    `grad_norm` are there to be logged; after a validation run, `validation` holds the held-out `loss` and the cross-entropy of
-    teacher and student, `teacher_ce` and `student_ce`, in nats a token.
+    parameters that it trains. After a training step, `values` holds the loss and then its parts, averaged over this rank's
+    share of the batch, and `grad_norm` the gradient's norm, for logging. After validation, `validation` holds the held-out
+    `loss` and the cross-entropies `teacher_ce` and `student_ce`, in nats per token.
 
     Args:
         tokens: training tokens of this stage; 0 skips it.
@@ -41,8 +41,8 @@ class Stage(L.LightningModule):
     """
 
     name: ClassVar[str]
-    compiles: ClassVar[tuple[str, ...]] = ()  # attributes, functions, that distill_pl.compiling may compile
-    compiles_with_layer: ClassVar[tuple[str, ...]] = ()  # those that call one layer
+    compiles: ClassVar[tuple[str, ...]] = ()  # names of attributes, functions that distill_pl.compiling may compile
+    compiles_with_layer: ClassVar[tuple[str, ...]] = ()  # names of more of them, which call one layer
 
     def __init__(
         self,
@@ -61,12 +61,12 @@ class Stage(L.LightningModule):
                 raise InputError(f"{self.name}.{key} {value} is out of range")
         self.student = student
         self.other_lr = 1.0  # learning rate outside the mixers, as a factor of lr
-        self.teacher = teacher  # no nn.Module: neither DDP nor a checkpoint sees it
+        self.teacher = teacher  # not an nn.Module, so that neither DDP nor checkpoints include it
         self.lr, self.warmup, self.weight_decay, self.clip = lr, warmup, weight_decay, clip
         self.values: Tensor = torch.zeros(1)
         self.grad_norm: Tensor = torch.zeros(())
         self.validation: dict[str, float] = {}
-        self.validated_at = -1  # step
+        self.validated_at = -1  # step of the last validation
         self.finite = FiniteCheck()
         self.captured_losses: Callable | None = None  # `losses_given` as CUDA graphs, if distill_pl.compiling made them
         self.graph_bytes = 0  # GPU memory that these graphs hold beyond what counts as allocated
@@ -79,17 +79,17 @@ class Stage(L.LightningModule):
 
     @abstractmethod
     def losses_given(self, tokens: Tensor, *drawn: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the loss to minimise (scalar) and its parts (one value per name, detached).
+        """Compute the loss to minimise (scalar) and its parts (one value per name, detached) for tokens [B, T].
 
-        tokens [B, T]; drawn is what `draw` returned for them.
+        drawn: the random tensors that `draw` returned for these tokens.
         """
 
     def draw(self, tokens: Tensor, seed: int) -> tuple[Tensor, ...]:
-        """Draw what is random in the losses of tokens [B, T], from `seed` alone: a resumed run takes the same steps."""
+        """Draw the random tensors of the losses of tokens [B, T] from `seed` alone: a resumed run takes the same steps."""
         return ()
 
     def losses(self, tokens: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Compute the loss and its parts for tokens [B, T], drawing what is random."""
+        """Compute the loss (scalar) and its parts (detached) for tokens [B, T], with random tensors drawn from `seed`."""
         return self.losses_given(tokens, *self.draw(tokens, seed))
 
     @abstractmethod
@@ -97,7 +97,7 @@ class Stage(L.LightningModule):
         """Return the learning rate at `step` of `steps` as a share of its maximum."""
 
     def layer_names(self) -> list[str]:
-        """Name the parts of a loss that has one part a layer."""
+        """Name the parts of a loss with one part per layer: align/layer_00, ..."""
         return [f"align/layer_{index:02d}" for index in range(len(self.student.mixers))]
 
     def compiled_modules(self) -> list[nn.Module]:
@@ -105,7 +105,7 @@ class Stage(L.LightningModule):
         return []
 
     def called(self) -> Sequence[nn.Module]:
-        """Return the modules of the student that the losses call one after the other: its layers, or its mixers."""
+        """Return the modules of the student that the losses call: its layers, or its mixers."""
         return self.student.model.layers
 
     @abstractmethod
@@ -117,7 +117,7 @@ class Stage(L.LightningModule):
         return [parameter for mixer in self.student.mixers for parameter in mixer.parameters()]
 
     def configure_model(self) -> None:
-        """Freeze and unfreeze parameters, before DDP fixes which gradients it reduces; under FSDP, shard both models."""
+        """Set which parameters train, before DDP fixes which gradients it reduces; under FSDP, shard both models."""
         if is_sharded(self.student):
             return  # Lightning calls this hook again for a validation after training
         trained = self.trained()
@@ -130,7 +130,7 @@ class Stage(L.LightningModule):
     def on_fit_start(self) -> None:
         """Move the teacher to the student's device: Lightning moves only submodules.
 
-        Raises InputError for a precision whose gradients are scaled: they would be clipped at many times their size, and an
+        Raises InputError for a precision with gradient scaling: gradients would be clipped at their scaled size, and an
         overflow, which a scaler expects, would count as divergence.
         """
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
@@ -138,21 +138,21 @@ class Stage(L.LightningModule):
         self.teacher.to(self.device)
 
     def on_validation_start(self) -> None:
-        """Move the teacher to the student's device; validate only a student whose last step was finite."""
+        """Move the teacher to the student's device. Raises Diverged if the last step was not finite."""
         self.teacher.to(self.device)
         self.finite.verify(self)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Save only a student whose last step was finite."""
+        """Raise Diverged, before anything is saved, if the last step was not finite."""
         self.finite.verify(self)
 
     def on_train_end(self) -> None:
-        """Check the last step, and free the gradients."""
+        """Raise Diverged if the last step was not finite; free the gradients."""
         self.finite.verify(self)
         self.student.zero_grad()
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Compute the loss of one micro-batch of tokens [B, T]; add up `values` over a step's micro-batches."""
+        """Compute the loss of one micro-batch of tokens [B, T]; average `values` over a step's micro-batches."""
         self.batch = batch
         micro_batches = self.trainer.accumulate_grad_batches
         loss, parts = (self.captured_losses or self.losses_given)(batch, *self.draw(batch, seed=self.global_step))
@@ -161,16 +161,16 @@ class Stage(L.LightningModule):
         return loss
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Add held-out tokens [B, T] to the metrics.
+        """Add the losses of held-out tokens [B, T] to the metrics.
 
-        Nothing compiles here: the check of the losses at step 0 must fail at once, not after a minute of compilation.
+        Nothing is compiled here: the check of the loss at step 0 must fail at once, not after a minute of compilation.
         """
         with eagerly(self.device.type):
             for key, value in self.validate(batch).items():
                 self.metrics[key].update(value, len(batch))
 
     def validate(self, tokens: Tensor) -> dict[str, Tensor]:
-        """Compute the metrics of held-out tokens [B, T]: the stage's loss, and next-token cross-entropy of both models."""
+        """Compute the stage's loss and both models' next-token cross-entropies, in nats per token, of tokens [B, T]."""
         loss, _ = self.losses(tokens, seed=0)  # one seed for all batches: the result must not depend on the batch size
         return {
             "loss": loss,
@@ -186,7 +186,7 @@ class Stage(L.LightningModule):
             metric.reset()
 
     def configure_optimizers(self):
-        """Build AdamW and the schedule over the stage's steps."""
+        """Build AdamW and the learning-rate schedule over `trainer.max_steps`."""
         mixers = {id(parameter) for parameter in self.mixer_parameters()}
         share_of_lr = lambda parameter: 1.0 if id(parameter) in mixers else self.other_lr  # noqa: E731
         optimizer = adamw(self.student.parameters(), self.lr, self.weight_decay, share_of_lr)
@@ -195,7 +195,10 @@ class Stage(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *args, **kwargs) -> None:
-        """Clip the gradient to a norm of `clip`; take no step, and stop, if loss or gradient is not finite."""
+        """Clip the gradient to a norm of `clip`.
+
+        If loss or gradient is not finite, the step is skipped and Diverged raised: at once, or on a GPU at the next step.
+        """
         parameters = [p for p in self.student.parameters() if p.grad is not None]
         norm = get_total_norm([p.grad for p in parameters])
         self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
