@@ -11,26 +11,24 @@ from distill_pl.student.modeling import Student
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 STEPS = 12
+ways = pytest.mark.parametrize(("rows", "compiled"), [(1, True), (3, False)], ids=["compiled", "captured"])
 
 
-@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "captured"])
-@pytest.mark.parametrize("rows", [1, 3])
+@ways
 def test_tokens_are_those_of_plain_decoding(teacher, name, rows, compiled):
     """In fp32, where no two logits are equal: bf16 rounds elsewhere when compiled."""
     check_tokens(StudentFactory(name, init="fresh", softmax_layers=[1]).build(teacher, seed=0), rows, compiled)
 
 
-@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "captured"])
-@pytest.mark.parametrize("rows", [1, 3])
+@ways
 @pytest.mark.parametrize("mixer", ["swa", "gla", "delta_net"])
 def test_tokens_with_a_window_are_those_of_plain_decoding(teacher, mixer, rows, compiled):
     check_tokens(StudentFactory(mixer, init="fresh", window=8, sinks=2).build(teacher, seed=0), rows, compiled)
 
 
-@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "captured"])
-def test_prompts_read_in_captured_chunks_are_those_read_at_once(teacher, name, compiled):
+def test_prompts_read_in_captured_chunks_are_those_read_at_once(teacher, name):
     student = StudentFactory(name, init="fresh").build(teacher, seed=0)
-    check_tokens(student, 2, compiled, chunk=16, graphs=1 if name == "softmax" else 2)
+    check_tokens(student, rows=2, compiled=True, chunk=16, graphs=1 if name == "softmax" else 2)
 
 
 def check_tokens(student: Student, rows: int, compiled: bool, chunk: int = 0, graphs: int = 1) -> None:
