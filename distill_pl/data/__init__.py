@@ -1,1 +1,1 @@
-"""Text datasets, their packing into token ids on disk, and batches of these."""
+"""Text datasets: their files, their packing into token ids on disk, and batches of packed ids."""

@@ -3,12 +3,12 @@
 Tokenising inside the training loop is ten times slower than reading packed ids and hard to resume exactly, so the text is
 packed once:
 
-    cache/<name>-<key>/train.bin        documents, special tokens around each, concatenated; chunk i is ids [i*T, (i+1)*T)
-                       validation.bin   the same, of documents that train.bin never holds
-                       sidecar.json     how many of those ids are safely on disk, and where in the dataset they end
+    cache/<name>-<key>/train.bin        token ids of all documents, each with its special tokens; chunk i is ids [i*T, (i+1)*T)
+                       validation.bin   the same for held-out documents, none of which is in train.bin
+                       sidecar.json     how many of these ids are safely on disk, and the position in the dataset after them
 
-The sidecar is replaced atomically once the ids are on disk. After a kill the files are truncated to what the sidecar
-records and the dataset continues from the position in it: the bytes equal those of an uninterrupted preparation.
+The sidecar is replaced atomically once the ids are on disk. After a kill, the files are truncated to what the sidecar records
+and packing continues from its position in the dataset: the bytes equal those of an uninterrupted run.
 """
 
 import hashlib
@@ -36,30 +36,29 @@ from distill_pl.tokens import short
 
 FORMAT = 3  # part of the key: raise it when the same text would be packed differently
 FILES = ["validation", "train"]  # in the order in which they are filled; the dataset's splits have the same names
-BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 2_000_000  # whichever comes first; batches of thousands were slower
-SAVE_TOKENS, SAVE_SECONDS = 4_000_000, 3.0  # whichever comes first; a kill loses at most this much work
-PROGRESS_SECONDS = 5.0
-BLOCK_TOKENS = 2**24  # read at a time for a checksum
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 2_000_000  # tokenised at a time, whichever comes first; thousands were slower
+SAVE_TOKENS, SAVE_SECONDS = 4_000_000, 3.0  # between two saves, whichever comes first; a kill loses at most this much work
+PROGRESS_SECONDS = 5.0  # between two printed lines
+BLOCK_TOKENS = 2**24  # tokens read at a time for a checksum
 
 
 class _Batch(NamedTuple):
     """Consecutive rows of a stream."""
 
     documents: list[str]
-    rows: int  # those without text included
-    bad_rows: int
-    position: dict  # of the stream, just after them
+    rows: int  # including those without text
+    bad_rows: int  # unreadable rows that were skipped
+    position: dict  # of the stream, after these rows
 
 
 class Chunks:
-    """The packed text of one (dataset, revision, tokenizer, sequence length), in a folder whose name is a hash of these.
+    """The packed text of one (dataset, revision, tokenizer, sequence length), in a folder whose name has a hash of these.
 
-    Validation chunks are the head of the dataset's `validation` split or, if it has none, its first documents, and training
-    starts after them: the held-out text is the same for every token budget and is never trained on.
+    Validation chunks are the head of the dataset's `validation` split or, if it has none, its first documents, after which
+    training starts: the held-out text is the same for every token budget and is never trained on.
 
-    A document is packed as the tokenizer encodes a text, with the special tokens that it puts before and after (BOS, SEP),
-    and EOS at the end unless EOS is one of these: EOS stands once between documents, also where it begins them. Special
-    tokens that a document mentions are packed as plain text.
+    Each document gets the special tokens that the tokenizer puts before and after a text (BOS, SEP), and EOS at the end unless
+    EOS is one of these, so that one EOS separates two documents. Special tokens within a document are encoded as plain text.
 
     Args:
         source: the dataset; rows whose text is null or empty are skipped.
@@ -84,18 +83,17 @@ class Chunks:
         self.end = tokenizer.eos_token_id if end is None else end
         self.sequence_length, self.validation_chunks = sequence_length, validation_chunks
         self._splits = FILES if validation_chunks else ["train"]
-        self._verified: dict[str, int] = {}  # by file, the number of tokens whose checksum was right
+        self._verified: dict[str, int] = {}  # by file, the number of tokens with a verified checksum
 
     def check(self) -> None:
-        """Look for what would make `prepare` fail; write nothing and read at most the head of each split.
+        """Check, without writing, that `prepare` can start; read at most the head of each split.
 
         Raises:
-            InputError: a dataset that does not exist, is empty or lacks the text column, a tokenizer without EOS or with
-                special tokens that `special_tokens` cannot tell apart, or packed files that are cut short or have no readable
-                sidecar.
+            InputError: a dataset that does not exist, is empty or lacks the text column; a tokenizer without EOS, or one that
+                puts different special tokens around different texts; packed files that are cut short, or an unreadable sidecar.
         """
         if self._sidecar():
-            return  # the dataset itself may be out of reach by now: a compute node without internet trains on the cache
+            return  # the dataset may be out of reach: a compute node without internet trains on the cache
         for split, stream in self.source.open(self._splits)[0].items():
             if not any(True for _ in self.source.texts(stream)):
                 raise InputError(f"data.dataset {self.source.dataset!r} is empty: its {split} split has no rows")
@@ -106,7 +104,8 @@ class Chunks:
         Any number of processes may call this at once: one packs, the others wait for it.
 
         Raises:
-            InputError: as `check`; or the dataset cannot fill the held-out chunks, or the cache cannot be written.
+            InputError: an unusable dataset or tokenizer, damaged packed files, a dataset that is too small for the held-out
+                chunks, or a cache that cannot be written.
         """
         chunks = {"validation": self.validation_chunks, "train": train_chunks}
         need = {name: count * self.sequence_length for name, count in chunks.items()}
@@ -125,7 +124,7 @@ class Chunks:
             ) from error
 
     def describe(self) -> str:
-        """Say in one line, after `prepare`, what was found, what of it is held out, and what is left out and why."""
+        """Describe in one line, after `prepare`, what was read, what is held out, and what is left out and why."""
         sidecar = self._sidecar() or self._first_sidecar()
         rows, bad_rows, documents, tokens = (sum(sidecar[key].values()) for key in ("rows", "bad_rows", "documents", "tokens"))
         files, left_out = self.source.describe()
@@ -153,7 +152,7 @@ class Chunks:
     def fingerprint(self, train_chunks: int) -> str:
         """Hash the ids of the held-out chunks and of the first `train_chunks` training chunks, or of all if there are fewer.
 
-        Returns 32 hex digits. Packing more changes them only where there were fewer.
+        Returns 32 hex digits. Packing more text changes them only if there were fewer chunks than `train_chunks`.
         """
         digest = hashlib.blake2b(digest_size=16)
         for chunks in (self.validation, self.train[:train_chunks]):
@@ -163,7 +162,7 @@ class Chunks:
 
     @cached_property
     def folder(self) -> Path:
-        """Name the folder of the packed files: a readable name and 16 hex digits that hash all that decides their bytes."""
+        """Return the folder of the packed files: a readable name, and a hash (16 hex digits) of all that determines them."""
         readable, identity = self.source.identity()
         what = {"format": FORMAT, "source": identity, "validation_chunks": self.validation_chunks, **self._packing}
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
@@ -171,7 +170,7 @@ class Chunks:
 
     @cached_property
     def _packing(self) -> dict:
-        """List what decides how documents become chunks: part of the folder's key, and written to the sidecar."""
+        """List what determines how documents become chunks; it is part of the folder's key and written to the sidecar."""
         if self.end is None:
             raise InputError(
                 f"tokenizer {self.tokenizer.name_or_path!r} has no EOS token to put between documents: "
@@ -202,8 +201,8 @@ class Chunks:
     def _batches(self, stream) -> Iterator[_Batch]:
         """Yield the rows of a stream in batches.
 
-        Rows are read one by one because `datasets` counts a row as it hands it out, so the position is exact; its own
-        batches read ahead, and its versions differ in how they count what is held back.
+        Rows are read one by one, for an exact position: the library `datasets` counts each row as it yields it, but its own
+        batches read ahead, and its versions differ in how they count rows read but not yet yielded.
         """
 
         def batch() -> _Batch:
@@ -221,8 +220,8 @@ class Chunks:
             yield batch()
 
     def _encoded(self, stream) -> Iterator[tuple[list, _Batch]]:
-        """Yield the batches of `_batches` tokenised, one ahead: Python reads and writes while Rust works on all cores."""
-        encode = getattr(self._encoder, "encode_batch_fast", self._encoder.encode_batch)  # fast: computes no offsets
+        """Yield encodings and batch for each of `_batches`, tokenising the next meanwhile, in Rust on all cores."""
+        encode = getattr(self._encoder, "encode_batch_fast", self._encoder.encode_batch)  # the fast one computes no offsets
         with ThreadPoolExecutor(1) as worker:
             ahead = None
             for batch in self._batches(stream):
@@ -233,7 +232,7 @@ class Chunks:
                 yield ahead[0].result(), ahead[1]
 
     def _done(self, need: dict[str, int]) -> bool:
-        """Return whether each file holds the tokens it needs, or train.bin all that the dataset has."""
+        """Return whether each file has the tokens it needs, or train.bin all tokens of the dataset."""
         sidecar = self._sidecar()
         if not sidecar:
             return False
@@ -241,7 +240,7 @@ class Chunks:
         return not lacking or (lacking == ["train"] and sidecar["exhausted"])
 
     def _pack(self, need: dict[str, int]) -> None:
-        """Append to the files until each holds the tokens it needs or the dataset ends. The caller holds the lock."""
+        """Append to the files until each has the tokens it needs or the dataset ends. The caller must hold the lock."""
         sidecar = self._sidecar() or self._first_sidecar()
         streams, sidecar["commit"] = self.source.open(self._splits, sidecar["commit"])
         tokens, position = sidecar["tokens"], sidecar["position"]
@@ -259,7 +258,7 @@ class Chunks:
                 if position[split]:
                     streams[split].load_state_dict(position[split])
                 for encodings, batch in self._encoded(streams[split]):
-                    for encoding in encodings:  # into the first file not full; the rest of a batch into the last
+                    for encoding in encodings:  # into the first file that is not full; the rest of a batch into the last file
                         name = names[0] if tokens[names[0]] < need[names[0]] else names[-1]
                         ids = np.array([*before, *encoding.ids, *after], self._dtype)
                         files[name].write(ids.data)
@@ -289,7 +288,7 @@ class Chunks:
         _print_progress(f"{total / 1e6:.1f}M tokens{ended} in {self.folder}, {rate / 1e6:.1f}M tokens/s")
 
     def _check_found(self, sidecar: dict, split: str, names: list[str], held_out: int) -> None:
-        """Raise InputError where a split, read as far as it was needed, gave its files no text or too little to hold out."""
+        """Raise InputError if a split, read as far as needed, had no text, or less than the `held_out` tokens to hold out."""
         dataset, found = repr(self.source.dataset), sidecar["tokens"]["validation"]
         if not any(sidecar["documents"][name] for name in names):
             rows, bad = counted(sidecar["rows"][split], "row"), sidecar["bad_rows"][split]
@@ -304,7 +303,7 @@ class Chunks:
             )
 
     def _first_sidecar(self) -> dict:
-        """Build the sidecar of empty files. Code reads commit and, from rows on, all fields; people read the rest."""
+        """Build the sidecar of empty files. Code reads `commit` and the fields from `rows` on; the others are for people."""
         source = self.source
         return {
             **{"dataset": source.dataset, "name": source.name, "revision": source.revision, "commit": None},
@@ -312,7 +311,7 @@ class Chunks:
             "dtype": self._dtype.str,
             "versions": {library: version(library) for library in ("datasets", "tokenizers")},
             "rows": dict.fromkeys(FILES, 0),  # by split
-            "bad_rows": dict.fromkeys(FILES, 0),  # those of them that were skipped
+            "bad_rows": dict.fromkeys(FILES, 0),  # of these, unreadable ones that were skipped
             "documents": dict.fromkeys(FILES, 0),
             "tokens": dict.fromkeys(FILES, 0),
             "crc32": dict.fromkeys(FILES, 0),  # of the first `tokens` ids
@@ -321,7 +320,7 @@ class Chunks:
         }
 
     def _sidecar(self) -> dict | None:
-        """Read the sidecar; None before the first save. Raises InputError if the files hold less than it records."""
+        """Read the sidecar; None before the first save. Raises InputError if it is unreadable or the files hold less."""
         path, remedy = self.folder / "sidecar.json", f"delete {self.folder} and run again"
         try:
             sidecar = json.loads(path.read_bytes())
@@ -364,14 +363,14 @@ class Chunks:
 
 
 def _blocks(ids: np.ndarray) -> Iterator[memoryview]:
-    """Yield the bytes of a memory-mapped row of ids part by part, which bounds the memory that they take."""
+    """Yield the bytes of memory-mapped ids [tokens] block by block, to bound the memory in use."""
     for start in range(0, len(ids), BLOCK_TOKENS):
         yield ids[start : start + BLOCK_TOKENS].data
 
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Let one process pack at a time; the system frees the lock when its process dies."""
+    """Hold the lock on packing into `folder`, waiting for another process; the system frees it when its process dies."""
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)

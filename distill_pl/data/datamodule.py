@@ -1,4 +1,4 @@
-"""Batch packed chunks for every rank and step, as the number of chunks consumed so far alone determines."""
+"""Batches of packed chunks for every rank and step, determined by the number of chunks consumed so far and nothing else."""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -23,10 +23,10 @@ MAX_SEED = 2**32 - 1  # numpy takes no greater one
 class ChunkDataModule(L.LightningDataModule):
     """The training and validation text.
 
-    It is tokenised once, packed into chunks of `sequence_length` tokens and read by memory map, in the order of the dataset
-    or shuffled. Each stage trains on a span of consecutive chunks of that order, and each rank takes its slice of the
-    `batch_size` chunks of a step: any number of ranks, also after a restart with another number, consumes every chunk once
-    and in the same order.
+    The text is tokenised once, packed into chunks of `sequence_length` tokens and read by memory map, in the order of the
+    dataset or shuffled. Each stage trains on consecutive chunks of that order, and each rank takes its slice of the
+    `batch_size` chunks of a step: any number of ranks, even if it changes at a restart, consumes every chunk once and in the
+    same order.
 
     Args:
         dataset: Hugging Face hub id; or a local parquet, json, jsonl or txt file (a long txt file is cut into documents at
@@ -38,14 +38,14 @@ class ChunkDataModule(L.LightningDataModule):
         text_column: column that holds the documents; rows where it is null or empty are skipped.
         sequence_length: tokens in a chunk.
         batch_size: chunks in an optimiser step, over all ranks.
-        micro_batch_size: chunks in a forward and backward pass of one rank, which adds up the gradients of its share of the
+        micro_batch_size: chunks in one forward and backward pass of a rank, which sums the gradients over its share of the
             batch. By default the whole share, batch_size / ranks.
         validation_tokens: tokens held out for validation, such as 256k: the head of the dataset's validation split or, if
             it has none, its first documents. They are never trained on.
-        repeat: start over when a budget exceeds the dataset, instead of refusing it.
-        shuffle: seed of the order of the training chunks, of which each comes once before any comes again, and with `repeat`
-            in another order each time; or false for the dataset's order. By default seed 0 for local files, whose rows are
-            often sorted, and false for hub datasets, which come shuffled.
+        repeat: read the text again when a run needs more tokens than the dataset has, instead of refusing it.
+        shuffle: seed of the order of the training chunks, or false for the dataset's order. Each chunk comes once in a pass
+        over the text; with `repeat`, each pass has another order. By default seed 0 for local files, whose rows are often
+        sorted, and false for hub datasets, which are often shuffled already.
         skip_bad_rows: skip and count rows that hold no readable text (broken JSON, bytes that are no UTF-8, numbers) instead
             of refusing them.
         cache: folder for the packed chunks, shared by all runs.
@@ -87,10 +87,10 @@ class ChunkDataModule(L.LightningDataModule):
     def open(self, tokenizer, config: PreTrainedConfig | None = None) -> Chunks:
         """Look up the packed text of this dataset and tokenizer, and check it without packing anything.
 
-        config: the model's, which may say what ends a text (see `end_of_text`).
+        config: configuration of the model, whose eos_token_id ends texts if it is a special token of the tokenizer.
 
         Raises:
-            InputError: the dataset cannot be used (see `Chunks.check`).
+            InputError: an unusable dataset or tokenizer, or damaged packed files.
         """
         source = TextSource(self.dataset, self.name, self.revision, self.text_column, self.skip_bad_rows)
         shuffle = source.is_local if self.shuffle is None else self.shuffle
@@ -109,13 +109,13 @@ class ChunkDataModule(L.LightningDataModule):
     def prepare(self, chunks: int, skipped: int = 0) -> None:
         """Pack at least `skipped + chunks` training chunks. Every process may call this: one packs, the others wait.
 
-        skipped: number of chunks at the head of the text that an earlier run has read, and that this one does not read again.
+        skipped: number of chunks at the head of the text that an earlier run has read and that are not read again.
 
-        Lightning's `prepare_data` is not used because it runs inside the process group, whose timeout an hour of packing
-        exceeds.
+        Lightning's `prepare_data` is not used because it runs inside the process group, whose timeout is shorter than an hour
+        of packing.
 
         Raises:
-            InputError: packing fails (see `Chunks.prepare`), or the dataset is smaller than `chunks` and not repeated.
+            InputError: packing fails, or the dataset has too few chunks and `repeat` is not set.
         """
         self.chunks.prepare(skipped + chunks)
         available, length = len(self.chunks.train), self.sequence_length
@@ -134,16 +134,16 @@ class ChunkDataModule(L.LightningDataModule):
         self.train_chunks = min(chunks, available - self.skipped)
 
     def describe(self) -> str:
-        """Say in one line what `prepare` found in the dataset, what of it is held out, and what is left out and why."""
+        """Describe in one line, after `prepare`, what was read, what is held out, skipped, and left out and why."""
         skipped = f"; read before: {short(self.skipped * self.sequence_length)} tokens" if self.skipped else ""
         return self.chunks.describe() + skipped
 
     def fingerprint(self) -> str:
-        """Hash the held-out text and the training chunks up to the last of a round, as 32 hex digits."""
+        """Hash the held-out chunks and the training chunks up to the last that the run uses, as 32 hex digits."""
         return self.chunks.fingerprint(self.skipped + self.train_chunks)
 
     def accumulation(self, ranks: int) -> int:
-        """Return the micro-batches of a rank in an optimiser step. Raises InputError if the batch does not divide into them."""
+        """Return the micro-batches per rank and optimiser step. Raises InputError if the batch cannot be divided so."""
         if self.batch_size % ranks:
             raise InputError(f"data.batch_size {self.batch_size} is not divisible by the {ranks} ranks: change either")
         if self.validation_chunks < ranks:
@@ -161,11 +161,11 @@ class ChunkDataModule(L.LightningDataModule):
         return share // micro
 
     def chunks_at_once(self, ranks: int) -> int:
-        """Return the number of chunks in a rank's micro-batch."""
+        """Return the number of chunks in a micro-batch of one of `ranks` ranks."""
         return self.batch_size // ranks // self.accumulation(ranks)
 
     def assign(self, first: int, steps: int) -> None:
-        """Give the next stage the `steps` batches that begin at chunk `first`."""
+        """Set the chunks of the next stage: `steps` batches from chunk `first` on."""
         self.first, self.steps = first, steps
 
     @property
@@ -186,9 +186,9 @@ class ChunkDataModule(L.LightningDataModule):
         return _loader(self._training, sampler)
 
     def val_dataloader(self) -> DataLoader:
-        """Build the loader of this rank's held-out chunks, in batches [micro_batch_size, T] but for the last.
+        """Build the loader of this rank's held-out chunks, in batches [micro_batch_size, T]; the last may differ.
 
-        Every rank gets the same number of batches because sharded ranks compute each batch together.
+        Every rank gets the same number of batches, because sharded ranks compute each batch together.
         """
         ranks = self.trainer.world_size
         micro = self.chunks_at_once(ranks)
@@ -199,9 +199,9 @@ class ChunkDataModule(L.LightningDataModule):
 
 
 class SpanSampler(Sampler[list[int]]):
-    """The chunks of one rank's micro-batches, as numbers in the order of the run, in a span of `steps` batches from `first` on.
+    """Yield one rank's micro-batches as lists of chunk numbers, for `steps` batches from chunk `first` on.
 
-    The first `done` steps are skipped but counted in its length, because Lightning counts batches from the stage's start.
+    The first `done` steps are skipped but counted in the length, because Lightning counts batches from the stage's start.
     """
 
     def __init__(self, first: int, steps: int, batch_size: int, done: int, rank: int, ranks: int, accumulation: int = 1):
@@ -221,7 +221,7 @@ class SpanSampler(Sampler[list[int]]):
 
 
 class _ChunkDataset(Dataset[Tensor]):
-    """The chunks of a run, again and again (data.repeat): number n of a round is chunk n or, shuffled, `order(...)[n]`."""
+    """The chunks of a run, repeated endlessly; in each round, number n is chunk n or, if shuffled, chunk `order(...)[n]`."""
 
     def __init__(self, chunks: np.ndarray, seed: int | None = None):
         self.chunks, self.seed = chunks, seed
@@ -237,16 +237,16 @@ class _ChunkDataset(Dataset[Tensor]):
         return torch.from_numpy(self.chunks[places].astype(np.int64))
 
 
-@lru_cache(maxsize=2)  # a step may reach from one round into the next
+@lru_cache(maxsize=2)  # a step may extend over two rounds
 def order(count: int, seed: int, round: int) -> np.ndarray:
-    """Return the order [count], a permutation, in which shuffled chunks come in a round, 0 for the first.
+    """Return the permutation [count] of chunks in a round over the text, the first of which is 0.
 
-    It is the same in every process and under every version of numpy, which keeps the streams of RandomState as they are.
+    It is the same in every process and with every version of numpy, which guarantees RandomState's streams.
     """
     return np.random.RandomState([seed, round]).permutation(count)
 
 
 def _loader(dataset: Dataset, batches) -> DataLoader:
-    # no workers: a memory map is read a thousand times faster than any model trains
+    # no workers: reading a memory map is a thousand times faster than training
     pinned = torch.cuda.is_available()  # without pinned memory the CPU waits for the GPU at every batch
     return DataLoader(dataset, batch_sampler=batches, collate_fn=lambda batch: batch, pin_memory=pinned)

@@ -1,7 +1,7 @@
-"""Read the documents of local parquet, json, jsonl and txt files row by row, from an exact position on.
+"""Read the documents of local parquet, json, jsonl and txt files row by row, starting at an exact position.
 
-Only the text column is read, so files may differ in all other columns. `datasets` reads every column of every file, casts
-them to the types of the first file and refuses what differs; its errors name neither the file nor the row.
+Only the text column is read, so files may differ in all other columns. The library `datasets` would read every column of every
+file, cast it to the types of the first file and refuse files that differ, with errors that name neither file nor row.
 """
 
 import bz2
@@ -18,8 +18,8 @@ from typing import IO, Any, TextIO, cast
 from distill_pl.errors import InputError, one_line
 
 HEAD_ROWS = 100  # rows of each file in which `check` looks for the text column
-DOCUMENT_CHARACTERS = 2**14  # of a txt file's document before a blank line ends it
-DOCUMENT_END = "<|endoftext|>"  # a line that ends a document of a txt file, and is no part of any
+DOCUMENT_CHARACTERS = 2**14  # least length of a txt file's document that a blank line ends
+DOCUMENT_END = "<|endoftext|>"  # a line that ends a document of a txt file and belongs to none
 OR_SKIP = "or skip all such rows by data.skip_bad_rows true"
 BATCH_ROWS = 1024  # rows of parquet decoded at a time
 
@@ -42,7 +42,7 @@ class FileStream:
         self._position = {"file": 0, "row": 0}
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position after the row that was yielded last: a file's index and the rows of it that were read."""
+        """Return the position after the row that was yielded last: a file's index and the number of its rows that were read."""
         return dict(self._position)
 
     def load_state_dict(self, position: dict[str, int]) -> None:
@@ -63,7 +63,7 @@ class FileStream:
         """Yield the document of each row: "" for null, and None for a bad row that is skipped.
 
         Raises:
-            InputError: a row that is not text, by file and row, unless such rows are skipped; or a damaged file.
+            InputError: a row that is not text, named by file and row, unless such rows are skipped; or a damaged file.
         """
         while self._position["file"] < len(self.files):
             file = self.files[self._position["file"]]
@@ -82,7 +82,7 @@ class FileStream:
             self._position = {**self._position, "file": self._position["file"] + 1, "row": 0}
 
     def _refuse(self, where: str, value: Any) -> None:
-        """Raise InputError for a row whose value is no text or an error."""
+        """Raise InputError for the row at `where`, whose value is not text or is the error of reading it."""
         if isinstance(value, Exception):
             problem = f"{where} cannot be read ({one_line(value)})"
             raise InputError(f"data.dataset {self.dataset!r}: {problem}: mend or remove that row, {OR_SKIP}")
@@ -95,7 +95,7 @@ class FileStream:
         return file.relative_to(self.root).as_posix()
 
     def _rows(self, file: Path, first: int) -> Iterator[tuple[str, Any]]:
-        """Yield a label such as `line 3` and the value of each row from `first` on: what it holds, or why it is unreadable."""
+        """Yield for each row from `first` on a label such as `line 3` and its value, or the error of reading it."""
         read = {"parquet": _parquet_rows, "json": _json_rows, "text": _text_rows}[self.kind]
         done = first
         try:
@@ -124,7 +124,10 @@ class _Missing:
 
 
 def open_decompressed(file: Path) -> IO[bytes]:
-    """Open a file for reading bytes and decompress gzip, bzip2, xz and zstandard, known by how the file begins."""
+    """Open a file for reading bytes, decompressing gzip, bzip2, xz and zstandard, which its first bytes identify.
+
+    Raises InputError if a file needs the zstandard package and it is not installed.
+    """
     with open(file, "rb") as plain:
         head = plain.read(10)
     if head[:2] == b"\x1f\x8b":
@@ -143,7 +146,7 @@ def open_decompressed(file: Path) -> IO[bytes]:
 
 
 def _is_unicode(text: str) -> bool:
-    """Return whether a tokenizer can take a text: not so with half a surrogate pair in it."""
+    """Return whether a tokenizer can encode a text: it cannot if the text contains half a surrogate pair."""
     if text.isascii():
         return True
     try:
@@ -175,7 +178,7 @@ def _parquet_rows(handle: IO[bytes], column: str, first: int) -> Iterator[tuple[
 
 
 def _values(array) -> list:
-    """Convert an Arrow array to Python values, those that fail to their errors."""
+    """Convert an Arrow array to Python values; a value that fails becomes its error."""
     try:
         return array.to_pylist()
     except UnicodeDecodeError:
@@ -183,7 +186,7 @@ def _values(array) -> list:
 
 
 def _json_rows(handle: IO[bytes], column: str, first: int) -> Iterator[tuple[str, Any]]:
-    """Read JSON lines, an array of objects or strings, or one object over several lines."""
+    """Yield the rows of JSON lines, of an array of objects or strings, or of one object over several lines."""
     lines = ((number, line) for number, line in enumerate(handle, 1) if line.strip())
     number, line = next(lines, (0, b""))
     line = line.removeprefix(b"\xef\xbb\xbf")
@@ -211,7 +214,7 @@ def _cell(row: Any, column: str) -> Any:
 
 
 def _text_rows(handle: IO[bytes], column: str, first: int) -> Iterator[tuple[str, Any]]:
-    # surrogateescape: bytes that are not UTF-8 become half surrogate pairs, which are refused by row
+    # surrogateescape: bytes that are not UTF-8 become half surrogate pairs, and the error then names the row
     lines = io.TextIOWrapper(handle, "utf-8-sig", "surrogateescape")
     documents = ((line, text) for line, text in _documents(lines) if text.strip())
     for line, text in islice(documents, first, None):
@@ -221,8 +224,8 @@ def _text_rows(handle: IO[bytes], column: str, first: int) -> Iterator[tuple[str
 def _documents(lines: TextIO) -> Iterator[tuple[int, str]]:
     """Cut a text into documents and yield each with the number of its first line.
 
-    So a corpus of one file can be held out in part, and is never in memory as a whole. A line DOCUMENT_END ends a document,
-    as does the first blank line after DOCUMENT_CHARACTERS or, failing that, the first line after twice as many.
+    A part of a corpus in one file can so be held out, and the file is never in memory as a whole. A line DOCUMENT_END ends a
+    document, as does the first blank line after DOCUMENT_CHARACTERS or, if there is none, the first line after twice as many.
     """
     begin, number, parts, size = 1, 1, list[str](), 0
     for line in iter(partial(lines.readline, DOCUMENT_CHARACTERS), ""):
@@ -238,7 +241,7 @@ def _documents(lines: TextIO) -> Iterator[tuple[int, str]]:
 
 
 def _attempt(function, *arguments) -> Any:
-    """Call a function and return its result, or the error that it raised."""
+    """Call a function and return its result or the error that it raises."""
     try:
         return function(*arguments)
     except Exception as error:

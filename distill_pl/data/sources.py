@@ -12,7 +12,7 @@ from distill_pl.errors import InputError, one_line
 
 KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".txt": "text"}
 COMPRESSED = {".gz", ".zst", ".xz", ".bz2"}
-UNREADABLE = {".csv", ".tsv", ".arrow", ".zip", ".tar", ".tgz"}  # may hold text, but not for this package
+UNREADABLE = {".csv", ".tsv", ".arrow", ".zip", ".tar", ".tgz"}  # may hold text, but this package does not read them
 NOT_DATA = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 # words in the name of a folder or file that assign its rows to a split
 SPLIT_WORDS = {
@@ -21,8 +21,8 @@ SPLIT_WORDS = {
     **dict.fromkeys(["test", "testing", "eval", "evaluation"], "test"),
 }
 SPLIT_WORD = re.compile(rf"(?:.*[-._ 0-9])?({'|'.join(SPLIT_WORDS)})(?:[-._ 0-9].*)?")  # the last one in a name
-SPLITS = ("train", "validation")  # those that are read
-SHOWN = 3  # names of files in a message
+SPLITS = ("train", "validation")  # splits that are read
+SHOWN = 3  # file names in a message, at most
 
 
 class TextSource:
@@ -50,7 +50,7 @@ class TextSource:
         return bool(self._files)
 
     def identity(self) -> tuple[str, dict]:
-        """Return a readable name, and what distinguishes this dataset and version from every other, as JSON types.
+        """Return a readable name, and a dict of JSON types that differs for every other dataset or version.
 
         Local files are identified by relative name, size and modification time: a moved folder is the same dataset.
         """
@@ -66,8 +66,8 @@ class TextSource:
     def open(self, splits: Iterable[str], commit: str | None = None) -> tuple[dict, str | None]:
         """Open those of `splits` that the dataset has, as streams with a position.
 
-        Returns the streams by split, and the commit that they read (None for local files). Given to the next call, this
-        commit makes it read the same text though the hub's branch has moved.
+        Returns the streams by split, and the commit that they read (None for local files). A later call with this commit reads
+        the same text even if the hub's branch has moved.
 
         Raises:
             InputError: no such dataset, files of no or of several supported kinds, empty files, no train split, or a folder
@@ -93,7 +93,7 @@ class TextSource:
         return streams, commit
 
     def describe(self) -> tuple[str, str]:
-        """Say what the dataset consists of, and which local files are left out and why ("" for none)."""
+        """Describe in words what is read, such as `3 files`, and which local files are left out and why ("" for none)."""
         if not self.is_local:
             return "the hub's dataset", ""
         read = [*self._by_split["train"], *self._by_split.get("validation", [])]
@@ -102,7 +102,7 @@ class TextSource:
         )
 
     def _check_left_out(self) -> None:
-        """Raise InputError where files that may be meant as data are left out, larger together than those that are read."""
+        """Raise InputError if the files left out that may be meant as data are larger, together, than those that are read."""
         files = self._by_split
         lost = [*files.get("", []), *(file for file in self._left_out["no data"] if _suffix(file) in UNREADABLE)]
         read = [file for split in SPLITS for file in files.get(split, [])]
@@ -119,7 +119,7 @@ class TextSource:
 
     @cached_property
     def _left_out(self) -> dict[str, list[Path]]:
-        """List the local files that are not read, by the reason."""
+        """List the local files that are not read, by reason."""
         reasons = {f"the {split} split": files for split, files in self._by_split.items() if split not in ("", *SPLITS)}
         reasons |= {"no split in the name": self._by_split.get("", []), "hidden": [], "a folder, which ** would enter": [],
                     "a link to nothing": [], "no data": []}  # fmt: skip
@@ -142,7 +142,7 @@ class TextSource:
         import huggingface_hub
 
         datasets.disable_progress_bars()
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs the errors that it raises
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # `datasets` also logs the errors that it raises
         huggingface_hub.logging.set_verbosity_error()
         try:
             commit = commit or huggingface_hub.HfApi().dataset_info(self.dataset, revision=self.revision).sha
@@ -181,7 +181,7 @@ class TextSource:
         except InputError:
             raise
         except Exception as error:
-            damaged = isinstance(error, ValueError | TypeError)  # so pyarrow and `datasets` call rows that they cannot read
+            damaged = isinstance(error, ValueError | TypeError)  # what pyarrow and `datasets` raise for unreadable rows
             remedy = "download it, mend or remove that row, and give the files" if damaged else (
                 "run the same command again, it continues from what is done"
             )  # fmt: skip
@@ -198,11 +198,11 @@ class TextSource:
 
     @cached_property
     def _paths(self) -> list[Path]:
-        """List what the dataset's name stands for on this machine, files of any kind; empty for a dataset on the hub."""
+        """List the local files of any kind that the dataset's name stands for; empty for a dataset on the hub."""
         if self._is_folder:
             return _walk(self._path)
         paths = [self._path] if os.path.isfile(self._path) else sorted(glob.glob(self._path, recursive=True))
-        # each once: a link may lead back to a folder above it
+        # each file once: a link may lead back to a folder above it
         once = {os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path)): path for path in reversed(paths)}
         return sorted(Path(path) for path in once.values() if "**" not in self.dataset or not os.path.isdir(path))
 
@@ -243,9 +243,10 @@ def counted(number: int, what: str) -> str:
 def split_files_by_name(root: Path, files: list[Path]) -> dict[str, list[Path]]:
     """Assign files below `root` to the splits "train", "validation", "test" by the words in their names, like `datasets`.
 
-    The innermost folder that names a split decides, or else the file's own name (SPLIT_WORDS, between digits, spaces or any
-    of `-._`). Files whose names name none are the train split unless others are; if so, they are listed under "". Unlike in
-    `datasets`, a file is in one split only, and folders that are links or begin with two underscores count like others.
+    The innermost folder that names a split decides, else the file's own name (a word of SPLIT_WORDS between digits, spaces or
+    any of `-._`). Files whose names contain no such word are the train split if no other file is, else they are listed under
+    "". Unlike in `datasets`, a file is in one split only, and folders that are links or begin with two underscores are read
+    too.
     """
     by_split: dict[str, list[Path]] = {}
     for file in files:
@@ -275,7 +276,7 @@ def _walk(folder: str) -> list[Path]:
 
 
 def _kind(file: str | Path) -> str | None:
-    """Return the kind of a file ("parquet", "json" or "text"), None for one without rows such as README.md or config.json."""
+    """Return the kind of a file ("parquet", "json" or "text"), or None for one that is no data, such as README.md."""
     return None if Path(file).name in NOT_DATA else KINDS.get(_suffix(file))
 
 
