@@ -5,5 +5,5 @@ Importing this package makes transformers' Auto classes load its students.
 
 from distill_pl.student.modeling import Student, StudentConfig
 
-__version__ = "0.1.0"  # pyproject.toml reads it here, and model cards write it where the package is not installed
+__version__ = "0.1.0"  # read by pyproject.toml, and by model cards, since the package may not be installed
 __all__ = ["Student", "StudentConfig", "__version__"]

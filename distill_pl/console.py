@@ -1,4 +1,4 @@
-"""Print for people: lines once over all ranks, tables, durations and perplexities. Needs neither Lightning nor a run."""
+"""Print lines on the first rank only, and format tables, durations and perplexities. Imports no Lightning."""
 
 import logging
 import math
@@ -7,7 +7,7 @@ import warnings
 
 from torch import distributed
 
-# by which torchrun, Lightning, Slurm and MPI tell a process its rank, before there is a process group
+# environment variables with which torchrun, Lightning, Slurm and MPI tell a process its rank before there is a process group
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
 
 
@@ -19,7 +19,7 @@ def is_first_rank() -> bool:
 
 
 def say(text: str) -> None:
-    """Print `text` on rank 0 and flush, so that a line appears at once also in a log file."""
+    """Print `text` on rank 0 and flush, so that it appears in a log file at once."""
     if is_first_rank():
         print(text, flush=True)
 
@@ -33,7 +33,7 @@ def quiet() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"lightning|torch\._inductor")
-    # every DDP run prints this one: Lightning builds DDP on a side stream, where DDP keeps the autograd nodes it made
+    # every DDP run prints this warning, because Lightning builds DDP, and so its autograd nodes, on a side stream
     warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
 
 
@@ -45,14 +45,14 @@ def duration(seconds: float) -> str:
 
 
 def perplexity(cross_entropy: float) -> float:
-    """Return e^cross_entropy for a cross-entropy in nats a token; infinity where a float overflows."""
+    """Return e^cross_entropy for a cross-entropy in nats per token, or infinity if it overflows."""
     return math.exp(cross_entropy) if cross_entropy < 700 else math.inf
 
 
 def perplexities(losses: dict[str, float]) -> str:
     """Format a stage's held-out losses, as in `perplexity 172 (teacher 176)`.
 
-    losses: `student_ce` and, where the stage has a teacher, `teacher_ce`, in nats a token.
+    losses: `student_ce` and, if the stage has a teacher, `teacher_ce`, in nats per token.
     """
     teacher = f" (teacher {perplexity(losses['teacher_ce']):.4g})" if "teacher_ce" in losses else ""
     return f"perplexity {perplexity(losses['student_ce']):.4g}{teacher}"

@@ -1,4 +1,4 @@
-"""The two ways a run ends early. The command line prints the error's text as one line and exits with its code."""
+"""The two errors that end a run early. The command line prints the error's text as one line and exits with `exit_code`."""
 
 
 class InputError(Exception):

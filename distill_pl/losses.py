@@ -1,4 +1,4 @@
-"""The paper's equations 5 to 8, each a plain function, and Eqs. 5 and 6 again in one pass that never holds all logits.
+"""The paper's equations 5 to 8 as plain functions, and Eqs. 5 and 6 in one pass that never holds all logits in memory.
 
 Shape letters: B batch, T time, H heads, D hidden, N = B T, V here the vocabulary.
 """
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
-TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}  # whose logits exist together: more fill a GPU, fewer stay in a CPU's cache
+TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}  # whose logits are in memory: many, to fill a GPU, or few, for a CPU's cache
 IGNORED = -1  # label of a position that predicts nothing
 
 
 def matrix_distance(squared: Tensor, length: int, norm: Literal["frobenius", "mse"]) -> Tensor:
     """Compute Eq. 7 for one layer, averaged over batch and heads.
 
-    squared [B, H] = |A_teacher - A_student|_F^2 of T x T matrices -> scalar: the Frobenius norm itself, or the mean
-    squared error over all T x T entries (Appendix B compares the two).
+    squared [B, H] = |A_teacher - A_student|_F^2; length: T of the T x T matrices. Returns a scalar, the mean Frobenius norm, or
+    with norm `mse` the mean squared error over all entries (Appendix B compares the two).
     """
     if norm == "frobenius":
         return (squared + 1e-12).sqrt().mean()  # keeps the gradient finite where the matrices are equal
@@ -58,13 +58,13 @@ Divergence = Literal["forward", "reverse", "jensen_shannon"]
 
 
 class Objective(NamedTuple):
-    """Say what distillation minimises: ce * CE + alpha * divergence of student and teacher. The defaults are Eq. 5."""
+    """Hold the parameters of the loss ce * CE + alpha * divergence of student and teacher. The defaults are Eq. 5."""
 
     ce: float = 1.0
     alpha: float = 1.0
     temperature: float = 1.0  # softens both distributions in the divergence, which is multiplied by its square
     divergence: Divergence = "forward"  # KL(teacher || student) as in Eq. 6; reverse: KL(student || teacher)
-    top_k: int | None = None  # the divergence is of the teacher's k likeliest tokens and of all others together as one
+    top_k: int | None = None  # the divergence is over the teacher's k likeliest tokens and one class of all others
 
 
 EQUATION_5 = Objective()
@@ -72,10 +72,10 @@ EQUATION_5 = Objective()
 
 def kd_terms(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, objective: Objective,
              need_gradient: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Sum CE and the divergence over positions -> both in fp32, and the gradient of the objective by the student's logits.
+    """Compute [CE, divergence], fp32 sums over positions, and the objective's gradient with respect to the student's logits.
 
     Logits [N, V]; labels [N], IGNORED where a position predicts nothing; the divergence is 0 without a teacher. The gradient
-    [N, V] has the dtype of the student's logits; None if not needed.
+    [N, V] has the dtype of the student's logits, and is None if not needed.
     """
     counted = labels >= 0
     is_label = torch.arange(student_logits.shape[-1], device=student_logits.device) == labels[:, None]
@@ -98,10 +98,10 @@ def kd_terms(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tens
 
 
 def divergence(log_p: Tensor, log_q: Tensor, kind: Divergence, top_k: int | None) -> tuple[Tensor, Tensor]:
-    """Compute a divergence of log probabilities [N, V], p the teacher's and q the student's -> [N] and its gradient [N, V].
+    """Compute a divergence of log probabilities [N, V], p the teacher's, q the student's -> [N] in nats, its gradient [N, V].
 
-    The gradient is by the logits of q: with g the derivative by q, it is q (g - sum(q g)). With `top_k`, ratios are those of
-    the teacher's k likeliest tokens and, for each other token, of all others' probabilities together.
+    The gradient is with respect to the logits of q: with g the derivative with respect to q, it is q (g - sum(q g)). With
+    `top_k`, all but the teacher's k likeliest tokens count as one class: each of them has the class's ratio of p to q.
     """
     p, q = log_p.exp(), log_q.exp()
     if top_k is not None:
@@ -128,14 +128,14 @@ def next_token_loss(
     objective: Objective = EQUATION_5,
     terms: Callable = kd_terms,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the objective for the next token from hidden states -> a loss with a gradient, [CE, divergence] without.
+    """Compute the next-token objective from hidden states -> the loss, and its terms [CE, divergence] without gradient.
 
-    All are per-token means in nats over the same B (T - 1) predictions; with the default objective, Eq. 5, as
-    `distillation_loss` gives it. The divergence is 0 without a teacher. tokens [B, T]; hidden states [B, T, D] after the final
-    norm; heads map D to V. `terms` is `kd_terms`, or the same function compiled.
+    All are means in nats per token over the same B (T - 1) predictions; the default objective is Eq. 5. The divergence is 0
+    without a teacher. tokens [B, T]; hidden states [B, T, D] after the final norm; heads map D to V. `terms` is `kd_terms`, or
+    the same function compiled.
 
-    Logits [B, T, V] never exist together: they are made for some positions at a time, and since the gradient by the logits
-    follows from the logits themselves, the gradients of hidden states and head are made in the same pass.
+    The logits [B, T, V] are never in memory as a whole: they are computed for some positions at a time, and in the same pass
+    the gradients with respect to hidden states and head, which follow from these logits.
     """
     labels = torch.cat([tokens[:, 1:], tokens.new_full((len(tokens), 1), IGNORED)], 1).flatten()
     return _NextTokenLoss.apply(
@@ -147,7 +147,7 @@ def next_token_loss(
 
 
 class _NextTokenLoss(torch.autograd.Function):
-    """Compute `next_token_loss` over hidden [N, D], head [V, D] and labels [N], and its gradients in the forward pass."""
+    """Compute `next_token_loss` of hidden [N, D], head [V, D] and labels [N]; the forward pass also computes the gradients."""
 
     @staticmethod
     def forward(ctx, hidden, head, labels, count, teacher_hidden, teacher_head, objective, grad_enabled, terms):
@@ -184,7 +184,7 @@ class _NextTokenLoss(torch.autograd.Function):
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a @ b to `total` in place; on a GPU without rounding the product to the dtype of a and b first."""
+    """Add a @ b to `total` in place; on a GPU, the product is not rounded to the dtype of a and b first."""
     if total.is_cuda and total.dtype != a.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:

@@ -1,4 +1,4 @@
-"""Run the frozen teacher once and yield, layer by layer, what the stages align to."""
+"""The frozen teacher, which yields layer by layer what the stages align to: queries, keys, hidden states."""
 
 import copy
 import pickle
@@ -29,19 +29,19 @@ TAP = "distill_pl_tap"
 
 
 class Layer(NamedTuple):
-    """Hold what one decoder layer of the teacher read and computed. B batch, T time, H heads, K head dim, D hidden."""
+    """Hold the input and results of one decoder layer of the teacher. B batch, T time, H heads, K head dim, D hidden."""
 
     input: Tensor  # [B, T, D]
-    output: Tensor  # [B, T, D]: the block's, before any final norm
+    output: Tensor  # [B, T, D]: of the whole block, before any final norm
     query: Tensor  # [B, T, H, K] after RoPE and q/k norms
     key: Tensor  # [B, T, kv_heads, K] after RoPE and q/k norms, kv heads not repeated
     scale: float
     position: tuple[Tensor, Tensor]  # RoPE's (cos, sin) of this layer
-    mixed: Tensor | None = None  # [B, T, D]: attention's output, after o_proj; None unless asked for
+    mixed: Tensor | None = None  # [B, T, D]: attention's output, after o_proj; None unless requested
 
 
 def _tap(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Attend as transformers' sdpa does, and leave q, k and the scale in `module.tapped` where that is not None."""
+    """Attend as transformers' sdpa does, and store q, k and the scale in `module.tapped` unless that is None."""
     if getattr(module, "tapped", None) is not None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         module.tapped = (query.transpose(1, 2), key.transpose(1, 2), scale)
@@ -49,17 +49,14 @@ def _tap(module, query, key, value, attention_mask, scaling=None, **kwargs):
 
 
 def _tap_output(module, arguments, output) -> None:
-    """Leave the output of an attention module in `module.tapped` too, where that is not None."""
+    """Append the output of an attention module to `module.tapped` unless that is None."""
     if getattr(module, "tapped", None) is not None:
         module.tapped = (*module.tapped, output[0])
 
 
 def run_layer(layer, hidden: Tensor, position: tuple[Tensor, Tensor],
               with_mixed: bool = False) -> tuple[Tensor, Tensor, Tensor, float, Tensor | None]:  # fmt: skip
-    """Run a decoder layer on hidden [B, T, D] -> its output, query, key, scale and, if asked for, what attention computed.
-
-    Shapes are those of `Layer`.
-    """
+    """Run a decoder layer on hidden [B, T, D] -> output, query, key, scale and, if `with_mixed`, mixed, as in `Layer`."""
     layer.self_attn.tapped = ()
     output = layer(hidden, attention_mask=None, position_embeddings=position)
     (query, key, scale, mixed), layer.self_attn.tapped = layer.self_attn.tapped, None
@@ -78,24 +75,24 @@ AttentionMaskInterface.register(TAP, sdpa_mask)
 class Teacher:
     """Hold a frozen causal language model of transformers and its tokenizer.
 
-    Not an nn.Module on purpose: a stage may hold a Teacher without DDP wrapping it or a checkpoint saving it.
+    It is no nn.Module, so that a stage can hold a Teacher without DDP wrapping it or a checkpoint saving it.
     """
 
-    compiles: ClassVar[tuple[str, ...]] = ("apply_norm",)  # functions that distill_pl.compiling may compile
-    compiles_with_layer: ClassVar[tuple[str, ...]] = ("run_layer",)  # those that call one layer
+    compiles: ClassVar[tuple[str, ...]] = ("apply_norm",)  # names of functions that distill_pl.compiling may compile
+    compiles_with_layer: ClassVar[tuple[str, ...]] = ("run_layer",)  # names of more of them, which call one layer
 
     def __init__(self, path: str, dtype: torch.dtype = torch.float32):
-        """Load model and tokenizer from `path`, a hub id or folder, in `dtype`, without running code that lies there.
+        """Load model and tokenizer from `path`, a hub id or folder, in `dtype`, without running code that comes with them.
 
-        Raises InputError where there is no model, it is quantised, a weight is missing, or the tokenizer is unusable, has no
-        eos token or has ids that the model has no embeddings for.
+        Raises InputError if there is no model, it is quantised, a weight is missing, or the tokenizer is unusable, has no EOS
+        token or has ids for which the model has no embeddings.
         """
         self.path, self.run_layer, self.apply_norm = path, run_layer, apply_norm
         if (Path(path).is_dir() or path[:1] in "./~") and not (Path(path) / "config.json").is_file():
             raise InputError(f"teacher {path!r} is no folder with a config.json: give a Hugging Face model folder or a hub id")
         try:
             self.config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        except Exception as error:  # wrong values in a config.json fail in ways of their own
+        except Exception as error:  # wrong values in a config.json raise errors of any kind
             raise InputError(
                 f"teacher {path!r} is no model folder and could not be had from the hub: give a folder with config.json, "
                 f"or check the id and the network ({_first_line(error)})"
@@ -125,7 +122,7 @@ class Teacher:
                 loaded: Any = load_model(path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
         except InputError:
             raise
-        except Exception as error:  # architectures fail in ways of their own, and for want of libraries
+        except Exception as error:  # architectures raise errors of any kind, also for missing libraries
             raise InputError(
                 f"teacher {path!r} is not a supported decoder, or its weights are missing ({_first_line(error)}): "
                 "give a Llama-like causal language model"
@@ -152,7 +149,7 @@ class Teacher:
         return self.model.lm_head
 
     def _set_taps(self) -> None:
-        """Let each attention module leave what it computes in its attribute `tapped`, where that is not None."""
+        """Make each attention module store q, k, scale and output in its attribute `tapped` unless that is None."""
         if self.model.config._attn_implementation != TAP:
             self.model.set_attn_implementation(TAP)
         for layer in self.model.model.layers:
@@ -162,9 +159,9 @@ class Teacher:
 
     @torch.no_grad()
     def layers(self, input_ids: Tensor, with_mixed: bool = False) -> Iterator[Layer]:
-        """Run input_ids [B, T] through the decoder, yielding each layer's tensors as soon as that layer is done.
+        """Run input_ids [B, T] through the decoder, yielding each layer's tensors as soon as they are computed.
 
-        No layer's tensors are kept here: a caller who drops them bounds the memory by one layer.
+        No tensors are kept here: a caller that drops them needs memory for one layer only.
         """
         decoder = self.model.model
         self._set_taps()
@@ -178,10 +175,7 @@ class Teacher:
 
     @torch.no_grad()
     def own_layers(self, input_ids: Tensor) -> list[Layer]:
-        """Run input_ids [B, T] through the model's own forward pass, and return what `layers` should yield.
-
-        All layers' tensors are kept.
-        """
+        """Run the model's own forward pass on input_ids [B, T] and return all layers, to compare with those of `layers`."""
         self._set_taps()
         found: list[Layer] = []
 
@@ -201,17 +195,17 @@ class Teacher:
 
     @torch.no_grad()
     def hidden_states(self, input_ids: Tensor) -> Tensor:
-        """Run input_ids [B, T] -> what the head reads [B, T, D]: the final hidden states, after the norm and `logits_scale`."""
+        """Compute the input of the head [B, T, D] from input_ids [B, T]: final hidden states, after norm and `logits_scale`."""
         for layer in self.layers(input_ids):
             hidden = layer.output
         return scaled(self.apply_norm(self.model.model.norm, hidden), logits_scale(self.model.config))
 
 
 def load_model(path: str, **options) -> Any:
-    """Load a causal language model from a folder or the hub without running code that lies there, modules or pickles.
+    """Load a causal language model from a folder or the hub without running code that comes with it, in modules or pickles.
 
     `options` go to `from_pretrained`. Raises InputError for damaged weights and for pickles that are not plain tensors;
-    transformers' own message would recommend to load such a pickle unsafely.
+    transformers' own message would recommend loading such a pickle unsafely.
     """
     try:
         return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, weights_only=True, **options)
@@ -229,35 +223,34 @@ def scaled(x: Tensor, factor: float) -> Tensor:
 
 
 def embedding_scale(decoder: Any) -> float:
-    """Return the factor of a decoder's embeddings, which Gemma's embedding module applies and Granite's decoder."""
+    """Return the factor by which embeddings are multiplied, in the embedding module (Gemma) or in the decoder (Granite)."""
     return getattr(decoder.embed_tokens, "scalar_embed_scale", 1.0) * getattr(decoder, "embedding_multiplier", 1.0)
 
 
 def logits_scale(config: Any) -> float:
-    """Return the factor of a causal language model's logits (Granite)."""
+    """Return the factor by which a causal language model's logits are multiplied (Granite)."""
     return 1 / getattr(config, "logits_scaling", 1.0)
 
 
 def rope_tables(rotary_emb: Any, hidden: Tensor, position_ids: Tensor) -> Any:
     """Compute RoPE's (cos, sin), [B, T, K] each, for hidden [B, T, D] at position_ids [B, T].
 
-    Where a teacher has RoPE of several kinds (Gemma 3), there is one pair for each type of layer, in a dict.
+    For teachers with several kinds of RoPE (Gemma 3), return a dict with one pair for each type of layer.
     """
     types = getattr(rotary_emb, "layer_types", None)
     return {x: rotary_emb(hidden, position_ids, x) for x in types} if types else rotary_emb(hidden, position_ids)
 
 
 def ties_embeddings(model: PreTrainedModel) -> bool:
-    """Return whether a model's head is its embedding; its configuration may say so although the checkpoint has both."""
+    """Return whether a model's head is its embedding; the weights decide, since its configuration can be wrong."""
     return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 @torch.no_grad()
 def shallow_copy(teacher: Teacher) -> Teacher:
-    """Copy a teacher to the CPU in fp32, without tokenizer, with few layers and with norm weights and biases changed.
+    """Copy a teacher's first layers to the CPU in fp32, without tokenizer; add random numbers to norm weights and biases.
 
-    The copy has the first layers, at least two, up to the one that completes the kinds of layers. Layers are of one kind if
-    they differ in weights alone.
+    The copy has at least two layers, and one of each kind. Layers are of one kind if they differ only in their weights.
     """
     decoder, lists = teacher.model.model, _lists_by_layer(teacher.config)
     kinds = [(_description(layer), *values) for layer, *values in zip(decoder.layers, *lists.values(), strict=True)]
@@ -290,7 +283,7 @@ def _lists_by_layer(config: Any) -> dict[str, list]:
 
 
 def _description(layer: torch.nn.Module) -> list:
-    """Describe a layer but for its weights and number."""
+    """Describe a layer by its modules' names, types and settings, without weights and layer number."""
     plain = (bool, int, float, str, NoneType)
     return [
         (name, type(module), {k: v for k, v in vars(module).items() if isinstance(v, plain) and k != "layer_idx"})

@@ -1,4 +1,4 @@
-"""Find what a tokenizer puts around texts and what ends them, and encode texts alone: whole, and never as special tokens."""
+"""Find the special tokens that a tokenizer puts around texts, and encode texts without truncation or special tokens in them."""
 
 import json
 
@@ -7,17 +7,17 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from distill_pl.errors import InputError, one_line
 
-PROBES = ("a", "b c", "The fox.")  # texts to encode, before words of the vocabulary itself
-WORDS = 8
+PROBES = ("a", "b c", "The fox.")  # texts to encode when looking for special tokens
+WORDS = 8  # entries of the vocabulary that are encoded as well
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Return the ids that a tokenizer puts before and after every text, such as BOS and EOS; empty lists for none.
 
-    They are what encoding a text with special tokens adds to encoding it without, the same for several texts.
+    Several texts are encoded with and without special tokens; the ids returned are the difference.
 
     Raises:
-        InputError: what is added is not the same for every text, or surrounds no text that the tokenizer can encode.
+        InputError: the difference is not the same for all texts, or the tokenizer cannot encode one of them.
     """
 
     def encode(text: str, special: bool) -> tuple[int, ...]:
@@ -33,7 +33,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[
     for text in (*PROBES, *(str(tokenizer.decode([id])) for id in ids)):
         plain, whole = (encode(text, special) for special in (False, True))
         starts = range(len(whole) - len(plain) + 1)
-        if plain:  # around no text, before and after are one
+        if plain:  # around an empty text, before and after cannot be told apart
             end = len(plain)
             found.append({(whole[:i], whole[i + end :]) for i in starts if whole[i : i + end] == plain})
     common = set.intersection(*found) if found else set()
@@ -47,29 +47,29 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int | None:
-    """Return the id that ends each text: the special token with which the model's configuration ends texts, or EOS.
+    """Return the id that ends each text: the configuration's eos_token_id if it is one special token, else the tokenizer's EOS.
 
-    They differ in base models whose tokenizer is that of the chat model: its EOS ends a turn, which the base model never saw.
-    Where the configuration has several such tokens, none, or one that is an ordinary word, the tokenizer's EOS counts.
+    The two differ in base models with the tokenizer of a chat model, whose EOS ends a turn and never occurred in pretraining.
     """
     token = tokenizer.added_tokens_decoder.get(config.eos_token_id) if isinstance(config.eos_token_id, int) else None
     return config.eos_token_id if token is not None and token.special else tokenizer.eos_token_id
 
 
 def around_documents(tokenizer: PreTrainedTokenizerBase, end: int) -> tuple[list[int], list[int]]:
-    """Return the ids that are packed before and after each document: the tokenizer's own, and `end` once.
+    """Return the ids that are packed before and after each document: the tokenizer's special tokens, and `end` after them.
 
-    `end` is left out where it, or the tokenizer's EOS, is one of them. Raises InputError as `special_tokens` does.
+    `end` is not added if it or the tokenizer's EOS is among the special tokens. Raises InputError if the special tokens are not
+    the same for every text.
     """
     before, after = special_tokens(tokenizer)
     return before, after if {end, tokenizer.eos_token_id} & {*before, *after} else [*after, end]
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """Copy the Rust tokenizer of a fast tokenizer, without a length limit or padding, and blind to special tokens.
+    """Copy the Rust tokenizer of a fast tokenizer, without length limit or padding, and without recognising special tokens.
 
-    A special token that a text merely mentions, such as `<|endoftext|>` in a manual, is encoded as the characters it is
-    written with. Encode with `add_special_tokens=False`: the copy's own special tokens may have other names.
+    A special token within a text, such as `<|endoftext|>` in a manual, is encoded as plain characters. Encode with
+    `add_special_tokens=False`: the copy's own special tokens may have other names.
 
     Raises:
         InputError: the tokenizer is not a fast one.
@@ -88,10 +88,10 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 
 
 def _hidden(special: set[str], fields: dict) -> dict:
-    """Rename special tokens in the fields of a tokenizer.json, ids unchanged, to what no text holds.
+    """Rename special tokens in the fields of a tokenizer.json, ids unchanged, to names that occur in no text.
 
-    `encode_special_tokens` does not suffice where the model's own vocabulary has them: a Unigram model takes them for its
-    likeliest pieces, and other models for words or for what their merges spell.
+    `encode_special_tokens` does not suffice if the model's own vocabulary contains special tokens: a Unigram model would use
+    them as likely pieces, other models as words or as results of merges.
     """
     model, vocabulary = fields["model"], fields["model"]["vocab"]
     names = {name: f"\0{name}" for name in special if name != model.get("unk_token")}

@@ -12,7 +12,7 @@ class Tokens(int):
     """A number of tokens: an int that is read from and printed as `80M` (decimal units k, M, B, T)."""
 
     def __new__(cls, amount: "int | str") -> "Tokens":
-        """Read an int or a text such as `2.5B`. Raises ValueError unless it is a whole number of tokens, 0 or more."""
+        """Convert an int or a text such as `2.5B`. Raises ValueError unless it is a whole number of tokens, 0 or more."""
         if isinstance(amount, str):
             match = re.fullmatch(r"(\d+(?:_\d+)*(?:\.\d+)?)\s*([kKMBT]?)", amount.strip())
             if match is None:
@@ -28,7 +28,7 @@ class Tokens(int):
         return super().__new__(cls, amount)
 
     def __str__(self) -> str:
-        """Format the exact number in the largest unit that divides it; config files hold this text."""
+        """Format the exact number in the largest unit that divides it, as configuration files have it."""
         for unit in ("T", "B", "M", "k"):
             if self and self % UNITS[unit] == 0:
                 return f"{self // UNITS[unit]}{unit}"

@@ -1,1 +1,1 @@
-"""The student: a Hugging Face model with a mixer in place of attention, and the factory that builds it from a teacher."""
+"""The student: a Hugging Face model with mixers in place of attention, and the factory that builds it from a teacher."""

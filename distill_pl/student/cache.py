@@ -1,7 +1,7 @@
-"""The cache of a student while it generates: one op state per layer, of constant size for every mixer but softmax.
+"""The cache of a student during generation: one op state per layer, of constant size for every mixer but softmax.
 
-transformers' DynamicCache reads the number of tokens off its keys, which a recurrent state does not have, so these layers
-count tokens themselves.
+transformers' DynamicCache takes the number of tokens from the shape of its keys; a recurrent state has none, so the layers of
+this cache count tokens.
 """
 
 from torch import LongTensor, Tensor
@@ -10,9 +10,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class MixerState(CacheLayerMixin):
-    """The state of one layer: the last state its op returned (`op`) and, by name, the inputs its short convolutions keep.
+    """The state of one layer: `op`, the last state that its op returned, and `tails`, the last inputs of its convolutions.
 
-    `op` is None before the first token. Every tensor of `op` and of `tails`, the convolutions' dict, is [B, ...].
+    `op` is None before the first token; `tails` is a dict by name. Every tensor in them is [B, ...].
     """
 
     is_compileable = False
@@ -26,7 +26,7 @@ class MixerState(CacheLayerMixin):
         self.seen = 0
 
     def update(self, op, tokens: int) -> None:
-        """Replace the op's state by `op`, the one after `tokens` more tokens of each row (padding included)."""
+        """Replace the op's state by `op`, the state after `tokens` more tokens in each row (padding included)."""
         self.op = op
         self.seen += tokens
         self.is_initialized = True
@@ -56,7 +56,7 @@ class MixerState(CacheLayerMixin):
         self.op, self.tails, self.seen, self.is_initialized = None, {}, 0, False
 
     def crop(self, *args) -> None:
-        """Raise NotImplementedError: a recurrent state does not hold what it was some tokens ago."""
+        """Raise NotImplementedError: a recurrent state cannot be rolled back."""
         raise NotImplementedError("a recurrent state cannot be cropped: assisted decoding needs a softmax model")
 
     def offload(self) -> None:
@@ -64,7 +64,7 @@ class MixerState(CacheLayerMixin):
         self._map(lambda x: x.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        """Do nothing: a state of constant size is too small to be worth moving ahead of its use."""
+        """Do nothing: a state of constant size is so small that moving it ahead of its use gains nothing."""
 
     def reorder_cache(self, beam_idx: LongTensor) -> None:
         """Replace row b by row beam_idx[b], as beam search asks. beam_idx [B]."""

@@ -34,14 +34,14 @@ from distill_pl.student.cache import StudentCache
 from distill_pl.teacher import embedding_scale, logits_scale, rope_tables, scaled
 
 DECODER_PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
-JOINT = ".qkv_proj."
+JOINT = ".qkv_proj."  # in the names of projections of q, k and v in one (Phi 3)
 GENERATION_MODES = (
     GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE,
 )  # fmt: skip
 
 
 class StudentConfig(PreTrainedConfig):
-    """The configuration of a student: the teacher's, the mixer in place of its attention, and the mixer's sizes."""
+    """The configuration of a student: the teacher's, the mixer that replaces its attention, and the mixer's sizes."""
 
     model_type = "distill_pl"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
@@ -52,8 +52,8 @@ class StudentConfig(PreTrainedConfig):
     shape: str = "copyable"
     rope: bool | None = None
     retention: float = 0.982
-    window: int | None = None  # tokens of sliding-window attention
-    sinks: int | None = None  # first tokens that are attended to as well
+    window: int | None = None  # last tokens that sliding-window attention reads
+    sinks: int | None = None  # first tokens that it reads as well
     backend: str = "auto"
     # the sizes from which mixers are built: the teacher's, except that num_key_value_heads may be expanded to all heads
     hidden_size: int = 0
@@ -64,8 +64,8 @@ class StudentConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-6
     qkv_bias: bool = False
     o_bias: bool = False
-    qk_norm: bool = False
-    qk_norm_joint: bool = False  # over all heads together
+    qk_norm: bool = False  # whether q and k are normalised
+    qk_norm_joint: bool = False  # over all heads together instead of each head
     qk_norm_offset: float = 0.0  # added to the weights of q and k norms
     attention_scale: float | None = None  # of q . k; default: head_dim ** -0.5
     # read by transformers' generation and by training code outside this package
@@ -82,7 +82,7 @@ class StudentConfig(PreTrainedConfig):
 class Student(PreTrainedModel, GenerationMixin):
     """A causal language model of the teacher's architecture with mixers as attention: tokens [B, T] -> logits [B, T, vocab].
 
-    Names that transformers calls private stand here and in `mark_as_loaded` alone; tests/test_private_apis.py checks them.
+    Private names of transformers are used only here and in `mark_as_loaded`; tests/test_private_apis.py checks them.
     """
 
     config: StudentConfig
@@ -93,7 +93,7 @@ class Student(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: StudentConfig):
         super().__init__(config)
-        self.loss_type = "ForCausalLM"  # which transformers cannot tell from the class's name, and warns
+        self.loss_type = "ForCausalLM"  # else transformers warns that it cannot derive the loss from the class's name
         decoder = AutoModel.from_config(teacher_config(config), trust_remote_code=False)
         softmax_config = copy.copy(config)
         softmax_config.shape, softmax_config.rope, softmax_config.window = "copyable", None, None
@@ -106,20 +106,20 @@ class Student(PreTrainedModel, GenerationMixin):
             layer.self_attn = mixer
             if not hasattr(layer, "input_layernorm"):  # OLMo 2 has norms after attention alone
                 layer.input_layernorm = nn.Identity()
-        # the decoder's parts and not the decoder, whose forward would build attention masks and a cache that mixers do not take
+        # the decoder's parts, not the decoder, whose forward pass builds attention masks and caches that mixers do not take
         self.model = nn.ModuleDict({part: getattr(decoder, part) for part in DECODER_PARTS})
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, decoder.embed_tokens.padding_idx)
         multiply_output(self.model.embed_tokens, embedding_scale(decoder))
         multiply_output(self.model.norm, logits_scale(decoder.config))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # an instance without modules of the teacher's class: in a tuple, since it is no part of this model
+        # an instance of the teacher's class without modules; in a tuple, so that it is no submodule of this model
         self.initialiser = (without_modules(decoder),)
-        self._no_split_modules = decoder._no_split_modules  # else device_map="auto" may put halves of a layer on two GPUs
+        self._no_split_modules = decoder._no_split_modules  # else device_map="auto" may split a layer over two GPUs
         self.post_init()
         self.train()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw a module's weights at random: those of the teacher's own modules as its class does."""
+        """Initialise a module's weights at random; for modules of the teacher, by the teacher's class."""
         if isinstance(module, RMSNorm):
             initialization.constant_(module.weight, 1 - module.offset)
         elif type(module).__module__ == type(self.initialiser[0]).__module__:
@@ -129,20 +129,20 @@ class Student(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Draw linears and embeddings at random, then set each mixer's start values; leave loaded weights as they are."""
+        """Initialise linears and embeddings at random, then set each mixer's start values; keep loaded weights."""
         super().initialize_weights()
         for mixer in self.mixers:
             mixer.start(self.config)
             mixer.start_window()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Load weights as nn.Module does: a student's, or those of a teacher whose attention is softmax too."""
+        """Load weights as nn.Module does, after splitting joint projections of q, k and v, as in a Phi 3 teacher."""
         tensors = dict(state_dict)
         split_joint_projections(tensors, self.config)
         return super().load_state_dict(tensors, *args, **kwargs)
 
     def train(self, mode: bool = True) -> "Student":
-        """Set training mode, but leave out dropout and noise of the teacher's modules: a student trains as the teacher runs."""
+        """Set training mode, but keep dropout and noise of the teacher's modules off, as they are in the frozen teacher."""
         super().train(mode)
         for layer in self.model.layers:
             for name, module in layer.named_children():
@@ -166,12 +166,12 @@ class Student(PreTrainedModel, GenerationMixin):
                       record: list[Tensor] | None = None) -> Tensor:  # fmt: skip
         """Compute the output of the final norm, which lm_head reads: input_ids [B, T] -> [B, T, D].
 
-        attention_mask bool [B, T] is False where padded; inputs_embeds [B, T, D] replaces input_ids; cache is updated; the
-        input of each layer [B, T, D] is appended to `record`.
+        attention_mask bool [B, T] is False where padded; inputs_embeds [B, T, D] replaces input_ids; cache is updated in place;
+        the input of each layer [B, T, D] is appended to `record`.
         """
         hidden = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         position = self.position(hidden, position_ids)
-        if torch.is_autocast_enabled(hidden.device.type):  # a residual stream in bf16 moves half the bytes
+        if torch.is_autocast_enabled(hidden.device.type):  # a residual stream in bf16 halves the memory traffic
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         for layer in self.model.layers:
             if record is not None:
@@ -202,17 +202,17 @@ class Student(PreTrainedModel, GenerationMixin):
             position_ids: [B, T] or [1, T], for RoPE; by default they count the tokens that are not padded.
             past_key_values: the cache of an earlier call, which is read and updated.
             inputs_embeds: [B, T, D], in place of input_ids.
-            labels: [B, T]; they are shifted here, and -100 is ignored.
+            labels: [B, T], not shifted; -100 is ignored.
             use_cache: whether to return a cache; by default `config.use_cache`, but not in training.
             logits_to_keep: the number of last positions to compute logits for (0: all), or an index of positions.
             output_hidden_states: whether to return the embeddings, the output of each layer but the last, and that of the
                 final norm: tensors [B, T, D].
-            output_attentions: whether to return each layer's mixing matrix, fp32 [B, H, T, T], which takes memory of T x T.
+            output_attentions: whether to return each layer's mixing matrix, fp32 [B, H, T, T].
             kwargs: passed to `loss_function`, such as num_items_in_batch.
 
         Raises:
-            InputError: inputs, mask or cache of another kind or shape; several sequences in a row; output_attentions with
-                tokens in the cache.
+            InputError: inputs, mask or cache of another kind or shape; several sequences packed in a row; output_attentions
+                with tokens in the cache; a cache with gradient checkpointing.
         """
         output_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
@@ -257,7 +257,7 @@ class Student(PreTrainedModel, GenerationMixin):
             if value is not None and hasattr(config, name):
                 setattr(config, name, value)
         mode = config.get_generation_mode(kwargs.get("assistant_model"))
-        if config.is_assistant:  # set by the model that asks for proposals
+        if config.is_assistant:  # set by a model for which this one is to draft tokens
             raise InputError("assistant_model: a student cannot be one, its state does not go back before a wrong token")
         if mode not in GENERATION_MODES:
             raise InputError(f"generate: a student does no {mode.value}: search greedily, by num_beams alone, or sample")
@@ -279,7 +279,7 @@ class Student(PreTrainedModel, GenerationMixin):
         raise InputError("continuous batching needs keys and values, which a student does not keep: generate batch by batch")
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """Return eager, the only name for what mixers compute. Raises ValueError, which transformers expects, for another."""
+        """Return "eager", the only implementation of mixers. Raises ValueError, which transformers expects, for another."""
         if requested_attention not in (None, "eager"):
             raise ValueError(f"attn_implementation {requested_attention!r}: a student attends by its mixers: leave it out")
         return "eager"
@@ -287,7 +287,7 @@ class Student(PreTrainedModel, GenerationMixin):
 
 def check_shapes(input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None,
                  position_ids: Tensor | None, cache: StudentCache | None, layers: int) -> None:  # fmt: skip
-    """Raise InputError unless arguments of `Student.forward` have the kind and shape that its docstring gives."""
+    """Raise InputError unless arguments of `Student.forward` have the types and shapes that its docstring gives."""
     if (input_ids is None) == (inputs_embeds is None):
         raise InputError("input_ids and inputs_embeds: give one of them")
     name, inputs = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
@@ -310,9 +310,10 @@ def check_shapes(input_ids: Tensor | None, inputs_embeds: Tensor | None, attenti
 
 
 def check_one_sequence(attention_mask: Tensor | None, position_ids: Tensor | None, options: dict[str, Any]) -> None:
-    """Raise InputError where a row holds several sequences, as position_ids that start again or flash attention's options say.
+    """Raise InputError if a row packs several sequences, which position_ids that start again or FlashAttention's options show.
 
-    A recurrent state would go on from one to the next. Compiled code, which cannot branch on numbers, is not checked.
+    A recurrent state would carry over from one sequence to the next. In compiled code, which cannot branch on values,
+    position_ids are not checked.
     """
     packed = any(options.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx"))
     if position_ids is not None and position_ids.shape[1] > 1 and not packed and not torch.compiler.is_compiling():
@@ -325,12 +326,12 @@ def check_one_sequence(attention_mask: Tensor | None, position_ids: Tensor | Non
 
 
 def teacher_config(config: StudentConfig) -> PreTrainedConfig:
-    """Return the teacher's configuration, stored in the student's, with the size of the student's vocabulary."""
+    """Return the teacher's configuration, which the student's contains, with the student's vocabulary size."""
     return AutoConfig.for_model(**(config.teacher or {}) | {"vocab_size": config.vocab_size})
 
 
 def multiply_output(module: nn.Module, factor: float) -> None:
-    """Make a module multiply its output by a constant, if that is not 1."""
+    """Make a module multiply its output by a constant unless that is 1."""
     if factor != 1:
         module.register_forward_hook(partial(_times, factor))
 
@@ -340,13 +341,13 @@ def _times(factor: float, module: nn.Module, inputs: Any, output: Tensor) -> Ten
 
 
 def is_noisy(module: nn.Module) -> bool:
-    """Return whether a module computes something else in training: by dropout, or by noise in a router of experts."""
+    """Return whether a module is random in training: by dropout, or by noise in a router of experts."""
     attributes = [item for part in module.modules() for item in vars(part).items()]
     return any(value for key, value in attributes if key == "p" or "drop" in key or "jitter" in key)
 
 
 def without_modules(decoder: PreTrainedModel) -> PreTrainedModel:
-    """Return an instance of a decoder's class that has its configuration alone."""
+    """Return an instance of a decoder's class with its configuration but without modules."""
     empty = type(decoder).__new__(type(decoder))
     nn.Module.__init__(empty)
     empty.config = decoder.config
@@ -354,7 +355,7 @@ def without_modules(decoder: PreTrainedModel) -> PreTrainedModel:
 
 
 def split_joint_projections(tensors: dict[str, Tensor], config: StudentConfig) -> None:
-    """Replace, in place, projections of q, k and v in one (Phi 3), weights or biases, by three under the names of Llama's."""
+    """Replace, in place, joint projections of q, k and v (Phi 3), weights and biases, by three with Llama's names."""
     queries = config.num_attention_heads * config.head_dim
     for name in [name for name in tensors if JOINT in name]:
         joint = tensors.pop(name)
@@ -364,7 +365,7 @@ def split_joint_projections(tensors: dict[str, Tensor], config: StudentConfig) -
 
 
 def join_projections(tensors: dict[str, Tensor], names: Iterable[str]) -> None:
-    """Undo `split_joint_projections` in place for those of `names` that are in one."""
+    """Join projections of q, k and v in place (Phi 3), for those of `names` that name a joint projection."""
     for name in [name for name in names if JOINT in name]:
         tensors[name] = torch.cat([tensors.pop(name.replace(JOINT, f".{part}_proj.")) for part in "qkv"])
 
