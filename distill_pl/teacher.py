@@ -268,7 +268,7 @@ def shallow_copy(teacher: Teacher) -> Teacher:
         if tensor.ndim == 1 and tensor.is_floating_point():
             tensor += 0.3 * torch.randn(tensor.shape, generator=generator)
     embedding = model.get_input_embeddings()
-    if hasattr(embedding, "scalar_embed_scale"):  # which a teacher in bf16 rounds
+    if hasattr(embedding, "scalar_embed_scale"):  # restore the scale, which a teacher in bf16 has rounded
         embedding.embed_scale.fill_(embedding.scalar_embed_scale)
     shallow = Teacher.__new__(Teacher)
     shallow.path, shallow.config, shallow.model = teacher.path, model.config, model

@@ -1,6 +1,6 @@
 """Hedgehog (Zhang et al., 2024b): linear attention with a learned feature map, spiky and monotonic like softmax.
 
-phi(x) = softmax([2 (W x + b), -2 (W x + b)]), with W and b of their own for q and for k in each head
+phi(x) = softmax([2 (W x + b), -2 (W x + b)]), with separate W and b for q and k of each head
 A_ij = phi(q_i) . phi(k_j) / (sum_j phi(q_i) . phi(k_j) + eps)  (ops/normalized.py);  after A v: o_proj
 """
 

@@ -117,7 +117,7 @@ def mix(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, sinks: int, 
     if key_mask is None:
         key_mask = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if state is not None:  # window - 1 tokens stand between its sinks and the new tokens, which see them as sinks alone
+    if state is not None:  # window - 1 tokens lie between its sinks and the new ones, so sinks are in no window
         k, v, key_mask = torch.cat([state[0], k], 2), torch.cat([state[1], v], 2), torch.cat([state[2], key_mask], 1)
     if q.shape[2] <= window:
         y = _attend(q, k, v, scale, _visible(q.shape[2], key_mask, window, sinks))

@@ -104,7 +104,7 @@ class Student(PreTrainedModel, GenerationMixin):
             mixer.teacher_rotates = bool(getattr(layer.self_attn, "use_rope", True))  # SmolLM3 has layers without
             mixer.layer_type = layer_types[index] if layer_types else ""
             layer.self_attn = mixer
-            if not hasattr(layer, "input_layernorm"):  # OLMo 2 has norms after attention alone
+            if not hasattr(layer, "input_layernorm"):  # OLMo 2 has only norms after attention
                 layer.input_layernorm = nn.Identity()
         # the decoder's parts, not the decoder, whose forward pass builds attention masks and caches that mixers do not take
         self.model = nn.ModuleDict({part: getattr(decoder, part) for part in DECODER_PARTS})
@@ -318,7 +318,7 @@ def check_one_sequence(attention_mask: Tensor | None, position_ids: Tensor | Non
     packed = any(options.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx"))
     if position_ids is not None and position_ids.shape[1] > 1 and not packed and not torch.compiler.is_compiling():
         back = position_ids[:, 1:] < position_ids[:, :-1]
-        if attention_mask is not None:  # whose padding on the right has position 0
+        if attention_mask is not None:  # padding on the right has position 0
             back = back & attention_mask[:, -back.shape[1] :].bool()
         packed = bool(back.any())
     if packed:
