@@ -20,9 +20,10 @@ from distill_pl.exports import fresh, modeling_distill_pl
 from distill_pl.exports.fla import as_fla
 from distill_pl.exports.native import as_native
 from distill_pl.measure.evaluate import weights_path
-from distill_pl.run.folder import disk_refused
+from distill_pl.run.export import lacking
+from distill_pl.run.folder import disk_refused, existing_folder
+from distill_pl.student.factory import load_whole
 from distill_pl.student.modeling import Student
-from distill_pl.teacher import load_model
 
 TOLERANCE, ROUNDINGS = 1e-5, 10  # of the largest logit, in fp32; or so many times what rounding changes in the student itself
 IMPORT = "import distill_pl  # lets transformers load its students\n"  # in the card of a student, see run/card.py
@@ -53,7 +54,12 @@ def export(run: str, to: Literal["transformers", "fla", "remote"] = "transformer
         raise InputError(f"out {out!r} exists already: give a folder that does not, or delete it")
     if to == "fla" and not torch.cuda.is_available():
         raise InputError("to fla: its kernels, with which the result is compared, need a GPU: export where there is one")
-    student = load_model(str(source), dtype=torch.float32)
+    home = existing_folder(target.absolute().parent)
+    if not home.is_dir() or not os.access(home, os.W_OK):
+        raise InputError(f"out {out!r} cannot be written: {home} is no folder or not permitted; choose another out")
+    if missing := [name for name in lacking(source) if name != "README.md"]:
+        raise InputError(f"run {run!r}: {source} lacks {', '.join(missing)}: restore it, or run distill-pl fit again")
+    student = load_whole(str(source))
     if not isinstance(student, Student):
         raise InputError(
             f"run {run!r}: its student is a {type(student).__name__} of transformers already and needs no export: use {source}"

@@ -17,12 +17,13 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, set_seed
 
 from distill_pl.console import aligned, percent, perplexity, quiet, say
 from distill_pl.data.datamodule import ChunkDataModule
+from distill_pl.data.files import OR_SKIP
 from distill_pl.data.sources import TextSource
-from distill_pl.errors import InputError
+from distill_pl.errors import InputError, one_line
 from distill_pl.measure import long_text, paper, recall
 from distill_pl.measure.harness import check_tasks, prompt_tokenizer, run_tasks
 from distill_pl.run.card import add_results
-from distill_pl.run.folder import check_teacher_of, disk_refused, fingerprint, read_config, write_aside
+from distill_pl.run.folder import check_teacher_of, disk_refused, fingerprint, read_config, teacher_of, write_aside
 from distill_pl.run.values import AT_LEAST_1, SEED, Range, check_numbers, parse_lengths
 from distill_pl.teacher import load_model
 from distill_pl.tokenizer import special_tokens
@@ -73,7 +74,7 @@ def evaluate(
     for model in models:
         path, folder = weights_path(model), Path(model) / "eval"
         if model in runs:
-            teacher = runs[model]["teacher"]
+            teacher = teacher_of(Path(model))
             jobs[model] = [(teacher, teacher, folder / f"teacher{suffix}"), (model, path, folder / f"student{suffix}")]
         else:
             jobs[model] = [(model, path, Path("eval") / f"{model.strip('/').replace('/', '--')}{suffix}")]
@@ -367,7 +368,10 @@ def held_out_chunks(model: PreTrainedModel, tokenizer, data: dict[str, Any]) -> 
 
     Raises InputError where they are no longer packed.
     """
-    module = ChunkDataModule(**data)
+    try:
+        module = ChunkDataModule(**data)
+    except TypeError as error:  # keys of another version
+        raise InputError(f"the run's data keys {data} are not those of this version ({one_line(error)})") from error
     chunks = torch.from_numpy(module.open(tokenizer, model.config).validation.astype("int64"))
     if len(chunks) == 0:
         raise InputError(f"the packed text of {data['dataset']!r} is no longer in {module.cache}: run distill-pl fit again")
@@ -380,7 +384,8 @@ def documents(text: str) -> Iterator[str]:
     try:
         yield from filter(None, source.texts(source.open(["train"])[0]["train"]))
     except InputError as error:
-        raise InputError(f"text: {str(error).removeprefix('data.dataset ')}") from error
+        line = str(error).replace(f", {OR_SKIP}", "").replace("data.text_column", "column")  # evaluate has no such keys
+        raise InputError(f"text: {line.removeprefix('data.dataset ')}") from error
 
 
 def haystack(model: PreTrainedModel, tokenizer, data: dict[str, Any] | None, text: str | None) -> str:

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any, cast
@@ -16,7 +16,7 @@ from distill_pl.losses import kl_divergence
 from distill_pl.measure import recall
 from distill_pl.measure.evaluate import TOKENS_IN_MEMORY, check_writable, haystack, held_out_chunks, is_run, load, weights_path
 from distill_pl.mixers import Softmax
-from distill_pl.run.folder import check_teacher_of, read_config, write_aside
+from distill_pl.run.folder import check_teacher_of, read_config, teacher_of, write_aside
 from distill_pl.run.values import AT_LEAST_1, SEED, check_numbers, parse_lengths
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.modeling import Student
@@ -43,7 +43,8 @@ def layers(
     Args:
         run: run folder of `distill-pl fit`.
         keep: also print which so many layers to keep, as a value of `student.softmax_layers`: by KL, by recall, and evenly
-            spaced, since layers that are best one by one need not be best together.
+            spaced, since layers that are best one by one need not be best together. Layers of softmax attention that the
+            student has already count, and are kept by KL and by recall.
         tasks: names of recall tasks, see `distill-pl evaluate --help`; recall is their mean accuracy.
         lengths: lengths of the prompts of recall tasks, in tokens.
         limit: number of questions of each task and length.
@@ -59,22 +60,25 @@ def layers(
     questions = recall.Questions(parse_lengths(lengths), limit, None, seed)
     if not is_run(run):
         raise InputError(f"run {run!r} is no run folder of distill-pl fit: give one that is finished")
-    path, config, file = weights_path(run), read_config(Path(run)), Path(run) / "eval" / "layers.json"
+    path, data, file = weights_path(run), read_config(Path(run))["data"], Path(run) / "eval" / "layers.json"
+    origin = teacher_of(Path(run))
     check_writable(file)
     model, tokenizer = load(path)
     student = cast(Student, model)  # but for one of softmax throughout, which is exported as its teacher's class
     others = [i for i, mixer in enumerate(getattr(model, "mixers", [])) if not isinstance(mixer, Softmax)]
     if not others:
         raise InputError(f"run {run!r} has softmax attention in every layer: give the run of a student with another mixer")
-    if keep is not None and not 1 <= keep <= len(student.mixers):
-        raise InputError(f"keep {keep} is no number of layers from 1 to {len(student.mixers)}")
-    teacher = Teacher(config["teacher"], student.dtype)
-    check_teacher_of(Path(run), config["teacher"], teacher.model)
+    before = [i for i in range(len(student.mixers)) if i not in others]  # layers of softmax attention already
+    if keep is not None and not len(before) < keep <= len(student.mixers):
+        kept = f", {len(before)} of which are softmax attention already" if before else ""
+        raise InputError(f"keep {keep} is no number of layers from {len(before) + 1} to {len(student.mixers)}{kept}")
+    teacher = Teacher(origin, student.dtype)
+    check_teacher_of(Path(run), origin, teacher.model)
     original = StudentFactory("softmax").assemble(teacher, seed=0).eval()
     original.to(student.device, student.dtype)  # type: ignore[arg-type]
-    source = recall.make_source(tokenizer, haystack(student, tokenizer, config["data"], None))
+    source = recall.make_source(tokenizer, haystack(student, tokenizer, data, None))
     items = [recall.make_items(task, source, length, questions) for task in names for length in questions.lengths]
-    chunks = held_out_chunks(student, tokenizer, config["data"])
+    chunks = held_out_chunks(student, tokenizer, data)
     in_memory = batch_size * TOKENS_IN_MEMORY[student.device.type]
     rows: list[dict[str, Any]] = []
     say("layer put back      KL  recall" if names else "layer put back      KL")
@@ -91,7 +95,7 @@ def layers(
     draw_layers(rows, file.with_suffix(".png"))
     if keep is not None:
         say("")
-        for by, chosen in choices(rows[1:], keep, len(student.mixers)).items():
+        for by, chosen in choices(rows[1:], keep, before).items():
             say(f"{by:14} --student.softmax_layers {json.dumps(chosen)}")
     say(f"\nwrote {file} and {file.with_suffix('.png')}")
 
@@ -120,11 +124,15 @@ def held_out_divergence(student: Student, original: Student, chunks: Tensor, bat
     return total / len(chunks)
 
 
-def choices(rows: list[dict[str, Any]], keep: int, count: int) -> dict[str, list[int]]:
-    """Choose `keep` of a model's `count` layers by lowest KL, by highest recall (then lowest KL), and evenly spaced."""
-    by_divergence = sorted(rows, key=lambda row: row["kl"])
-    chosen = {"by KL": [row["layer"] for row in by_divergence[:keep]]}
+def choices(rows: list[dict[str, Any]], keep: int, before: Sequence[int] = ()) -> dict[str, list[int]]:
+    """Choose `keep` of a model's layers by lowest KL, by highest recall (then lowest KL), and evenly spaced.
+
+    rows: of all layers but those in `before`, which are kept by KL and by recall.
+    """
+    by_divergence, more, count = sorted(rows, key=lambda row: row["kl"]), keep - len(before), len(rows) + len(before)
+    chosen = {"by KL": [*before, *(row["layer"] for row in by_divergence[:more])]}
     if "recall" in rows[0]:
-        chosen["by recall"] = [row["layer"] for row in sorted(by_divergence, key=lambda row: -row["recall"])[:keep]]
+        by_recall = sorted(by_divergence, key=lambda row: -row["recall"])
+        chosen["by recall"] = [*before, *(row["layer"] for row in by_recall[:more])]
     chosen["evenly spaced"] = [int((index + 0.5) * count / keep) for index in range(keep)]
     return {by: sorted(numbers) for by, numbers in chosen.items()}

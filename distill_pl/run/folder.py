@@ -43,6 +43,9 @@ CHANGEABLE_KEYS = {
 WHAT_IS_READ = ("dataset", "name", "revision", "text_column", "validation_tokens", "shuffle", "skip_bad_rows")
 LOCK, HOLDER = ".lock", ".locked_by"
 FINGERPRINTS = "fingerprints.json"
+# of config.yaml: keys that other commands read, and their kinds
+READ: dict[str, Any] = {"teacher": str, "student": dict, "kd": dict, "data": dict, "data.dataset": str,
+                        "data.sequence_length": int, "data.validation_tokens": (str, int)}  # fmt: skip
 # files of a run folder that appear before config.yaml does
 BEFORE_CONFIG = {LOCK, HOLDER, FINGERPRINTS, f"{FINGERPRINTS}.new", "config.yaml.new"}
 FIXED_TRAINER_KEYS = {"trainer.precision", "trainer.limit_val_batches"}  # all other trainer keys may change
@@ -118,7 +121,7 @@ def flat(config: dict, prefix: str = "") -> dict[str, Any]:
     """Flatten nested dicts to one dict with dotted keys."""
     leaves: dict[str, Any] = {}
     for key, value in config.items():
-        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return leaves
 
 
@@ -183,13 +186,31 @@ def write_config(config: Namespace) -> None:
 
 
 def read_config(out: Path) -> dict[str, Any]:
-    """Read the configuration of a run folder as nested dicts. Raises InputError where the file is not plain YAML."""
+    """Read the configuration of a run folder as nested dicts. Raises InputError where the file is not one that `fit` wrote."""
     file = out / "config.yaml"
     try:
-        return yaml.safe_load(file.read_text())
+        config = yaml.safe_load(file.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         text = " ".join(str(error).split())[:160]
         raise InputError(f"{file} is damaged or no plain YAML ({text}): mend it, or choose another folder") from error
+    found = config | flat(config) if isinstance(config, dict) else {}
+    if wrong := [key for key, kind in READ.items() if not isinstance(found.get(key), kind)]:
+        value = found.get(wrong[0])
+        raise InputError(
+            f"{file} is damaged or not of distill-pl fit ({wrong[0]} is {value!r}): mend it, or choose another folder"
+        )
+    return config
+
+
+def teacher_of(out: Path) -> str:
+    """Return the teacher of a run. Raises InputError for a folder that is no longer there."""
+    teacher = read_config(out)["teacher"]
+    if teacher.startswith((".", "/")) and not Path(teacher, "config.json").is_file():
+        raise InputError(
+            f"{out} was distilled from {teacher!r}, where no model is: put it back, or write its new place into "
+            f"{out / 'config.yaml'}"
+        )
+    return teacher
 
 
 def next_stage(stages: list[StageRun]) -> int:
@@ -296,7 +317,11 @@ def check_fingerprints(config: Namespace, found: dict[str, str]) -> None:
 def check_teacher_of(out: Path, path: str, model: PreTrainedModel) -> None:
     """Raise InputError unless `model`, loaded from `path`, is the teacher of the run in `out`, as far as that is recorded."""
     file = out / FINGERPRINTS
-    if file.is_file() and json.loads(file.read_text())["teacher"] != fingerprint(model, torch.bfloat16):
+    try:
+        recorded = json.loads(file.read_text())["teacher"] if file.is_file() else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} is damaged ({one_line(error)}): restore it, or delete it to trust {path!r}") from error
+    if recorded not in (None, fingerprint(model, torch.bfloat16)):
         raise InputError(f"teacher {path!r} is not the one that {out} was distilled from: put that one back")
 
 
@@ -312,8 +337,8 @@ def tokens_read(config: Namespace) -> int:
     if any(before.get(key) != now[key] for key in WHAT_IS_READ):
         return 0
     try:
-        return json.loads((start / FINGERPRINTS).read_text())["tokens_read"]
-    except (OSError, ValueError, KeyError) as error:
+        return int(json.loads((start / FINGERPRINTS).read_text())["tokens_read"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"student.start_from {str(start)!r}: its {FINGERPRINTS} does not say how much of the text it has read "
             f"({one_line(error)}): give {start / 'student'}, to begin with the head of the text"

@@ -234,8 +234,8 @@ def expand(file: str, lines: dict[str, Any], own: dict[str, Any], out: Path, fir
 
 def check_material(file: str, runs: list[Run], options: dict[str, Any] | None) -> None:
     """Raise InputError, before any run begins, for a tokenizer, text or questions of `evaluate` that cannot be used."""
-    material = {json.dumps([run.config.teacher, plain(run.config.data)]): run for run in runs}
-    for run in material.values():
+    material = {json.dumps([run.config.teacher, plain(run.config.data)]): run for run in reversed(runs)}
+    for run in reversed(material.values()):
         try:
             tokenizer = load_tokenizer(run.config.teacher)
             teacher = AutoConfig.from_pretrained(run.config.teacher, trust_remote_code=False)

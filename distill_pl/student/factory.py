@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from distill_pl.errors import InputError
+from distill_pl.console import say
+from distill_pl.errors import InputError, one_line
 from distill_pl.mixers import MIXERS
 from distill_pl.ops import Backend, use_fla
 from distill_pl.student.modeling import DECODER_PARTS, Student, StudentConfig, mark_as_loaded, split_joint_projections
@@ -160,12 +161,20 @@ class StudentFactory:
     def build(self, teacher: Teacher, seed: int) -> Student:
         """Build a student of `teacher` with fp32 weights on the CPU; equal seeds draw equal weights.
 
-        Raises InputError for a teacher that is not supported, see `check_teacher`.
+        Prints which mixers are not those of `start_from`. Raises InputError for a teacher that is not supported, see
+        `check_teacher`, and for a `start_from` that does not fit it.
         """
         check_teacher(teacher)
         student = self.assemble(teacher, seed)
         if self.start is not None:
-            copy_student(self.start, student)
+            if not isinstance(self.start, Student) and type(self.start) is not type(teacher.model):
+                raise InputError(
+                    f"student.start_from {self.start_from!r} is a {type(self.start).__name__}, no student of this package: "
+                    "give the folder that it was exported from"
+                )
+            if anew := copy_student(self.start, student):
+                layers = "all layers" if len(anew) == len(student.mixers) else f"layers {', '.join(map(str, anew))}"
+                say(f"start    {self.start_from}, but for the mixers of {layers}, which are of another kind or size there")
         return student
 
     def assemble(self, teacher: Teacher, seed: int) -> Student:
@@ -194,7 +203,20 @@ def load_start(path: str) -> PreTrainedModel:
     folder = Path(path, "student") if Path(path, "student").is_dir() else Path(path)
     if not (folder / "config.json").is_file():
         raise InputError(f"student.start_from {path!r} is no finished run and no model folder: give either, or leave it out")
-    return load_model(str(folder), dtype=torch.float32)
+    return load_whole(str(folder))
+
+
+def load_whole(folder: str) -> PreTrainedModel:
+    """Load a causal language model in fp32 from a folder. Raises InputError where a file is damaged or a weight is missing."""
+    try:
+        model, loading = load_model(folder, dtype=torch.float32, output_loading_info=True)
+    except InputError:
+        raise
+    except Exception as error:  # transformers has no common error for missing or damaged files
+        raise InputError(f"the model in {folder} cannot be loaded ({one_line(error)}): restore its files") from error
+    if missing := sorted(loading["missing_keys"]):  # transformers draws them at random
+        raise InputError(f"the model in {folder} lacks {len(missing)} of its weights ({missing[0]}, ...): restore its files")
+    return model
 
 
 def attention_config(attention: Any) -> dict[str, Any]:

@@ -49,16 +49,17 @@ def copy_weights(teacher: PreTrainedModel, student: Student, attention: bool) ->
 
 
 @torch.no_grad()
-def copy_student(source: PreTrainedModel, student: Student) -> None:
+def copy_student(source: PreTrainedModel, student: Student) -> list[int]:
     """Copy another student's weights in place: all outside attention, and each mixer that has the same class and weights.
 
-    source: a student of the same teacher, or what a student of softmax attention is exported as. Raises InputError where a
-    tensor outside attention does not fit.
+    source: a student of the same teacher, or what a student of softmax attention is exported as. Returns the layers whose
+    mixers were not copied. Raises InputError where a tensor outside attention does not fit.
     """
     tensors, target = source.state_dict(), student.state_dict()
     split_joint_projections(tensors, student.config)
     if student.config.tie_word_embeddings and not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]):
         raise InputError("student.start_from: its head is not tied to the embeddings, as the student's is: choose shape paper")
+    left = []
     for index, mixer in enumerate(student.mixers):
         prefix = f"model.layers.{index}{ATTENTION}"
         kind = type(source.mixers[index]) if isinstance(source, Student) and index < len(source.mixers) else Softmax
@@ -66,6 +67,8 @@ def copy_student(source: PreTrainedModel, student: Student) -> None:
         if kind is type(mixer) and shapes[0] == shapes[1]:
             for name in shapes[0]:
                 target[name].copy_(tensors[name])
+        else:
+            left.append(index)
     for name, tensor in target.items():
         if ATTENTION not in name:
             given = tensors.get(name)
@@ -76,6 +79,7 @@ def copy_student(source: PreTrainedModel, student: Student) -> None:
                     "student of the same teacher and student.shape"
                 )
             tensor.copy_(given)
+    return left
 
 
 def as_transformer(student: Student) -> PreTrainedModel:

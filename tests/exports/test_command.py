@@ -183,7 +183,17 @@ def test_bad_input_is_one_line_and_nothing_is_overwritten(teacher, teacher_folde
     assert "LlamaForCausalLM of transformers already" in refused("export", teacher_folder, "--out", tmp_path / "new")
     assert "run is not finished" in refused("export", tmp_path / "run", "--out", tmp_path / "new")
     assert "to: Expected a Literal" in refused("export", student, "--to=gguf", "--out", tmp_path / "new")
+    assert "note.txt is no folder or not" in refused("export", student, "--out", tmp_path / "full" / "note.txt" / "new")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_student_with_holes_is_not_exported(teacher, tokenizer, tmp_path, name):
+    student = save(trained(teacher, "gla"), tmp_path / "student", tokenizer)
+    (student / name).write_text("{") if name == "config.json" else (student / name).unlink()
+    line = refused("export", student, "--to=remote", "--out", tmp_path / "new")
+    assert ("cannot be loaded" if name == "config.json" else f"student lacks {name}: restore it") in line
+    assert not (tmp_path / "new").exists()
 
 
 @grouped_norms

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -41,6 +42,27 @@ def test_a_run_is_measured_beside_the_teacher_it_had(run, tmp_path):
     file = copy / "fingerprints.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"teacher": "another"}))
     assert "is not the one that" in refused("evaluate", copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("config.yaml", "", r"config.yaml is damaged or not of distill-pl fit \(teacher is None\)"),
+        ("config.yaml", "- a", r"config.yaml is damaged .* \(teacher is None\)"),
+        ("config.yaml", "data: 3", r"config.yaml is damaged .* \(data is 3\)"),
+        ("config.yaml", "data: {dataset: x}", r"config.yaml is damaged .* \(data.sequence_length is None\)"),
+        ("config.yaml", "teacher: /moved", "run was distilled from '/moved', where no model is"),
+        ("fingerprints.json", "{", "fingerprints.json is damaged"),
+        ("fingerprints.json", "[]", "fingerprints.json is damaged"),
+    ],
+)
+def test_damaged_files_of_a_run_are_one_line(run, tmp_path, monkeypatch, name, text, says):
+    monkeypatch.chdir(tmp_path)
+    file = Path(shutil.copytree(run, "run")) / name
+    keeps = name == "config.yaml" and text.partition(":")[1]
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | yaml.safe_load(text)) if keeps else text)
+    for command in ("evaluate run", "layers run --tasks=", *(["report run"] if "config" in says else [])):
+        assert re.search(says, refused(*command.split()))
 
 
 def test_tasks_from_files_for_a_run_and_for_a_plain_model(run, teacher_folder, tmp_path, monkeypatch, capsys):

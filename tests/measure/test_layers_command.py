@@ -38,8 +38,10 @@ def test_the_only_other_layer_put_back_leaves_no_divergence(teacher):
 def test_choices():
     rows = [{"layer": layer, "kl": kl, "recall": recall}
             for layer, kl, recall in [(0, 0.4, 0.1), (1, 0.3, 0.5), (2, 0.2, 0.0), (4, 0.1, 0.1)]]  # fmt: skip
-    assert choices(rows, 2, 6) == {"by KL": [2, 4], "by recall": [1, 4], "evenly spaced": [1, 4]}
-    assert choices([{"layer": 3, "kl": 0.4}], 1, 6) == {"by KL": [3], "evenly spaced": [3]}
+    assert choices(rows, 2) == {"by KL": [2, 4], "by recall": [1, 4], "evenly spaced": [1, 3]}
+    assert choices([{"layer": 1, "kl": 0.4}], 1) == {"by KL": [1], "evenly spaced": [0]}
+    kept = {"by KL": [3, 4, 5], "by recall": [1, 3, 5], "evenly spaced": [1, 3, 5]}
+    assert choices(rows, 3, before=[3, 5]) == kept  # layers of a hybrid stay, and count
 
 
 def test_layers_of_a_run(run, capsys, monkeypatch):
@@ -56,7 +58,7 @@ def test_layers_of_a_run(run, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("given", "says"),
     [({"run": "nowhere"}, "'nowhere' is no run folder"), ({"tasks": "piqa"}, "tasks=piqa is no recall task"),
-     ({"keep": 0}, "keep 0 is no number of layers from 1 to 2"), ({"limit": 0}, "limit")],
+     ({"keep": 0}, "keep 0 is no number of layers from 1 to 2"), ({"keep": 3}, "keep 3"), ({"limit": 0}, "limit")],
 )  # fmt: skip
 def test_bad_input_is_one_line(run, given, says):
     with pytest.raises(InputError, match=says) as caught:

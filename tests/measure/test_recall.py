@@ -290,7 +290,7 @@ def test_a_length_without_room_is_refused_and_the_one_that_is_named_has_room(sou
         ("--tasks mqar --text nowhere.txt", "text: 'nowhere.txt': no such file"),
         ("--text text.txt", "text: it holds 4 tokens, fewer than the largest of lengths, 4096"),
         ("--text text.txt --lengths 1", "text: rows of 1 token have none to predict"),
-        pytest.param("--tasks recal", "did you mean recall", marks=pytest.mark.slow),
+        ("--tasks recal", "did you mean recall"),
     ],
 )
 def test_questions_are_refused_before_anything_is_measured(tmp_path, monkeypatch, known_words, options, says):

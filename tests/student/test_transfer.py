@@ -130,7 +130,31 @@ def test_a_start_with_a_head_of_its_own_is_refused_where_the_student_has_none(te
 
 def test_a_start_that_is_no_student_of_this_teacher_is_refused(teacher, variant, save_model, tmp_path):
     with pytest.raises(InputError, match="start_from '/nowhere' is no finished run"):
-        StudentFactory("gla", start_from="/nowhere")
+        StudentFactory("gla", start_from="/nowhere").build(teacher, 0)
     wide = save_model("llama", intermediate_size=80)
     with pytest.raises(InputError, match=r"start_from: its model.layers.0.mlp.gate_proj.weight is of shape \(80, 32\)"):
         StudentFactory("gla", start_from=str(wide)).build(teacher, 0)
+    other = save_model("qwen3")  # also has a norm of q, for which a student of a Llama has no place
+    with pytest.raises(InputError, match="is a Qwen3ForCausalLM, no student of this package"):
+        StudentFactory("gla", start_from=str(other)).build(teacher, 0)
+
+
+def test_a_start_names_the_layers_that_begin_anew(teacher, tmp_path, capsys):
+    path = exported(StudentFactory("gla", softmax_layers=[1]).build(teacher, 0), tmp_path / "gla")
+    for mixer, layers, says in [("gla", [1], ""), ("gla", [], "mixers of layers 1,"), ("retnet", [], "mixers of all layers,")]:
+        StudentFactory(mixer, softmax_layers=layers, start_from=path).build(teacher, 0)
+        printed = capsys.readouterr().out
+        assert says in printed and bool(says) == bool(printed)
+
+
+@pytest.mark.parametrize("damage", ["model.safetensors", "config.json", "a weight"])
+def test_a_start_with_holes_is_refused(teacher, tmp_path, damage):
+    student = StudentFactory("gla").build(teacher, 0)
+    path = exported(student, tmp_path / "gla")
+    if damage == "a weight":
+        state = {name: x.contiguous() for name, x in student.state_dict().items() if "layers.1.mlp.up" not in name}
+        student.save_pretrained(path, state_dict=state)
+    else:
+        (tmp_path / "gla" / damage).unlink() if damage.startswith("model") else (tmp_path / "gla" / damage).write_text("{")
+    with pytest.raises(InputError, match="the model in .* (cannot be loaded|lacks 1 of its weights)"):
+        StudentFactory("gla", start_from=path).build(teacher, 0)
