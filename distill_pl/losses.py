@@ -81,14 +81,14 @@ def kd_terms(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tens
     is_label = torch.arange(student_logits.shape[-1], device=student_logits.device) == labels[:, None]
     log_q = log_softmax(student_logits.float(), -1)
     ce = -torch.where(is_label, log_q, 0).sum()
-    between = torch.zeros_like(ce)
+    divergence_sum = torch.zeros_like(ce)
     if teacher_logits is not None:
         temperature = objective.temperature
         log_p = log_softmax(teacher_logits.float() / temperature, -1)
         soft_log_q = log_q if temperature == 1 else log_softmax(student_logits.float() / temperature, -1)
         divergences, slope = divergence(log_p, soft_log_q, objective.divergence, objective.top_k)
-        between = (divergences * counted).sum() * temperature**2
-    terms = torch.stack([ce, between])
+        divergence_sum = (divergences * counted).sum() * temperature**2
+    terms = torch.stack([ce, divergence_sum])
     if not need_gradient:
         return terms, None
     gradient = objective.ce * (log_q.exp() - is_label.float())

@@ -199,9 +199,9 @@ def _(q, k, v, beta, inverse, scale, state, dy, d_final):
     return _new(q), _new(k), _new(v), _new(beta), q.new_empty(0) if state is None else _new(state)
 
 
-@custom_op("distill_pl::gated_delta", mutates_args=())
-def _gated_delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float,
-                 state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+@custom_op("distill_pl::kda", mutates_args=())
+def _kda(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float,
+         state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute by fla's KDA: y, the final state, and `sums`, q k^T and k k^T [B, T, H, CHUNK] for the backward pass."""
     q, k, v, g, beta, state = contiguous(q, k, v, g, beta, state)
     with torch.cuda.device_of(q):
@@ -209,16 +209,16 @@ def _gated_delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale
     return y, final, sums, q_k, k_k
 
 
-@_gated_delta.register_fake
+@_kda.register_fake
 def _(q, k, v, g, beta, scale, state):
     products = [k.new_empty(*k.shape[:3], CHUNK) for _ in range(2)]
     return _new(v), _new(v, v.shape[0], *k.shape[2:], v.shape[3]), _new(g), *products
 
 
-@custom_op("distill_pl::gated_delta_backward", mutates_args=())
-def _gated_delta_backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, sums: Tensor, q_k: Tensor, k_k: Tensor,
-                          scale: float, state: Tensor | None, dy: Tensor,
-                          d_final: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+@custom_op("distill_pl::kda_backward", mutates_args=())
+def _kda_backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, sums: Tensor, q_k: Tensor, k_k: Tensor,
+                  scale: float, state: Tensor | None, dy: Tensor,
+                  d_final: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the gradients of q, k, v, g, beta and, unless it is None, of the initial state."""
     q, k, v, beta, state, dy, d_final = contiguous(q, k, v, beta, state, dy, d_final)
     with torch.cuda.device_of(q):
@@ -226,14 +226,14 @@ def _gated_delta_backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tens
     return dq.to(q), dk.to(k), dv, dg, d_beta, q.new_empty(0) if state is None else d_state
 
 
-@_gated_delta_backward.register_fake
+@_kda_backward.register_fake
 def _(q, k, v, g, beta, sums, q_k, k_k, scale, state, dy, d_final):
     return *(_new(x) for x in (q, k, v, g, beta)), q.new_empty(0) if state is None else _new(state)
 
 
-@custom_op("distill_pl::head_delta", mutates_args=())
-def _head_delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float,
-                state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+@custom_op("distill_pl::gated_delta_net", mutates_args=())
+def _gated_delta_net(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float,
+                     state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute by fla's Gated DeltaNet: y, the final state, and `sums` and inverses [B, T, H, CHUNK] for the backward pass."""
     q, k, v, g, beta, state = contiguous(q, k, v, g, beta, state)
     with torch.cuda.device_of(q):
@@ -241,7 +241,7 @@ def _head_delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale:
     return y, final, sums, inverse
 
 
-@_head_delta.register_fake
+@_gated_delta_net.register_fake
 def _(q, k, v, g, beta, scale, state):
     return _new(v), _new(v, v.shape[0], *k.shape[2:], v.shape[3]), _new(g), k.new_empty(*k.shape[:3], CHUNK)
 
@@ -283,29 +283,29 @@ def chunk_gradients(q: Tensor, k: Tensor, v: Tensor, sums: Tensor, h: Tensor, dy
     return join(dq), join(dk), join(dw), join(dg[..., None])[..., 0]
 
 
-@custom_op("distill_pl::head_delta_states", mutates_args=())
-def _head_delta_states(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, sums: Tensor, inverse: Tensor, scale: float,
-                       state: Tensor | None, dy: Tensor,
-                       d_final: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+@custom_op("distill_pl::gated_delta_net_states", mutates_args=())
+def _gated_delta_net_states(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, sums: Tensor, inverse: Tensor, scale: float,
+                            state: Tensor | None, dy: Tensor,
+                            d_final: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute h, v, dv and dh, which `chunk_gradients` reads, and the gradient of the initial state."""
     q, k, v, beta, state, dy, d_final = contiguous(q, k, v, beta, state, dy, d_final)
     with torch.cuda.device_of(q):
         w, u = recompute_w_u_fwd(k, v, beta, inverse, g=sums)
-        h, left, _ = chunk_gated_delta_rule_fwd_h(k, w, u, g=sums, initial_state=state)
+        h, v_new, _ = chunk_gated_delta_rule_fwd_h(k, w, u, g=sums, initial_state=state)
         dv = chunk_bwd_dv_local(q, k, dy, g=sums, scale=scale)
         dh, d_state, dv = chunk_gated_delta_rule_bwd_dhu(q, k, w, dy, dv, g=sums, h0=state, dht=d_final, scale=scale)
-    return h, left, dv, dh, q.new_empty(0) if state is None else d_state
+    return h, v_new, dv, dh, q.new_empty(0) if state is None else d_state
 
 
-@_head_delta_states.register_fake
+@_gated_delta_net_states.register_fake
 def _(q, k, v, beta, sums, inverse, scale, state, dy, d_final):
     h = k.new_empty(k.shape[0], cdiv(k.shape[1], CHUNK), *k.shape[2:], v.shape[3])
     return h, _new(v), _new(v), _new(h), q.new_empty(0) if state is None else _new(state)
 
 
-@custom_op("distill_pl::head_delta_solved", mutates_args=())
-def _head_delta_solved(k: Tensor, v: Tensor, beta: Tensor, sums: Tensor, inverse: Tensor, dw: Tensor,
-                       du: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+@custom_op("distill_pl::gated_delta_net_solved", mutates_args=())
+def _gated_delta_net_solved(k: Tensor, v: Tensor, beta: Tensor, sums: Tensor, inverse: Tensor, dw: Tensor,
+                            du: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the gradients of k, v, g and beta from dw and du, those of w and u, which the inverses and k, v, beta, g give."""
     k, v, beta, dw, du = contiguous(k, v, beta, dw, du)
     with torch.cuda.device_of(k):
@@ -313,7 +313,7 @@ def _head_delta_solved(k: Tensor, v: Tensor, beta: Tensor, sums: Tensor, inverse
         return dk, dv, chunk_local_cumsum(d_sums, chunk_size=CHUNK, reverse=True), d_beta
 
 
-@_head_delta_solved.register_fake
+@_gated_delta_net_solved.register_fake
 def _(k, v, beta, sums, inverse, dw, du):
     return _new(k), _new(v), _new(sums), _new(beta)
 
@@ -382,17 +382,17 @@ def _scalar_decay_gradients(q, k, v, g, sums, *rest) -> tuple[Tensor, ...]:
     return *(_add_up(parts).to(x.dtype) for parts, x in zip(gradients, (q, k, v, sums), strict=True)), d_state
 
 
-def _head_delta_gradients(q, k, v, g, beta, sums, inverse, scale, state, dy, d_final) -> tuple[Tensor, ...]:
-    h, left, dv, dh, d_state = _head_delta_states(q, k, v, beta, sums, inverse, scale, state, dy, d_final)
-    dq, dk, dw, dg = chunk_gradients(q, k, left, sums, h, dy, dh, dv, scale)
-    dk_of_w, dv, dg_of_w, d_beta = _head_delta_solved(k, v, beta, sums, inverse, dw, dv)
+def _gated_delta_net_gradients(q, k, v, g, beta, sums, inverse, scale, state, dy, d_final) -> tuple[Tensor, ...]:
+    h, v_new, dv, dh, d_state = _gated_delta_net_states(q, k, v, beta, sums, inverse, scale, state, dy, d_final)
+    dq, dk, dw, dg = chunk_gradients(q, k, v_new, sums, h, dy, dh, dv, scale)
+    dk_of_w, dv, dg_of_w, d_beta = _gated_delta_net_solved(k, v, beta, sums, inverse, dw, dv)
     return dq, dk + dk_of_w, dv, dg + dg_of_w, d_beta, d_state
 
 
 _scalar_decay.register_autograd(_differentiate(_scalar_decay_gradients), setup_context=_save)
 _delta_rule.register_autograd(_differentiate(_delta_rule_backward), setup_context=_save)
-_gated_delta.register_autograd(_differentiate(_gated_delta_backward), setup_context=_save)
-_head_delta.register_autograd(_differentiate(_head_delta_gradients), setup_context=_save)
+_kda.register_autograd(_differentiate(_kda_backward), setup_context=_save)
+_gated_delta_net.register_autograd(_differentiate(_gated_delta_net_gradients), setup_context=_save)
 _rank_one.register_autograd(_differentiate(_rank_one_backward), setup_context=_save)
 
 
@@ -427,8 +427,8 @@ def gated_delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale:
     mixed by fla's chunk_kda, or [B, T, H, 1], by the kernels of its chunk_gated_delta_rule, which itself refuses Hopper GPUs.
     """
     if g.shape[-1] == 1:
-        return _head_delta(q, k, v, g[..., 0], beta, scale, state)[:2]
-    return _gated_delta(q, k, v, g, beta, scale, state)[:2]
+        return _gated_delta_net(q, k, v, g[..., 0], beta, scale, state)[:2]
+    return _kda(q, k, v, g, beta, scale, state)[:2]
 
 
 def rank_one(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor, scale: float,
