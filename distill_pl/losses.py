@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
-TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}  # whose logits are in memory: many, to fill a GPU, or few, for a CPU's cache
+TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}  # tokens whose logits exist at once: many fill a GPU, few fit in a CPU's cache
 IGNORED = -1  # label of a position that predicts nothing
 
 
@@ -105,7 +105,7 @@ def divergence(log_p: Tensor, log_q: Tensor, kind: Divergence, top_k: int | None
     """
     p, q = log_p.exp(), log_q.exp()
     if top_k is not None:
-        # a mask from the k-th value rather than indices, which a scatter would write in no fixed order
+        # a mask of values below the k-th: a scatter by indices would not be deterministic
         others = log_p < log_p.topk(min(top_k, log_p.shape[-1]), -1).values[..., -1:]
         log_p, log_q = (torch.where(others, x.masked_fill(~others, -torch.inf).logsumexp(-1, True), x) for x in (log_p, log_q))
     if kind == "forward":

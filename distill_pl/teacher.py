@@ -79,7 +79,7 @@ class Teacher:
     """
 
     compiles: ClassVar[tuple[str, ...]] = ("apply_norm",)  # names of functions that distill_pl.compiling may compile
-    compiles_with_layer: ClassVar[tuple[str, ...]] = ("run_layer",)  # names of more of them, which call one layer
+    compiles_with_layer: ClassVar[tuple[str, ...]] = ("run_layer",)  # names of further functions, which call one layer
 
     def __init__(self, path: str, dtype: torch.dtype = torch.float32):
         """Load model and tokenizer from `path`, a hub id or folder, in `dtype`, without running code that comes with them.

@@ -157,6 +157,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def _parquet_rows(handle: IO[bytes], column: str, first: int) -> Iterator[tuple[str, Any]]:
+    """Yield label and value of each row from `first` on, reading only the row groups that contain them."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(handle) as file:
@@ -186,7 +187,7 @@ def _values(array) -> list:
 
 
 def _json_rows(handle: IO[bytes], column: str, first: int) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of JSON lines, of an array of objects or strings, or of one object over several lines."""
+    """Yield label and value of each row from `first` on: of JSON lines, an array, or one object over several lines."""
     lines = ((number, line) for number, line in enumerate(handle, 1) if line.strip())
     number, line = next(lines, (0, b""))
     line = line.removeprefix(b"\xef\xbb\xbf")
@@ -208,12 +209,14 @@ def _json_rows(handle: IO[bytes], column: str, first: int) -> Iterator[tuple[str
 
 
 def _cell(row: Any, column: str) -> Any:
+    """Return a JSON row's value in the column, _Missing if it has none, or an error if the row is no object."""
     if not isinstance(row, dict):
         return ValueError(f"it is {type(row).__name__}, not an object with a key {column!r}")
     return row[column] if column in row else _Missing(list(row))
 
 
 def _text_rows(handle: IO[bytes], column: str, first: int) -> Iterator[tuple[str, Any]]:
+    """Yield label and text of each document of a txt file from number `first` on, without blank ones."""
     # surrogateescape: bytes that are not UTF-8 become half surrogate pairs, and the error then names the row
     lines = io.TextIOWrapper(handle, "utf-8-sig", "surrogateescape")
     documents = ((line, text) for line, text in _documents(lines) if text.strip())

@@ -42,7 +42,7 @@ class Stage(L.LightningModule):
 
     name: ClassVar[str]
     compiles: ClassVar[tuple[str, ...]] = ()  # names of attributes, functions that distill_pl.compiling may compile
-    compiles_with_layer: ClassVar[tuple[str, ...]] = ()  # names of more of them, which call one layer
+    compiles_with_layer: ClassVar[tuple[str, ...]] = ()  # names of further functions, which call one layer
 
     def __init__(
         self,

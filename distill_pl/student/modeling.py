@@ -101,7 +101,7 @@ class Student(PreTrainedModel, GenerationMixin):
         for index, layer in enumerate(decoder.layers):
             keeps_softmax = index in config.softmax_layers
             mixer = MIXERS["softmax"](softmax_config, index) if keeps_softmax else MIXERS[config.mixer](config, index)
-            mixer.teacher_rotates = bool(getattr(layer.self_attn, "use_rope", True))  # SmolLM3 has layers without
+            mixer.teacher_rotates = bool(getattr(layer.self_attn, "use_rope", True))  # SmolLM3 has layers without RoPE
             mixer.layer_type = layer_types[index] if layer_types else ""
             layer.self_attn = mixer
             if not hasattr(layer, "input_layernorm"):  # OLMo 2 has only norms after attention
