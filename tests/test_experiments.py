@@ -15,12 +15,13 @@ from distill_pl.measure.paper import TABLE_1
 from distill_pl.measure.params import smollm_360m
 from distill_pl.measure.report import Run
 from distill_pl.mixers import MIXERS
+from distill_pl.run.experiments import STUDIES
 from distill_pl.run.fit import plan
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.modeling import Student
 
 FOLDER = Path(__file__).parent.parent / "experiments"
-STUDY = [file for file in sorted(FOLDER.glob("*.yaml")) if not file.stem.startswith(("quickstart", "study"))]
+STUDY = [file for file in sorted(FOLDER.glob("*.yaml")) if not file.stem.startswith(("quickstart", *STUDIES))]
 NAME = re.compile(rf"(scratch_)?({'|'.join(sorted(MIXERS, key=len, reverse=True))})((?:_\w+)?)")
 
 D, H, KV_HEADS, K = 960, 15, 5, 64  # SmolLM-360M's

@@ -6,6 +6,8 @@ from pathlib import Path
 from distill_pl.console import aligned, say
 from distill_pl.errors import InputError
 
+STUDIES = ("study", "recipes")  # files beside the experiments that list runs of them
+
 
 def bundled(folder: str) -> Path:
     """Return the folder `configs` or `experiments`: in an installed package inside it, in a checkout beside it."""
@@ -16,7 +18,7 @@ def bundled(folder: str) -> Path:
 def named() -> dict[str, Path]:
     """Return the files of the paper's experiments by name, such as gla_qkv_mm_h2h."""
     files = sorted(bundled("experiments").glob("*.yaml"))
-    return {file.stem: file for file in files if not file.stem.startswith(("quickstart", "study"))}
+    return {file.stem: file for file in files if not file.stem.startswith(("quickstart", *STUDIES))}
 
 
 def experiments() -> None:
