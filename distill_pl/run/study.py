@@ -33,7 +33,7 @@ from distill_pl.data.sources import counted
 from distill_pl.errors import InputError, one_line
 from distill_pl.measure.evaluate import check_options, check_questions, ending, load_tokenizer, read_report
 from distill_pl.measure.report import scalars
-from distill_pl.run.experiments import bundled, config_file
+from distill_pl.run.experiments import STUDIES, bundled, config_file
 from distill_pl.run.folder import StageRun, differing, disk_refused, flat, plain, read_metrics, write_aside
 from distill_pl.run.plan import plan
 from distill_pl.run.summary import summary
@@ -99,7 +99,7 @@ def study(
     keep their share of its tokens.
 
     Args:
-        file: YAML file, or `study` for the one that comes with this package.
+        file: YAML file, or `study` or `recipes`, which come with this package.
         teacher: teacher of all runs, instead of the file's.
         dataset: text of all runs, instead of the file's.
         tokens: tokens of all runs, such as 30M, instead of the file's.
@@ -152,8 +152,8 @@ def study(
 def read(file: str) -> dict[str, Any]:
     """Read a study's file. Raises InputError where it is no YAML or its keys are not those of a study."""
     path = Path(file)
-    if not path.is_file() and file == "study":
-        path = bundled("experiments") / "study.yaml"
+    if not path.is_file() and file in STUDIES:
+        path = bundled("experiments") / f"{file}.yaml"
     try:
         lines = yaml.load(path.read_text(), Texts)
         json.dumps(lines)  # fails for an anchor within itself
