@@ -5,6 +5,7 @@ import difflib
 import inspect
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -212,7 +213,7 @@ def actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command in `args` (default: sys.argv); print an InputError or Diverged in one line and exit with its code."""
+    """Run the command in `args` (default: sys.argv); print an error or Ctrl-C in one line and exit with its code."""
     try:
         DistillCLI(args)
     except (InputError, Diverged) as error:
@@ -220,6 +221,9 @@ def main(args: Sequence[str] | None = None) -> None:
             time.sleep(5)  # rank 0 must print first: srun ends all ranks as soon as one has failed
         print(f"distill-pl: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("distill-pl: interrupted: what has been written is kept, run the same command again", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # what read the output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -45,6 +46,7 @@ def export(run: str, to: Literal["transformers", "fla", "remote"] = "transformer
         out: folder to write, with weights in fp32; it must not exist yet, or be empty.
     """
     quiet()
+    warnings.filterwarnings("ignore", module=r"fla\.")  # which says on a CPU that it has no GPU
     if out is None:
         raise InputError("out: give --out FOLDER, a folder to write that does not exist yet")
     source, target = Path(weights_path(run)), Path(out)

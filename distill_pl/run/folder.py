@@ -79,9 +79,9 @@ def disk_refused(path: Path) -> Iterator[None]:
         # torch and safetensors raise their own errors on a full disk, tokenizers one without a type
         if not isinstance(error, OSError | RuntimeError | SafetensorError) and type(error) is not Exception:
             raise
-        home = existing_folder(path.parent)
+        home, text = existing_folder(path.parent), (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise InputError(
-            f"cannot write {path} ({str(error).splitlines()[0]}; {disk_usage(home).free / 1e6:.0f} MB are free there): free "
+            f"cannot write {path} ({text}; {disk_usage(home).free / 1e6:.0f} MB are free there): free "
             "some space or permit writing; what was there before is intact, run the same command again to go on"
         ) from error
 

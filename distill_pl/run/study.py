@@ -31,7 +31,7 @@ from distill_pl.console import aligned, perplexity, quiet, say
 from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.data.sources import counted
 from distill_pl.errors import InputError, one_line
-from distill_pl.measure.evaluate import check_options, check_questions, ending, load_tokenizer, read_report
+from distill_pl.measure.evaluate import check_options, check_questions, check_writable, ending, load_tokenizer, read_report
 from distill_pl.measure.report import scalars
 from distill_pl.run.experiments import STUDIES, bundled, config_file
 from distill_pl.run.folder import StageRun, differing, disk_refused, flat, plain, read_metrics, write_aside
@@ -144,6 +144,8 @@ def study(
         say(plan_table(wanted, done))
         return
     check_material(file, list(left.values()), options and evaluation(options, parser()))
+    for place in [Path(out) / "logs" / "log", folder / "result"] if left else []:
+        check_writable(place)
     failed = carry_out(left, Path(out), folder, options, parallel, deadline)
     if failed:
         sys.exit(1)
@@ -453,7 +455,8 @@ def command(args: list[str], log: Path, environment: dict[str, str]) -> Iterator
     while process.poll() is None:
         yield process
     if process.returncode:
-        printed = log.read_bytes()[start:].decode(errors="replace").strip().splitlines() or ["nothing was printed"]
+        silent = f"nothing was printed, with {shutil.disk_usage(log.parent).free / 1e6:.0f} MB free for it"
+        printed = log.read_bytes()[start:].decode(errors="replace").strip().splitlines() or [silent]
         line = next((line for line in reversed(printed) if line.startswith("distill-pl: ")), printed[-1])
         raise Failed(f"{line.removeprefix('distill-pl: ')[:300]} (exit code {process.returncode}, see {log})")
 

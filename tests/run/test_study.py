@@ -154,6 +154,15 @@ def test_what_every_run_needs_is_looked_at_before_any_begins(file, teacher_folde
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize("key", ["out", "results"])
+def test_a_place_that_takes_no_files_is_refused_before_any_run_begins(file, teacher_folder, corpus, capsys, key):
+    common = dict(arg[2:].split("=", 1) for arg in fit_command(".", teacher_folder, corpus, file.parent / "cache")[2:])
+    file.write_text(yaml.safe_dump(RUNS | {"common": common}))
+    arguments = {"out": file.parent / "out"} | {key: file}  # a file is no place for files
+    assert f"cannot write {file}" in refused("study", file, *(f"--{name}={value}" for name, value in arguments.items()))
+    assert "begins" not in capsys.readouterr().out
+
+
 def test_the_plan_is_printed_and_nothing_is_run(file, capsys):
     file.write_text(yaml.safe_dump(RUNS | {"seeds": [0, 1, 2]}))
     main(["study", str(file), "--seeds=2", "--only=gla_qkv*", "--tokens=50M", f"--out={file.parent}/out", "--show=plan"])
@@ -223,7 +232,7 @@ def test_a_stopped_study_goes_on_and_a_failed_run_does_not_stop_it(file, teacher
     assert "[2/2] gla_bad_s0" in printed[3] and "softmax_layers [9] do not exist" in printed[3]
     assert printed[-2] == "interrupted: stopping gla_qkv_mm_h2h_s0\n"
     assert printed[-1].startswith("0 finished, 1 failed, 1 left; the same command goes on")
-    assert not (out / "results").exists()
+    assert not list((out / "results").iterdir())
 
     main([*arguments, "--only=gla_qkv*"])
     assert "held-out" in capsys.readouterr().out

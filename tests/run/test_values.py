@@ -1,6 +1,7 @@
 """Every key's edge values either work or are refused in one line before any work."""
 
 import re
+import signal
 from pathlib import Path
 
 import lightning as L
@@ -132,6 +133,11 @@ def test_a_path_that_no_file_system_takes_is_one_line(command):
 def test_memory_that_cannot_be_had_is_one_line(monkeypatch):
     monkeypatch.setattr("distill_pl.cli.params", lambda: torch.empty(2**50))
     assert re.search("out of memory .*can't allocate memory", refused("params", code=1))
+
+
+def test_ctrl_c_is_one_line(monkeypatch):
+    monkeypatch.setattr("distill_pl.cli.params", lambda: signal.raise_signal(signal.SIGINT))
+    assert "interrupted: what has been written is kept" in refused("params", code=128 + signal.SIGINT)
 
 
 @pytest.mark.parametrize(("computes_in_bf16", "chosen"), [(True, "bf16-mixed"), (False, "32-true")])
