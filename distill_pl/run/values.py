@@ -54,7 +54,7 @@ RANGES = {
     "hidden_align.decay": SHARE,
     "kd.alpha": Range(0, 1e6),
     "kd.ce": Range(0, 1e6),
-    "kd.temperature": POSITIVE,
+    "kd.temperature": Range(0.01, 100),  # beyond, rounding in fp32 is larger than the divergence, or it vanishes
     "kd.top_k": AT_LEAST_1,
     "kd.other_lr": Range(0, 1e6),
     "kd.decay": SHARE,

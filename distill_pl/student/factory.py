@@ -123,13 +123,18 @@ class StudentFactory:
         return None if self.start_from is None else load_start(self.start_from)
 
     def config(self, teacher: Teacher) -> StudentConfig:
-        """Return the configuration of this factory's student of `teacher`. Raises InputError for layers it does not have."""
+        """Return the configuration of this factory's student of `teacher`. Raises InputError for layers or a window beyond."""
         base = teacher.config
         missing = [layer for layer in self.softmax_layers if not 0 <= layer < base.num_hidden_layers]
         if missing:
             raise InputError(
                 f"student.softmax_layers {missing} do not exist: the teacher's layers are 0 to {base.num_hidden_layers - 1}"
             )
+        for key, value in {"window": self.window, "sinks": self.sinks}.items():
+            if value is not None and value > base.max_position_embeddings:  # time and memory would grow with it for nothing
+                raise InputError(
+                    f"student.{key} {value} is beyond the teacher's {base.max_position_embeddings} positions: lower it"
+                )
         heads = base.num_attention_heads
         teacher_json = base.to_diff_dict() | {"model_type": base.model_type}
         teacher_json.pop("dtype", None)  # the student's weights need not have the dtype of the teacher's

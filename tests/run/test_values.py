@@ -42,6 +42,10 @@ KEYS = {"tokens": 15 * STEP}
         ({"kd.weight_decay": -1}, "kd.weight_decay -1.* at least 0"),
         ({"kd.lr": ".nan"}, "kd.lr nan.* more than 0"),
         ({"kd.lr": 1e40}, "kd.lr 1e\\+40.* more than 0"),
+        ({"kd.temperature": 1e-3}, "kd.temperature 0.001 is too small: give at least 0.01 and at most 100"),
+        ({"kd.temperature": 1e6}, "kd.temperature 1000000.0 is too large"),
+        ({"student.mixer": "swa", "student.window": 129}, "student.window 129 is beyond the teacher's 128 positions"),
+        ({"student.window": 8, "student.sinks": 2**20}, "student.sinks 1048576 is beyond the teacher's 128 positions"),
         ({"kd.clip": 0}, "kd.clip 0.* more than 0"),
         ({"trainer.precision": "16-mixed"}, "trainer.precision 16-mixed.* bf16-mixed"),
         ({"trainer.precision": "bf16-true"}, "trainer.precision bf16-true.* 32-true"),
@@ -97,12 +101,12 @@ def test_options_out_of_range(command, says):
 
 
 @pytest.mark.parametrize("command", [
-    "fit --out=", "fit --out=x --teacher=", "evaluate x --text=", "study study --results=", "layers", "export --out=",
+    "fit --out=", "fit --out=x --teacher=", "evaluate x --text=", "study study --results=", "layers", "export x --out=",
 ])  # fmt: skip
 def test_an_empty_path_is_not_taken_for_the_folder_one_is_in(command):
     name, *flags = command.split()
     key = flags[-1][2:-1] if flags else "run"
-    assert f"{key} is empty: give a path" in refused(name, *flags, *[""] * (name in ("layers", "export")))
+    assert f"{key} is empty: give a path" in refused(name, *(flags or [""]))
 
 
 def test_a_list_of_models_has_no_empty_path():
