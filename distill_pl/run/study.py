@@ -326,7 +326,7 @@ def is_done(run: Run, results: Path, options: dict[str, Any] | None) -> bool:
     if not kept:
         return False
     if not {"config", "evaluate"} <= kept.keys():
-        raise InputError(f"{file} is no result of distill-pl study: delete it, or choose other --out and --results")
+        raise InputError(f"{file} is no result of distill-pl study: move it, or choose other --out and --results")
     before, now = kept["config"], run.changed
     if keys := differing(before, now):
         changes = ", ".join(f"{key} {before.get(key, 'default')} -> {now.get(key, 'default')}" for key in keys)

@@ -13,7 +13,8 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from distill_pl.console import markdown
-from distill_pl.errors import InputError
+from distill_pl.data.sources import counted
+from distill_pl.errors import InputError, one_line
 from distill_pl.measure import paper, recall
 from distill_pl.measure.report import half_width, interval
 from distill_pl.run.folder import write_aside
@@ -81,17 +82,21 @@ def summary(folder: Path) -> str:
     Raises InputError where there are none, or a file is none of `distill-pl study`.
     """
     results = []
+    rows: Rows = {}
     for file in sorted(folder.glob("*.json")):
         try:
             results.append(json.loads(file.read_text()))
-            measured(results[-1], "student")
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{file} is damaged or no result of distill-pl study: delete it") from error
+            row, seed, values = results[-1]["row"], results[-1]["seed"], measured(results[-1], "student")
+            rows.setdefault(row, {})[seed] = values
+            math.log(values["perplexity"])
+            overview(results)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{file} is damaged or no result of distill-pl study ({one_line(error)}): move it elsewhere, or delete it to "
+                "have the run done again"
+            ) from error
     if not results:
         raise InputError(f"results {str(folder)!r} has no result yet: run the study first, or give the --results that it had")
-    rows: Rows = {}
-    for result in results:
-        rows.setdefault(result["row"], {})[result["seed"]] = measured(result, "student")
     of_teacher = next((result for result in results if "teacher" in result["held_out"]), results[0])  # not in plain training
     teacher: Rows = {"teacher": {0: measured(of_teacher, "teacher")}}
     beyond = sorted(rows.keys() - PUBLISHED.keys(), key=lambda name: average(rows[name], "perplexity"))
@@ -136,7 +141,8 @@ def measured(result: dict[str, Any], model: str) -> dict[str, float]:
     if found := [100 * tasks[task]["acc"] for task in recall.TASKS if task in tasks]:
         values["recall"] = mean(found)
         by_length = [tasks[task]["by_length"] for task in recall.TASKS if task in tasks]
-        values |= {f"recall {length}": 100 * mean(row[length] for row in by_length) for length in by_length[0]}
+        shared = [length for length in by_length[0] if all(length in row for row in by_length)]
+        values |= {f"recall {length}": 100 * mean(row[length] for row in by_length) for length in shared}
     return values
 
 
@@ -166,7 +172,7 @@ def overview(results: list[dict[str, Any]]) -> str:
     config = [f"{key.split('.')[-1]} {of(lambda result, key=key: result['config'][key])}"
               for key in ("teacher", "data.dataset", "tokens")]  # fmt: skip
     device, version = of(lambda result: result["device"]), of(lambda result: result["versions"]["torch"])
-    return f"{len(results)} runs ({'; '.join(config)}) on {device}, torch {version}. Mean ± half the 95% interval over seeds."
+    return f"{counted(len(results), 'run')} ({'; '.join(config)}) on {device}, torch {version}. Mean ± half the 95% interval over seeds."
 
 
 def table(published: dict[str, Any], rows: Rows,

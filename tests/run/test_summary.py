@@ -125,3 +125,29 @@ def test_what_the_repository_says_of_its_results_is_their_summary(name, tmp_path
     folder = Path(__file__).parents[2] / "benchmarks" / name
     shutil.copytree(folder, tmp_path / name)  # into which a picture is drawn
     assert (folder / "README.md").read_text() == summary(tmp_path / name) + "\n"
+
+
+HOLES = ["row", "seed", "held_out", "config", "config.tokens", "evaluated", "evaluated.student", "device", "versions.torch"]
+
+
+@pytest.mark.parametrize("key", HOLES)
+def test_a_result_with_a_hole_is_named_and_not_summarised(tmp_path, key):
+    write(tmp_path, "gla", [3.0])
+    file = tmp_path / "gla_s0.json"
+    result = json.loads(file.read_text())
+    *outer, inner = key.split(".")
+    del (result[outer[0]] if outer else result)[inner]
+    file.write_text(json.dumps(result))
+    line = refused("study", "study", "--show=summary", f"--results={tmp_path}")
+    assert f"gla_s0.json is damaged or no result of distill-pl study (KeyError: '{inner}')" in line
+
+
+def test_recall_by_length_is_of_the_lengths_that_all_tasks_have(tmp_path):
+    write(tmp_path, "gla", [3.0])
+    file = tmp_path / "gla_s0.json"
+    result = json.loads(file.read_text())
+    lengths = {"mqar": {"64": 0.75, "128": 0.25}, "copy": {"128": 0.15, "256": 0.05}}
+    rows = {task: {"acc": 0.1, "by_length": row} for task, row in lengths.items()}
+    file.write_text(json.dumps(result | {"evaluated": {"student": rows, "teacher": rows}}))
+    text = summary(tmp_path)
+    assert "| seeds | recall | recall 128 |" in text and "| gla | 1 | 10.0 | 20.0 |" in text
