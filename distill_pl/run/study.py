@@ -138,7 +138,7 @@ def study(
     wanted = numbered if index is None else dict(list(numbered.items())[index - 1 : index])
     done = [name for name, run in wanted.items() if is_done(run, folder, options)]
     left = {name: run for name, run in wanted.items() if name not in done}
-    tokens_left = sum(run.config.tokens for run in left.values())
+    tokens_left = sum(run.config.tokens for run in left.values() if not is_trained(run))
     say(f"{counted(len(wanted), 'run')}, {len(done)} done; {short(tokens_left)} tokens are left to train on")
     if show == "plan":
         say(plan_table(wanted, done))
@@ -334,6 +334,11 @@ def is_done(run: Run, results: Path, options: dict[str, Any] | None) -> bool:
     return without_data(kept["evaluate"]) == without_data(options)
 
 
+def is_trained(run: Run) -> bool:
+    """Return whether a run's training is finished: if the run is not done, only `evaluate` is left."""
+    return (Path(run.config.out) / "student").is_dir()
+
+
 def without_data(options: dict[str, Any] | None) -> dict[str, Any] | None:
     """Return options of `evaluate` without the folder of its questions, which may have moved."""
     return options and {key: value for key, value in options.items() if key != "data"}
@@ -345,7 +350,8 @@ def plan_table(runs: dict[str, Run], done: list[str]) -> str:
     for name, run in runs.items():
         batch = run.config.data.batch_size * run.config.data.sequence_length
         stages = " + ".join(f"{stage.name} {short(stage.steps * batch)}" for stage in plan(run.config))
-        rows.append([name, stages, "done" if name in done else "begun" if Path(run.config.out).is_dir() else ""])
+        state = "done" if name in done else "trained" if is_trained(run) else "begun" if Path(run.config.out).is_dir() else ""
+        rows.append([name, stages, state])
     return aligned(rows)
 
 

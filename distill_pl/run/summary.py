@@ -172,7 +172,8 @@ def overview(results: list[dict[str, Any]]) -> str:
     config = [f"{key.split('.')[-1]} {of(lambda result, key=key: result['config'][key])}"
               for key in ("teacher", "data.dataset", "tokens")]  # fmt: skip
     device, version = of(lambda result: result["device"]), of(lambda result: result["versions"]["torch"])
-    return f"{counted(len(results), 'run')} ({'; '.join(config)}) on {device}, torch {version}. Mean ± half the 95% interval over seeds."
+    runs = counted(len(results), "run")
+    return f"{runs} ({'; '.join(config)}) on {device}, torch {version}. Mean ± half the 95% interval over seeds."
 
 
 def table(published: dict[str, Any], rows: Rows,
