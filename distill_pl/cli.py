@@ -54,6 +54,7 @@ JSONARGPARSE_SAYS = {  # patterns of its messages -> what people can read
     r"Does not validate against any of .* Subtypes: \[(.*)\] Errors: .*Given value:(?: (.*))?$": r"Expected \1. Got value: \2",
     r"NestedArg\(key='(.*)', val='?(.*?)'?\)": r"{\1: \2}",
     r' in "<unicode string>"': "",
+    r"^Unexpected config:(.*)": r"a configuration file has no keys with values:\1: write e.g. tokens: 1M",
     r"Unable to load config ('.*?') - .*": r"\1 is no file: give a YAML file, or its keys one by one",
 }
 
@@ -140,6 +141,8 @@ class DistillCLI(LightningCLI):
             self.config = parser.parse_args(with_paths(sys.argv[1:] if args is None else [*args]))
         except UnicodeDecodeError as error:
             raise InputError(f"a YAML file is not encoded as UTF-8 ({error}): save it as UTF-8") from error
+        except RecursionError as error:
+            raise InputError("a YAML file nests too deeply, or has an anchor within itself: mend it") from error
         except (ArgumentError, OverflowError) as error:
             text = " ".join(str(error).split())
             unknown = re.search(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)", text)

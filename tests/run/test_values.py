@@ -119,6 +119,9 @@ def test_a_list_of_models_has_no_empty_path():
     ("# caf\xe9\n".encode("latin-1"), "not encoded as UTF-8"),
     ("tokens: 1M\n".encode("utf-16"), "not encoded as UTF-8"),
     (b"kd:\n\tlr: 1\n", "line 2, column 1"),
+    (b"kd: &a [*a]\n", "an anchor within itself"),
+    (b"", "a configuration file has no keys with values"),
+    (b"student:\n", "a configuration file has no keys with values: student:"),
 ])  # fmt: skip
 def test_a_configuration_that_says_two_things_or_nothing_is_refused(tmp_path, text, says):
     (tmp_path / "keys.yaml").write_bytes(text)
