@@ -30,7 +30,7 @@ test: $(BIN)/.installed  ## set up, then check style (ruff) and types (mypy) and
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 
-test-fast: $(BIN)/.installed  ## set up and run the tests that take about a second or less each (under a minute)
+test-fast: $(BIN)/.installed  ## set up and run the tests that take about a second or less each (one to two minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow and not slurm"
 
 test-gpu: $(BIN)/.installed  ## on a GPU: compare kernels with their mixing matrices, and compiled steps with plain ones

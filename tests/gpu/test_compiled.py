@@ -40,7 +40,7 @@ def loss_and_gradients(stage, tokens: torch.Tensor, losses=None) -> tuple[torch.
 
 @pytest.mark.parametrize("stage_name", ["kd", "matrix_mixing", "other"])
 def test_compiled_is_plain(small, name, stage_name):
-    """Of hidden alignment and exact matrices, which compile the same layers, each mixer is tried in one."""
+    """Compile KD, probes and, in turn, hidden alignment or exact matrices, which compile the same layers of a mixer."""
     other = ["hidden_align", "exact"][list(MIXERS).index(name) % 2]
     check_compiled(small, StudentFactory(name, init="fresh"), other if stage_name == "other" else stage_name)
 
