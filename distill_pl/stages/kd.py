@@ -11,6 +11,8 @@ from distill_pl.stages.optim import linear, warmup_stable_decay
 from distill_pl.stages.stage import Stage
 from distill_pl.tokens import Tokens
 
+DECAY = 0.1
+
 
 class KDStage(Stage):
     """Stage 3, knowledge distillation end to end (Eqs. 5 and 6).
@@ -51,7 +53,7 @@ class KDStage(Stage):
         train: Literal["all", "mixers"] = "all",
         other_lr: float = 1.0,
         schedule: Literal["linear", "cosine", "stable_decay"] = "linear",
-        decay: float = 0.1,
+        decay: float = DECAY,
         final_lr: float = 0.0,
         **kwargs,
     ):
@@ -66,6 +68,8 @@ class KDStage(Stage):
             raise InputError("kd.alpha 0 follows no teacher: leave out kd.temperature, kd.divergence and kd.top_k, or raise it")
         if train == "mixers" and other_lr != 1:
             raise InputError(f"kd.other_lr {other_lr} is of parameters that kd.train mixers does not train: leave it out")
+        if decay != DECAY and schedule != "stable_decay":
+            raise InputError(f"kd.decay {decay} is of kd.schedule stable_decay, and not of {schedule}: leave it out")
         self.train_only, self.other_lr = train, other_lr
         self.schedule, self.decay, self.final_lr = schedule, decay, final_lr
         self.terms = kd_terms
