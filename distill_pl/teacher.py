@@ -119,7 +119,7 @@ class Teacher:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                loaded: Any = load_model(path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+                model = load_model(path, f"teacher {path!r}", "get the whole model", dtype=dtype, attn_implementation="sdpa")
         except InputError:
             raise
         except Exception as error:  # architectures raise errors of any kind, also for missing libraries
@@ -127,9 +127,6 @@ class Teacher:
                 f"teacher {path!r} is not a supported decoder, or its weights are missing ({_first_line(error)}): "
                 "give a Llama-like causal language model"
             ) from error
-        model, loading = loaded
-        if missing := sorted(loading["missing_keys"]):  # transformers would draw them at random
-            raise InputError(f"teacher {path!r} lacks {len(missing)} of its weights ({missing[0]}, ...): get the whole model")
         self.model: PreTrainedModel = model.eval().requires_grad_(False)
         largest, rows = max(self.tokenizer.get_vocab().values()), len(model.get_input_embeddings().weight)
         if largest >= rows:
@@ -201,20 +198,26 @@ class Teacher:
         return scaled(self.apply_norm(self.model.model.norm, hidden), logits_scale(self.model.config))
 
 
-def load_model(path: str, **options) -> Any:
+def load_model(path: str, name: str, remedy: str, **options) -> Any:
     """Load a causal language model from a folder or the hub without running code that comes with it, in modules or pickles.
 
-    `options` go to `from_pretrained`. Raises InputError for damaged weights and for pickles that are not plain tensors;
-    transformers' own message would recommend loading such a pickle unsafely.
+    `options` go to `from_pretrained`. Raises InputError for damaged weights and for pickles that are not plain tensors, for
+    which transformers' own message would recommend unsafe loading; and for missing weights, with the model's name and a remedy.
     """
     try:
-        return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, weights_only=True, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, trust_remote_code=False, weights_only=True, output_loading_info=True, **options
+        )
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
         files = sorted(str(file) for file in Path(path).glob("*") if file.suffix in (".safetensors", ".bin"))
         raise InputError(
             f"{', '.join(files) or path}: weights that are damaged, of other shapes, or no plain tensors but code, which was "
             f"not run ({type(error).__name__}): get them again from a source you trust, best as safetensors"
         ) from error
+    model, loading = loaded
+    if missing := sorted(loading["missing_keys"]):  # transformers would draw them at random
+        raise InputError(f"{name} lacks {len(missing)} of its weights ({missing[0]}, ...): {remedy}")
+    return model
 
 
 def scaled(x: Tensor, factor: float) -> Tensor:

@@ -324,13 +324,12 @@ def load(path: str) -> tuple[PreTrainedModel, Any]:
     tokenizer = load_tokenizer(path)
     gpu = torch.cuda.is_available()
     try:
-        model, loading = load_model(path, dtype=torch.bfloat16 if gpu else torch.float32, output_loading_info=True)
+        dtype = torch.bfloat16 if gpu else torch.float32
+        model = load_model(path, f"model {path!r}", "give a whole language model", dtype=dtype)
     except InputError:
         raise
     except Exception as error:
         raise _not_loaded(path, error) from error
-    if missing := sorted(loading["missing_keys"]):  # transformers draws them at random
-        raise InputError(f"model {path!r} lacks {len(missing)} of its weights ({missing[0]}, ...): give a whole language model")
     largest, rows = max(tokenizer.get_vocab().values()), len(model.get_input_embeddings().weight)
     if largest >= rows:
         raise InputError(f"model {path!r}: its tokenizer has ids up to {largest}, its embedding {rows} rows: give its own")
