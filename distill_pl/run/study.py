@@ -236,14 +236,15 @@ def expand(file: str, lines: dict[str, Any], own: dict[str, Any], out: Path, fir
 
 def check_material(file: str, runs: list[Run], options: dict[str, Any] | None) -> None:
     """Raise InputError, before any run begins, for a tokenizer, text or questions of `evaluate` that cannot be used."""
+    asked = None if options is None else check_options(**options)
     material = {json.dumps([run.config.teacher, plain(run.config.data)]): run for run in reversed(runs)}
     for run in reversed(material.values()):
         try:
             tokenizer = load_tokenizer(run.config.teacher)
             teacher = AutoConfig.from_pretrained(run.config.teacher, trust_remote_code=False)
             ChunkDataModule(**run.config.data).open(tokenizer, teacher)
-            if options is not None:
-                check_questions(run.config.teacher, *check_options(**options), has_text=True)
+            if asked is not None:
+                check_questions(run.config.teacher, *asked, has_text=True)
         except InputError as error:
             raise InputError(f"study {file!r}, run {run.name}: {error}") from error
 
@@ -291,6 +292,7 @@ def settle(name: str, row: str, seed: int, experiment: str | None, keys: dict[st
     return Run(name, row, config.seed, args, config, changed)
 
 
+@functools.cache
 def parser() -> Callable[[tuple[str, ...]], Namespace]:
     """Return a function that parses the arguments of a command of `distill-pl`, with its errors, and runs nothing."""
     from distill_pl.cli import DistillCLI, expand_home  # which imports this module
@@ -380,19 +382,18 @@ def carry_out(runs: dict[str, Run], out: Path, results: Path, options: dict[str,
                 say(f"{name:<{width}}   begins")
                 running[name] = steps(runs[name], out, results, options, training[name], measuring), time.monotonic()
             for name, (work, began) in list(running.items()):
+                trains, outcome = False, ""
                 try:
                     processes[name], trains = next(work)
-                    if not trains and name in training:
-                        places.append(training.pop(name))
-                    continue
                 except StopIteration as end:
                     outcome, finished = f"held-out {end.value:.4g}", finished + 1
                 except (Failed, InputError, OSError) as error:
                     outcome, failed = f"failed: {error}", failed + 1
-                say(f"{name:<{width}}   {outcome}   {time.monotonic() - began:.0f} s")
-                if name in training:
+                if not trains and name in training:
                     places.append(training.pop(name))
-                del running[name]
+                if outcome:
+                    say(f"{name:<{width}}   {outcome}   {time.monotonic() - began:.0f} s")
+                    del running[name]
             time.sleep(SECONDS_BETWEEN_LOOKS)
     finally:
         if running:
@@ -432,7 +433,7 @@ def steps(run: Run, out: Path, results: Path, options: dict[str, Any] | None, en
     for process in command(["fit", *run.args], log, environment):
         yield process, True
     if options is not None:
-        own = folder / "eval" / f"teacher{ending((options or {}).get('limit'))}"
+        own = folder / "eval" / f"teacher{ending(options.get('limit'))}"
         student = own.name.replace("teacher", "student")  # which is begun when the teacher's file is complete
         while (known := next(out.glob(f"*/eval/{student}"), None)) is None and measuring:
             yield process, False

@@ -89,7 +89,7 @@ def summary(folder: Path) -> str:
             row, seed, values = results[-1]["row"], results[-1]["seed"], measured(results[-1], "student")
             rows.setdefault(row, {})[seed] = values
             math.log(values["perplexity"])
-            overview(results)
+            overview(results[-1:])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{file} is damaged or no result of distill-pl study ({one_line(error)}): move it elsewhere, or delete it to "
