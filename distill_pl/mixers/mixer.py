@@ -119,6 +119,7 @@ class SequenceMixer(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.value_dim, hidden, bias=config.o_bias)
         self.q_norm = self.head_norm(self.heads, config)
         self.beside_window = self.window is not None and self.op is not window
+        self.projected: tuple[Tensor, Tensor, Tensor] | None = None  # what `qkv` returns for both of two branches
         if self.beside_window:
             self.window_logit = nn.Parameter(torch.zeros(self.heads))
 
@@ -172,8 +173,11 @@ class SequenceMixer(nn.Module):
 
     def qkv(self, hidden: Tensor, position: Position | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Project to q [B, T, H, K], k and v [B, T, kv_heads, K or V] as the teacher does, with RoPE if given `position`."""
-        q, v = self.qv(hidden)
-        k = self.k_norm(self.k_proj(hidden).unflatten(-1, (-1, self.key_dim)))
+        if self.projected is not None:
+            q, k, v = self.projected
+        else:
+            q, v = self.qv(hidden)
+            k = self.k_norm(self.k_proj(hidden).unflatten(-1, (-1, self.key_dim)))
         return (q, k, v) if position is None else (*self.rotated(position, q, k), v)
 
     def qv(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,12 +208,15 @@ class SequenceMixer(nn.Module):
         Arguments are those of `inputs`. Window attention reads the mixer's q, k and v projections as the teacher's attention
         does: with RoPE and without convolution.
         """
-        inputs, read_by_output = self.inputs(hidden, position, mask, state)
         if not self.beside_window:
+            inputs, read_by_output = self.inputs(hidden, position, mask, state)
             return [(self.op, inputs)], read_by_output
-        q, k, v = self.qkv(hidden)
-        q, k = self.rotated_as_teacher(position, q, k)
-        window_inputs = window.Inputs(q, k, v, self.scale, self.window, self.sinks, mask)
+        q, k, v = self.projected = self.qkv(hidden)  # once, or the compiled backward pass would have each product twice
+        try:
+            inputs, read_by_output = self.inputs(hidden, position, mask, state)
+        finally:
+            self.projected = None
+        window_inputs = window.Inputs(*self.rotated_as_teacher(position, q, k), v, self.scale, self.window, self.sinks, mask)
         return [(self.op, inputs), (window, window_inputs)], read_by_output
 
     def combined(self, parts: list[Tensor], dims: int) -> Tensor:

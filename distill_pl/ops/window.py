@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from distill_pl.ops import softmax
@@ -94,6 +95,20 @@ def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tenso
     return y.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)[:, :, -queries:]
 
 
+def _attend_compiled(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, sinks: int) -> Tensor:
+    """Attend from q [B, H, T, K] to k and v [B, kv_heads, T, K or V], without padding -> [B, H, T, V].
+
+    FlexAttention's kernel skips blocks of keys that no query of a block sees. It needs torch.compile, 16 channels and, for
+    gradients, a GPU.
+    """
+
+    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & ((query - key < window) | (key < sinks))
+
+    mask = create_block_mask(seen, None, None, q.shape[2], k.shape[2], device=q.device)
+    return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=True)
+
+
 def _remember(k: Tensor, v: Tensor, mask: Tensor, window: int, sinks: int) -> State:
     """Return the state after all S tokens, from k and v [B, kv_heads, S, K or V] and mask bool [B, S], False for padding."""
     missing = max(0, sinks + window - 1 - mask.shape[1])
@@ -114,12 +129,15 @@ def matrix(q: Tensor, k: Tensor, scale: float, window: int, sinks: int, key_mask
 def mix(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, sinks: int, key_mask: Tensor | None = None,
         state: State | None = None) -> tuple[Tensor, State]:  # fmt: skip
     """Mix a sequence: q [B, T, H, K], k and v [B, T, kv_heads, K or V] -> y [B, T, H, V] in their dtype, State."""
+    trains = q.is_cuda and torch.compiler.is_compiling() and key_mask is None and state is None
     if key_mask is None:
         key_mask = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if state is not None:  # window - 1 tokens lie between its sinks and the new ones, so sinks are in no window
         k, v, key_mask = torch.cat([state[0], k], 2), torch.cat([state[1], v], 2), torch.cat([state[2], key_mask], 1)
-    if q.shape[2] <= window:
+    if trains and min(q.shape[-1], v.shape[-1]) >= 16:
+        y = _attend_compiled(q, k, v, scale, window, sinks)
+    elif q.shape[2] <= window:
         y = _attend(q, k, v, scale, _visible(q.shape[2], key_mask, window, sinks))
     else:
         y = _attend_in_blocks(q, k, v, scale, key_mask, window, sinks)

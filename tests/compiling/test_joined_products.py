@@ -20,12 +20,12 @@ needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++")
 aten = torch.ops.aten
 
 
-# mlstm has biases and narrow gates, gla a gate of two matrices
-@pytest.mark.parametrize("name", ["mlstm", "gla"])
-def test_join_products_leaves_a_layers_outputs_and_gradients(teacher, name):
+# mlstm has biases and narrow gates, gla a gate of two matrices; a window beside it reads the same q, k and v
+@pytest.mark.parametrize(("name", "options"), [("mlstm", {}), ("gla", {}), ("gla", {"window": 8})], ids=str)
+def test_join_products_leaves_a_layers_outputs_and_gradients(teacher, name, options):
     """Count products before and after `join_products`: a version of torch whose graphs look different fails here."""
     torch.compiler.reset()
-    layer = StudentFactory(name, init="fresh").build(teacher, seed=0).model.layers[0]
+    layer = StudentFactory(name, init="fresh", **options).build(teacher, seed=0).model.layers[0]
     tokens = torch.randint(teacher.config.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(0))
     taps, counts = next(teacher.layers(tokens)), []
 

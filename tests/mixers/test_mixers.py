@@ -5,6 +5,7 @@ import torch
 from helpers import some_tokens
 from op_inputs import matrix, relative_error
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from distill_pl.mixers import MIXERS, SequenceMixer
 from distill_pl.ops import channel_decay, softmax
@@ -79,7 +80,10 @@ def test_the_matrix_is_that_of_probes(fresh, name, layout):
     assert relative_error(mixer.matrix_times(z, hidden, position), product) < 1e-5
 
 
-@pytest.mark.parametrize("name", [n for n, mixer in MIXERS.items() if "k" in mixer.copies and n not in ("softmax", "swa")])
+BESIDE = [name for name, mixer in MIXERS.items() if "k" in mixer.copies and name not in ("softmax", "swa")]
+
+
+@pytest.mark.parametrize("name", BESIDE)
 def test_a_window_beside_a_mixer_is_the_teachers_attention_within_it(variant, name):
     """Whatever the mixer does to q and k, a window of the whole sequence adds the teacher's matrix to the mixer's own."""
     teacher = variant("qwen3")
@@ -92,6 +96,17 @@ def test_a_window_beside_a_mixer_is_the_teachers_attention_within_it(variant, na
     mixer.window_logit.copy_(torch.tensor([-100.0, -1.0, 0.0, 100.0]))
     share = mixer.window_logit.sigmoid()[:, None, None]
     assert relative_error(mixer.matrix(hidden, layer.position), share * own + (1 - share) * attention) < 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name in BESIDE if name != "rwkv7"])  # which projects shifted tokens
+def test_mixer_and_window_project_once(fresh, name):
+    mixer, hidden, position = first(fresh(name, window=4))
+    with FlopCounterMode(display=False) as counter:
+        mixer.branches(hidden, position, None, None)
+    found = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        mixer.inputs(hidden, position, None, None)
+    assert found == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("changes", [
