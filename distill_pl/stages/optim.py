@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import AdamW, Optimizer
@@ -40,9 +39,9 @@ def linear(step: int, steps: int, warmup: float) -> float:
     return warmup_stable_decay(step, steps, warmup, decay=1 - warmup)
 
 
-def clips_inside_step(optimizer: Optimizer, norm: Tensor) -> bool:
-    """Return whether `clip_inside_step` can be used: with a fused optimizer, on gradients that are not sharded."""
-    return bool(optimizer.defaults.get("fused")) and not isinstance(norm, DTensor)
+def clips_inside_step(optimizer: Optimizer) -> bool:
+    """Return whether `clip_inside_step` can be used: with a fused optimizer."""
+    return bool(optimizer.defaults.get("fused"))
 
 
 def clip_inside_step(optimizer: Optimizer, norm: Tensor, clip: float, finite: Tensor) -> None:

@@ -205,8 +205,8 @@ class Stage(L.LightningModule):
         finite = torch.isfinite(self.grad_norm + self.values.sum())
         self.finite.verify(self)
         self.finite.record(Step(self.global_step + 1, self.batch, self.values, AsyncCopy(finite)))
-        if clips_inside_step(optimizer, norm):
-            clip_inside_step(optimizer, norm, self.clip, finite)
+        if clips_inside_step(optimizer):
+            clip_inside_step(optimizer, self.grad_norm, self.clip, finite)
         else:
             self.finite.verify(self)
             clip_now(parameters, norm, self.clip)

@@ -1,8 +1,13 @@
 """The shape of the schedules, and what decays."""
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from distill_pl.stages.optim import adamw, clip_inside_step, clips_inside_step, linear, warmup_stable_decay
 
@@ -96,20 +101,32 @@ def test_a_model_of_vectors_alone_has_one_group():
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0]
 
 
+@pytest.fixture(params=[False, True], ids=["whole", "sharded"])
+def maybe_sharded(request) -> Iterator[Callable[[nn.Module], nn.Module]]:
+    """Return a function that leaves a network as it is, or one that shards it by FSDP over this process alone."""
+    if not request.param:
+        yield lambda network: network
+        return
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield lambda network: fully_shard(network, mesh=init_device_mesh("cpu", (1,)))
+    torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("finite", [True, False])
-def test_clip_inside_step_is_what_fused_adamw_reads(finite):
+def test_clip_inside_step_is_what_fused_adamw_reads(finite, maybe_sharded):
     """torch documents neither `grad_scale` nor `found_inf`: a version that stops reading them fails here."""
-    networks = model(), model()
+    networks = maybe_sharded(model()), maybe_sharded(model())
     fused, plain = (
         torch.optim.AdamW(network.parameters(), lr=0.1, fused=fused)
         for network, fused in zip(networks, (True, False), strict=True)
     )
-    assert clips_inside_step(fused, torch.tensor(1.0)) and not clips_inside_step(plain, torch.tensor(1.0))
+    assert clips_inside_step(fused) and not clips_inside_step(plain)
     for network in networks:
         for parameter in network.parameters():
             parameter.grad = torch.ones_like(parameter)
     start = [p.clone() for p in networks[0].parameters()]
     norm = torch.nn.utils.get_total_norm([p.grad for p in networks[0].parameters()])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     clip_inside_step(fused, norm, 0.01, torch.tensor(finite))
     fused.step()
     if not finite:
