@@ -17,11 +17,14 @@ from distill_pl.measure.report import Run
 from distill_pl.mixers import MIXERS
 from distill_pl.run.experiments import STUDIES
 from distill_pl.run.fit import plan
+from distill_pl.run.folder import flat
+from distill_pl.run.study import options_of, read
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.modeling import Student
 
 FOLDER = Path(__file__).parent.parent / "experiments"
-STUDY = [file for file in sorted(FOLDER.glob("*.yaml")) if not file.stem.startswith(("quickstart", *STUDIES))]
+ALL = [file for file in sorted(FOLDER.glob("*.yaml")) if not file.stem.startswith(("quickstart", *STUDIES))]
+STUDY = [file for file in ALL if not file.stem.startswith("best_")]
 NAME = re.compile(rf"(scratch_)?({'|'.join(sorted(MIXERS, key=len, reverse=True))})((?:_\w+)?)")
 
 D, H, KV_HEADS, K = 960, 15, 5, 64  # SmolLM-360M's
@@ -81,6 +84,17 @@ def test_experiment_is_what_its_name_says(file):
     assert all(steps[stage] == 80_000_000 // tokens for stage in steps if stage != "kd")
     assert 0 <= 10**9 - sum(steps.values()) * tokens < 3 * tokens
     assert len(file.read_text().splitlines()) <= 8
+
+
+@pytest.mark.parametrize("file", [file for file in ALL if file not in STUDY], ids=lambda file: file.stem)
+def test_a_best_recipe_is_that_of_the_study(file):
+    config = parse("--config", str(file))
+    keys = flat(next(group["set"] for group in read("study")["runs"] if group.get("name") == "best"))
+    del keys["hidden_align.tokens"]  # 9M of 30M
+    assert parse("--config", str(file), *options_of(keys)) == config
+    name = Run(file, config.as_dict(), {}, True, None).experiment
+    assert (f"{file.stem.removeprefix('best_')}_qkv_rope_outputs", f"runs/{file.stem}") == (name, config.out)
+    assert [stage.steps * 48 * 512 for stage in plan(config)] == pytest.approx([300e6, 700e6], rel=1e-3)
 
 
 def test_experiments_are_the_rows_of_the_papers_tables():
@@ -149,7 +163,7 @@ def test_experiments_are_found_by_name_and_listed(capsys):
     assert parse("--config", "gla_qkv_mm").student == parse("--config", str(FOLDER / "gla_qkv_mm.yaml")).student
     main(["experiments"])
     listed = dict(re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()[1:])
-    assert sorted(listed) == [file.stem for file in STUDY]
+    assert sorted(listed) == [file.stem for file in ALL]
     assert listed["gla_qkv_mm"] == "Table 3: Llama-GLA + QKV + Matrix Mixing"
     line = refused("fit", "--config=glaqkv_mm")
     assert "config 'glaqkv_mm' is no file and no experiment's name: did you mean gla_qkv_mm?" in line

@@ -40,12 +40,13 @@ class Run(NamedTuple):
         words = {
             "window": self.has_window,
             "hybrid": self.is_hybrid,
-            "qkv": student["init"] == "qkv",
-            "calibrated": student["init"] == "calibrated",
+            student["init"]: student["init"] != "fresh",
+            "rope": bool(student["rope"]) and not MIXERS[student["mixer"]].rotates,
             "plain": kd["alpha"] == 0,
             "mm": mixed,
             "mse": mixed and self.config["matrix_mixing"]["norm"] == "mse",
-            "h2h": aligned,
+            "h2h": aligned and self.config["hidden_align"].get("target", "block") == "block",
+            "outputs": aligned and self.config["hidden_align"].get("target") == "mixer",
             "continued": bool(student.get("start_from")),
         }
         return "_".join([student["mixer"], *(word for word, applies in words.items() if applies)])

@@ -97,9 +97,13 @@ def test_runs_of_one_row_differ_in_their_seed_alone(like, tmp_path, no_pictures)
     like("a", {"seed": 1, "trainer.devices": 2})
     like("b", {"seed": 2, "kd.lr": 0.5})
     like("c", {"seed": 3, "kd.lr": 0.5})
+    like("d", {"student.init": "calibrated"})  # of an earlier version
+    like("e", {"student.rope": True, "hidden_align.target": "mixer"})
     report([str(tmp_path / "runs")], str(tmp_path))
     row = rows(tmp_path)
     assert row["gla_qkv_mm_h2h"][0] == "1" and row["gla_qkv_mm_h2h (kd.lr 0.5)"][0] == "2"
+    assert [row[name][0] for name in ("gla_qkv_rope_mm_outputs", "gla_calibrated_mm_h2h")] == ["1", "1"]
+    assert row["gla_mm_h2h"][0] == "missing"
     assert "## Not in the paper" in (tmp_path / "report.md").read_text()
 
 
