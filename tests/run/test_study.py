@@ -74,7 +74,7 @@ def test_the_papers_study_has_every_row_of_its_tables():
     assert lines.pop("evaluate")["tasks"] == "study,recall" and lines["seeds"] == ["0", "1", "2"]
     runs = expand("study", lines, {}, Path("out"), 1)
     assert {run.row for run in runs} >= {*paper.TABLE_2, *paper.TABLE_3, *paper.APPENDIX_B}
-    for run in runs:  # the experiment itself at another scale
+    for run in (run for run in runs if not run.row.endswith("_best")):  # the experiment itself at another scale
         assert {"tokens", "kd.lr"} <= run.changed.keys() and run.config.tokens == 30_000_000
         assert run.config.matrix_mixing.tokens == (2_400_000 if "_mm" in run.row else 0)
         assert run.config.hidden_align.tokens == (2_400_000 if "_h2h" in run.row else 0)
@@ -114,7 +114,6 @@ def test_the_papers_study_has_every_row_of_its_tables():
         ({"runs": [{"config": "gla", "name": "x" * 200}]}, "too long a name for a file"),
         (RUNS | {"common": {"kd": {"ce": 0, "alpha": 0}}}, "run gla_s0: kd.ce 0 and kd.alpha 0 leave nothing to learn"),
         (RUNS | {"common": {"kd": {"decay": 0.2}}}, "kd.decay 0.2 is of kd.schedule stable_decay, and not of linear"),
-        (RUNS | {"common": {"student": {"init": "calibrated", "start_from": "x"}}}, "would undo what student.start_from 'x'"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_one_line(file, lines, says):
