@@ -168,14 +168,6 @@ class ChunkDataModule(L.LightningDataModule):
         """Set the chunks of the next stage: `steps` batches from chunk `first` on."""
         self.first, self.steps = first, steps
 
-    @property
-    def _training(self) -> "_ChunkDataset":
-        return _ChunkDataset(self.chunks.train[self.skipped : self.skipped + self.train_chunks], self.seed)
-
-    def head(self, count: int) -> Tensor:
-        """Read the first `count` training chunks of the run -> token ids [count, T]."""
-        return self._training.__getitems__(list(range(count)))
-
     def train_dataloader(self) -> DataLoader:
         """Build the loader of this rank's micro-batches [micro_batch_size, T] from the trainer's current step on."""
         trainer = self.trainer
@@ -183,7 +175,8 @@ class ChunkDataModule(L.LightningDataModule):
         sampler = SpanSampler(
             self.first, self.steps, self.batch_size, trainer.global_step, trainer.global_rank, ranks, self.accumulation(ranks)
         )
-        return _loader(self._training, sampler)
+        chunks = self.chunks.train[self.skipped : self.skipped + self.train_chunks]
+        return _loader(_ChunkDataset(chunks, self.seed), sampler)
 
     def val_dataloader(self) -> DataLoader:
         """Build the loader of this rank's held-out chunks, in batches [micro_batch_size, T]; the last may differ.

@@ -32,16 +32,14 @@ from distill_pl.run.folder import (
     write_fingerprints,
 )
 from distill_pl.run.monitor import Monitor
-from distill_pl.run.plan import calibration_chunks, check_length, check_sharding, describe, forecast, plan
+from distill_pl.run.plan import check_length, check_sharding, describe, forecast, plan
 from distill_pl.run.trainer import build_loggers, build_trainer, check_launcher, device, precision
 from distill_pl.run.values import check_validation, check_values
 from distill_pl.stages import STAGES, Stage
 from distill_pl.stages.sharding import unsharded
-from distill_pl.student.calibrate import calibrate
 from distill_pl.student.factory import StudentFactory, check_teacher
 from distill_pl.student.modeling import Student
 from distill_pl.teacher import Teacher
-from distill_pl.tokens import short
 
 
 def fit(config: Namespace) -> None:
@@ -119,8 +117,6 @@ def fit(config: Namespace) -> None:
             say(f"{plans[first - 1].name} is done: {plans[first - 1].weights}")
             load_student(student, plans[first - 1])
             expected = read_metrics(plans[first - 1].weights)["student_ce"]
-        if config.student.init == "calibrated" and first == 0 and not plans[0].checkpoint.is_file():
-            calibrated(student, teacher, data.head(calibration_chunks(config)), probe.strategy.root_device)
         for stage_run, stage in zip(plans[first:], stages[first:], strict=True):
             stage.student = student
             callbacks = compile_stage(stage, sharded=config.trainer.strategy == "fsdp") if compiled else []
@@ -129,16 +125,6 @@ def fit(config: Namespace) -> None:
             expected = read_metrics(stage_run.weights)["student_ce"]
         export(config, plans, student, teacher)
         say(f"done: the student is in {exported}; held-out {perplexities(read_metrics(plans[-1].weights))}")
-
-
-def calibrated(student: Student, teacher: Teacher, tokens: torch.Tensor, device: torch.device) -> None:
-    """Calibrate a student in place from tokens [N, T] on `device`, and print each layer's errors; both end on the CPU."""
-    say(f"\ncalibration  on {short(tokens.numel())} tokens: the share of the teacher's attention output that is not explained")
-    student.to(device)  # type: ignore[arg-type]
-    for layer, (before, after) in enumerate(calibrate(student, teacher.to(device), tokens)):
-        say(f"calibration  layer {layer}: {before:.3f} -> {after:.3f}")
-    student.cpu()
-    teacher.to(torch.device("cpu"))
 
 
 def run_stage(config: Namespace, stage_run: StageRun, stage: Stage, data: ChunkDataModule, accumulation: int,

@@ -11,7 +11,6 @@ from distill_pl.ops import use_fla
 from distill_pl.run.folder import StageRun, existing_folder, next_stage, room_needed, steps_done
 from distill_pl.run.trainer import device, precision
 from distill_pl.stages import STAGES, Stage
-from distill_pl.student.calibrate import TOKENS
 from distill_pl.student.modeling import Student
 from distill_pl.teacher import Teacher
 from distill_pl.tokens import Tokens, short
@@ -21,15 +20,14 @@ def plan(config: Namespace) -> list[StageRun]:
     """Plan the stages that have a budget, each with a span of the chunk file. Raises InputError for budgets that don't fit."""
     batch = config.data.batch_size * config.data.sequence_length
     budgets = {name: config[name].tokens for name in STAGES}
-    first = calibration_chunks(config)
-    given = first * config.data.sequence_length + sum(tokens or 0 for tokens in budgets.values())
+    given = sum(tokens or 0 for tokens in budgets.values())
     if given > config.tokens:
-        calibration = [f"{Tokens(TOKENS)} of student.init calibrated"] if first else []
-        parts = " + ".join([*calibration, *(f"{name}.tokens {tokens}" for name, tokens in budgets.items() if tokens)])
+        parts = " + ".join(f"{name}.tokens {tokens}" for name, tokens in budgets.items() if tokens)
         raise InputError(f"tokens {config.tokens} is less than {parts}: raise tokens or lower the stages' budgets")
     if budgets["kd"] is None:
         budgets["kd"] = Tokens(config.tokens - given)
     plans: list[StageRun] = []
+    first = 0
     for number, (name, tokens) in enumerate(budgets.items(), start=1):
         if not tokens and (name != "kd" or config.kd.tokens is not None):
             continue  # a budget of 0 was asked for
@@ -46,11 +44,6 @@ def plan(config: Namespace) -> list[StageRun]:
             f"no stage has a budget: set kd.tokens above 0, or leave it out to get what is left of {config.tokens}"
         )
     return plans
-
-
-def calibration_chunks(config: Namespace) -> int:
-    """Return how many chunks a calibrated start reads before the first stage; 0 for another start."""
-    return -(-TOKENS // config.data.sequence_length) if config.student.init == "calibrated" else 0
 
 
 def check_sharding(config: Namespace, plans: list[StageRun]) -> None:
@@ -81,11 +74,11 @@ def describe(config: Namespace, teacher: Teacher, student: Student, plans: list[
     copied = {
         "scratch": "nothing copied",
         "fresh": "all but attention copied",
-    }.get(config.student.init, f"all but attention copied, and of it {', '.join(student.mixers[0].copies)}")
+        "qkv": f"all but attention copied, and of it {', '.join(student.mixers[0].copies)}",
+    }[config.student.init]
     if config.student.start_from:
         copied = f"going on from {config.student.start_from}"
     batch = config.data.batch_size * config.data.sequence_length
-    calibration = f"calibration {short(TOKENS)} tokens, then " if calibration_chunks(config) else ""
     window = f" with a window of {student.config.window}" if student.config.window else ""
     say(
         f"teacher  {config.teacher}: {type(teacher.model).__name__}, {short(own)} parameters, "
@@ -93,7 +86,7 @@ def describe(config: Namespace, teacher: Teacher, student: Student, plans: list[
         f"student  {config.student.mixer}{window}: {short(count)} parameters, {copied}; "
         f"mixing by {'Triton kernels' if use_fla(config.student.backend, device(config)) else 'torch'}, {precision(config)}\n"
         f"text     {config.data.dataset}, chunks of {config.data.sequence_length}, {config.data.batch_size} a step\n"
-        f"stages   {calibration}"
+        f"stages   "
         + ", then ".join(f"{stage_run.name} {short(stage_run.steps * batch)} tokens" for stage_run in plans)
         + f"\nout      {config.out}"
     )

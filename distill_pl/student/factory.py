@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from weakref import WeakSet
 
 import torch
@@ -21,7 +21,7 @@ from distill_pl.student.transfer import copy_student, copy_weights
 from distill_pl.teacher import Teacher, load_model, shallow_copy, ties_embeddings
 
 WINDOW, SINKS, MOST = 64, 4, 2**20  # tokens: student.window by default (mixer swa), student.sinks, and the most of either
-COPIED = ("qkv", "calibrated")  # values of student.init that copy the teacher's projections
+Init = Literal["qkv", "fresh", "scratch"]
 BOUNDS = ("attn_logit_softcapping", "final_logit_softcapping", "clip_qkv")  # of values too large to occur in a comparison
 TOLERANCE = 1e-4  # of the largest value: rounding in fp32 stays below 1e-5, and an attention scale off by 10% far above
 CHECKED: WeakSet[PreTrainedModel] = WeakSet()  # teachers' models that passed `check_teacher`
@@ -33,8 +33,7 @@ class StudentFactory:
     Args:
         mixer: sequence mixer that replaces softmax attention (the paper's Table 1).
         init: start values. `qkv` copies the teacher's embeddings, norms, MLPs and output head, and those of the q, k, v and
-            output projections that the mixer can take (Table 1); `calibrated` then sets gates, decays and output projections
-            layer by layer from 131k tokens, without training; `fresh` copies all but attention, which is drawn at random;
+            output projections that the mixer can take (Table 1); `fresh` copies all but attention, which is drawn at random;
             `scratch` draws everything at random.
         shape: sizes of the mixer. `copyable` has the teacher's heads, so that the mixer can take its projections; `paper` has
             the sizes behind the paper's Appendix A (see `distill-pl params`) and an output head not tied to the embeddings.
@@ -62,7 +61,7 @@ class StudentFactory:
     def __init__(
         self,
         mixer: str = "gla",
-        init: Literal["qkv", "calibrated", "fresh", "scratch"] = "qkv",
+        init: Init = "qkv",
         shape: Literal["copyable", "paper"] = "copyable",
         kv_heads: Literal["grouped", "expanded"] | None = None,
         rope: bool | None = None,
@@ -73,8 +72,9 @@ class StudentFactory:
         retention: float = 0.982,
         backend: Backend = "auto",
     ):
-        if mixer not in MIXERS:
-            raise InputError(f"student.mixer {mixer!r} is unknown: choose one of {', '.join(MIXERS)}")
+        for key, choice, known in [("mixer", mixer, MIXERS), ("init", init, get_args(Init))]:
+            if choice not in known:
+                raise InputError(f"student.{key} {choice!r} is unknown: choose one of {', '.join(known)}")
         if not 0 < retention < 1:
             raise InputError(f"student.retention {retention} must lie between 0 and 1, e.g. 0.982")
         if backend == "fla" and not (use_fla("auto", torch.device("cuda")) and torch.cuda.is_available()):
@@ -95,20 +95,16 @@ class StudentFactory:
         if shape == "paper":
             if kv_heads is not None:
                 raise InputError(f"student.kv_heads {kv_heads} cannot be chosen with student.shape paper: leave it out")
-            if init in COPIED and not paper.fits:
+            if init == "qkv" and not paper.fits:
                 raise InputError(
                     f"student.shape paper: a {mixer} of that shape cannot take the teacher's projections, which student.init "
-                    f"{init} copies: choose init fresh, or shape copyable"
+                    "qkv copies: choose init fresh, or shape copyable"
                 )
             if rope and (paper.heads, paper.key) != (None, 1):
                 raise InputError(
                     f"student.rope true needs keys as wide as the teacher's, unlike those of a {mixer} of student.shape paper: "
                     "leave rope out, or choose shape copyable"
                 )
-        if init == "calibrated" and start_from is not None:
-            raise InputError(
-                f"student.init calibrated would undo what student.start_from {start_from!r} has learned: choose qkv"
-            )
         self.mixer, self.init, self.shape, self.rope = mixer, init, shape, rope
         self.retention, self.backend = retention, backend
         self.start_from = start_from
@@ -190,7 +186,7 @@ class StudentFactory:
         student.tie_weights()
         if self.init != "scratch":
             tensors = student.state_dict(keep_vars=True)
-            for name in copy_weights(teacher.model, student, attention=self.init in COPIED):
+            for name in copy_weights(teacher.model, student, attention=self.init == "qkv"):
                 mark_as_loaded(tensors[name])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -200,7 +196,7 @@ class StudentFactory:
     @property
     def is_teacher(self) -> bool:
         """Return whether a student computes its teacher's logits before training."""
-        return self.mixer == "softmax" and self.init in COPIED and self.rope is not False and self.start_from is None
+        return self.mixer == "softmax" and self.init == "qkv" and self.rope is not False and self.start_from is None
 
 
 def load_start(path: str) -> PreTrainedModel:

@@ -50,6 +50,7 @@ def test_a_run_is_measured_beside_the_teacher_it_had(run, tmp_path):
         ("config.yaml", "", r"config.yaml is damaged or not of distill-pl fit \(teacher is None\)"),
         ("config.yaml", "- a", r"config.yaml is damaged .* \(teacher is None\)"),
         ("config.yaml", "data: 3", r"config.yaml is damaged .* \(data is 3\)"),
+        ("config.yaml", "student: {init: [qkv]}", r"config.yaml is damaged .* \(student.init is \['qkv'\]\)"),
         ("config.yaml", "data: {dataset: x}", r"config.yaml is damaged .* \(data.sequence_length is None\)"),
         ("config.yaml", "teacher: /moved", "run was distilled from '/moved', where no model is"),
         ("fingerprints.json", "{", "fingerprints.json is damaged"),

@@ -220,6 +220,7 @@ def test_help_lists_every_mixer(monkeypatch, capsys):
     ("keys", "says"),
     [
         ({"student.mixer": "mamba9"}, r"student.mixer 'mamba9'.*softmax, mlstm, gla"),
+        ({"student.init": "calibrated"}, "student.init: Expected .*'qkv', 'fresh', 'scratch'.*calibrated"),
         ({"kd.lrr": 1}, "kd.lrr.*kd.lr"),
         ({"kd.lr": "fast"}, "kd.lr.*float.*fast"),
         ({"kd.lr": -1}, "kd.lr -1"),
@@ -435,21 +436,6 @@ def test_a_run_goes_on_from_another(finished, arguments, tmp_path, capsys):
     began = re.search(r"step 0/1 held-out: .* perplexity (\S+)", capsys.readouterr().out)[1]
     ended = perplexity(read_metrics(finished / "3_kd" / "student.safetensors")["student_ce"])
     assert float(began) == pytest.approx(ended, rel=1e-3)
-
-
-def test_a_calibrated_start_is_part_of_the_budget(arguments, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("distill_pl.run.plan.TOKENS", 2 * STEP)
-    keys = {"student.init": "calibrated", **KD_ONLY}
-    assert "tokens 256 is less than 256 of student.init calibrated + matrix_mixing.tokens 256" in refused(
-        *arguments(tokens=2 * STEP, **keys | {"matrix_mixing.tokens": 2 * STEP})
-    )
-    for name in ("one", "two"):
-        fit_here(arguments(name, tokens=4 * STEP, **keys))
-    printed = capsys.readouterr().out
-    assert "calibration 256 tokens, then kd 256 tokens" in printed
-    assert re.search(r"calibration  layer 1: \d\.\d+ -> 0\.\d+\n", printed)
-    one, two = (weights(tmp_path / name)["3_kd/student.safetensors"] for name in ("one", "two"))
-    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
 
 def test_two_halves_read_the_text_in_the_order_of_one_run(arguments, capsys, monkeypatch, tmp_path):

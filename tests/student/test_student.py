@@ -155,7 +155,7 @@ def test_bad_options_are_refused():
     ]:
         with pytest.raises(InputError, match=message):
             StudentFactory(**options)
-    for key, option in [("mixer", "hgrn3"), ("retention", 1.0), ("retention", 0.0), ("backend", "fla")]:
+    for key, option in [("mixer", "hgrn3"), ("init", "calibrated"), ("retention", 1.0), ("retention", 0.0), ("backend", "fla")]:
         if (key, torch.cuda.is_available()) == ("backend", True):
             continue
         with pytest.raises(InputError, match=f"student.{key} {option!r}|student.{key} {option}"):
