@@ -333,7 +333,7 @@ def is_done(run: Run, results: Path, options: dict[str, Any] | None) -> bool:
     if keys := differing(before, now):
         changes = ", ".join(f"{key} {before.get(key, 'default')} -> {now.get(key, 'default')}" for key in keys)
         raise InputError(f"{file} is of another configuration ({changes}): undo that, or choose other --out and --results")
-    return without_data(kept["evaluate"]) == without_data(options)
+    return what_is_asked(kept["evaluate"]) == what_is_asked(options)
 
 
 def is_trained(run: Run) -> bool:
@@ -341,9 +341,9 @@ def is_trained(run: Run) -> bool:
     return (Path(run.config.out) / "student").is_dir()
 
 
-def without_data(options: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return options of `evaluate` without the folder of its questions, which may have moved."""
-    return options and {key: value for key, value in options.items() if key != "data"}
+def what_is_asked(options: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return options of `evaluate` without the folder of its questions, which may have moved, and the size of batches."""
+    return options and {key: value for key, value in options.items() if key not in ("data", "batch_size")}
 
 
 def plan_table(runs: dict[str, Run], done: list[str]) -> str:

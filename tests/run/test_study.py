@@ -248,7 +248,8 @@ def test_a_stopped_study_goes_on_and_a_failed_run_does_not_stop_it(file, teacher
     file.write_text(yaml.safe_dump({"common": common, "runs": groups, "evaluate": {"limit": 3}}))
     main(["study", str(file), f"--out={out}", "--only=gla_qkv*", "--show=plan"])
     assert re.search(r"0 done; 0 tokens are left(.*\n)*.* trained\n", capsys.readouterr().out)
-    file.write_text(yaml.safe_dump({"common": common, "runs": groups, "evaluate": {"limit": 2}}))
+    same = {"limit": 2, "batch_size": 5, "data": str(file.parent)}  # no other questions, as there are no tasks
+    file.write_text(yaml.safe_dump({"common": common, "runs": groups, "evaluate": same}))
     for missing in (out / "gla_qkv_mm_h2h_s0").rglob("*.safetensors"):
         missing.unlink()  # nothing of a run that is done is needed
     main(["study", str(file), f"--out={out}", "--only=gla_qkv*"])
