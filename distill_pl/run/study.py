@@ -25,12 +25,13 @@ import torch
 import yaml
 from jsonargparse import Namespace
 from safetensors import safe_open
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill_pl.console import aligned, perplexity, quiet, say
 from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.data.sources import counted
 from distill_pl.errors import InputError, one_line
+from distill_pl.measure.bench import theory
 from distill_pl.measure.evaluate import check_options, check_questions, check_writable, ending, load_tokenizer, read_report
 from distill_pl.measure.report import scalars
 from distill_pl.run.experiments import STUDIES, bundled, config_file
@@ -48,6 +49,7 @@ GROUP_KEYS: dict[str, type | tuple] = {"config": (str, list), "name": str, "set"
 SECONDS_BETWEEN_LOOKS, SECONDS_TO_STOP = 0.2, 60.0
 NAMED = ("teacher", "data.dataset", "tokens")  # keys that results name, changed or not
 NOT_OF_A_RUN = {"seed", "out", "config", "dry_run", "print_config", "help"}  # keys of fit
+STATE_TOKENS = 8192  # after which results give the size of a state
 NAME_BYTES = 200  # of a run: file systems take 255 with what is appended
 STOPPED_BY = (signal.SIGINT, signal.SIGTERM)
 
@@ -508,14 +510,23 @@ def summarise(run: Run, options: dict[str, Any] | None) -> dict[str, Any]:
         results = read_report(Path(config.out) / "eval" / f"{model}{ending((options or {}).get('limit'))}").get("results", {})
         evaluated[model] = {task: {key: value for key, value in row.items() if key not in ("source", "version")}
                             for task, row in results.items()}  # fmt: skip
+    models = {"student": str(Path(config.out) / "student"), "teacher": config.teacher}
     return rounded({
         "name": run.name, "row": run.row, "seed": run.seed, "config": run.changed, "evaluate": options,
         "stages": {stage.name: stage.steps * config.data.batch_size * config.data.sequence_length for stage in stages},
         "held_out": held_out, "curve": {str(tokens): value for tokens, value in curve.items()}, "evaluated": evaluated,
-        "parameters": parameters, "tokens_per_second": speeds, "seconds": sum(map(seconds, stages)),
+        "parameters": parameters, "state_bytes": {name: state_bytes(path) for name, path in models.items()},
+        "tokens_per_second": speeds, "seconds": sum(map(seconds, stages)),
         "device": torch.cuda.get_device_name() if device(config).type == "cuda" else "CPU",
         "versions": {name: version(name) for name in ("distill_pl", "torch", "lightning", "transformers")},
     })  # fmt: skip
+
+
+def state_bytes(path: str) -> int | None:
+    """Return the bytes of a bf16 model's state after STATE_TOKENS tokens, by its architecture; None for one unlike Llama's."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.bfloat16)
+    return theory(model, 1, STATE_TOKENS)
 
 
 def seconds(stage: StageRun) -> float:

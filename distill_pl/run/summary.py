@@ -117,8 +117,10 @@ def summary(folder: Path) -> str:
     if lengths := sorted({int(key.split()[1]) for runs in rows.values() for values in runs.values() for key in values
                           if key.startswith("recall ")}):  # fmt: skip
         found = dict.fromkeys(["teacher", *sorted(rows, key=lambda name: -average(rows[name], "recall"))])
-        text += ["### Recall", "Percent of the answers found, mean over tasks, by length of the prompt in tokens.",
-                 table(found, teacher | rows, ["recall", *(f"recall {length}" for length in lengths)])]  # fmt: skip
+        measures = ["MB of state", "recall", *(f"recall {length}" for length in lengths)]
+        said = ("Percent of the answers found, mean over tasks, by length of the prompt in tokens; size of the state of one "
+                "sequence after 8,192 tokens, by a model in bf16.")  # fmt: skip
+        text += ["### Recall", said, table(found, teacher | rows, measures)]
     judged = claims(rows)
     if judged is None:
         return "\n\n".join(text)
@@ -143,6 +145,8 @@ def measured(result: dict[str, Any], model: str) -> dict[str, float]:
         by_length = [tasks[task]["by_length"] for task in recall.TASKS if task in tasks]
         shared = [length for length in by_length[0] if all(length in row for row in by_length)]
         values |= {f"recall {length}": 100 * mean(row[length] for row in by_length) for length in shared}
+    if found := result.get("state_bytes", {}).get(model):
+        values["MB of state"] = found / 1e6
     return values
 
 

@@ -243,6 +243,7 @@ def test_a_stopped_study_goes_on_and_a_failed_run_does_not_stop_it(file, teacher
     assert list(result["curve"].values())[-1] == result["held_out"]["student"] < list(result["curve"].values())[0]
     for model, row in result["evaluated"].items():
         assert row["held-out"]["perplexity"] == pytest.approx(result["held_out"][model], rel=1e-3)
+    assert set(result["state_bytes"]) == {"student", "teacher"} and result["state_bytes"]["student"] > 0
     assert 0 < result["held_out"]["kl"] < 2 and result["config"]["tokens"] == "7680"
 
     file.write_text(yaml.safe_dump({"common": common, "runs": groups, "evaluate": {"limit": 3}}))
