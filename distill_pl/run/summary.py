@@ -5,6 +5,7 @@ mean (Student's t). It is confirmed where the whole interval agrees with the cla
 otherwise undecided.
 """
 
+import inspect
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -18,7 +19,9 @@ from distill_pl.errors import InputError, one_line
 from distill_pl.measure import paper, recall
 from distill_pl.measure.report import half_width, interval
 from distill_pl.run.folder import write_aside
+from distill_pl.student.factory import StudentFactory
 
+MIXER = inspect.signature(StudentFactory).parameters["mixer"].default
 PUBLISHED = paper.TABLE_2 | paper.TABLE_3 | paper.APPENDIX_B
 OTHERS = [mixer for mixer in paper.TABLE_1[1:] if mixer not in ("mlstm", "gla")]  # of the nine subquadratic ones
 GAINS = [f"{mixer}_mm - {mixer}" for mixer in paper.TABLE_1 if mixer != "metala"]
@@ -120,7 +123,8 @@ def summary(folder: Path) -> str:
         measures = ["MB of state", "recall", *(f"recall {length}" for length in lengths)]
         said = ("Percent of the answers found, mean over tasks, by length of the prompt in tokens; size of the state of one "
                 "sequence after 8,192 tokens, by a model in bf16.")  # fmt: skip
-        text += ["### Recall", said, table(found, teacher | rows, measures)]
+        shown = draw_recall_of(of_teacher, results, folder / "recall.png")
+        text += ["### Recall", said, table(found, teacher | rows, measures), *shown]
     judged = claims(rows)
     if judged is None:
         return "\n\n".join(text)
@@ -150,6 +154,19 @@ def measured(result: dict[str, Any], model: str) -> dict[str, float]:
     return values
 
 
+def draw_recall_of(of_teacher: dict[str, Any], results: list[dict[str, Any]], file: Path) -> list[str]:
+    """Draw the recall of the teacher and of the students that have any, in percent, a run of each -> lines of Markdown."""
+    from distill_pl.measure.plots import Model, draw_recall
+
+    first = {result["row"]: result for result in reversed(results) if measured(result, "student").get("recall", 0) > 0.05}
+    students = [Model(row, result["config"].get("student.mixer", MIXER), result["evaluated"]["student"], {})
+                for row, result in sorted(first.items())]  # fmt: skip
+    if not students:
+        return []
+    draw_recall([Model("teacher", None, of_teacher["evaluated"]["teacher"], {}), *students], file)
+    return ["![recall against length, of the students that have any](recall.png)"]
+
+
 def changed_keys(results: list[dict[str, Any]]) -> dict[str, str]:
     """List, by student, the keys that differ from the defaults, without those that all results share."""
     pairs = {result["row"]: {f"`{key} {str(value).lower() if isinstance(value, bool) else value}`"
@@ -164,7 +181,7 @@ def guessing(result: dict[str, Any]) -> list[str]:
     found = paper.columns(result["evaluated"]["teacher"])
     names = [column for column, chance in paper.CHANCE.items()
              if column in found and found[column][0] - 2 * found[column][1] <= chance]  # fmt: skip
-    return [f"The teacher does no better than guessing on {', '.join(names)}."] if names else []
+    return [f"The teacher does no better than guessing on {', '.join(names).removesuffix('.')}."] if names else []
 
 
 def overview(results: list[dict[str, Any]]) -> str:
@@ -265,27 +282,31 @@ def by_seed(student: str, values: Callable[[str], dict[int, float]]) -> dict[int
 
 
 def draw(rows: Rows, teacher: float | None, file: Path) -> None:
-    """Draw each student's held-out perplexity with its 95% interval, the best on top, and against the paper's averages."""
+    """Draw each student's held-out perplexity with its 95% interval, the best on top.
+
+    Where there are three students of the paper, a second panel draws theirs against the paper's averages.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import ScalarFormatter
 
     found = {name: [values["perplexity"] for values in runs.values()] for name, runs in rows.items()}
     names = sorted(found, key=lambda name: -mean(found[name]))
-    figure = Figure(figsize=(12, max(4, 0.2 * len(names))), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    compared = sum(name in PUBLISHED for name in names) >= 3
+    figure = Figure(figsize=(12 if compared else 8, max(4, 0.2 * len(names))), layout="constrained")
+    left, *others = figure.subplots(1, 1 + compared, squeeze=False)[0]
     for place, name in enumerate(names):
         middle, spread = mean(found[name]), half_width(found[name])
         average = PUBLISHED[name][-1] if name in PUBLISHED else None
         color = "C0" if name in PUBLISHED else "C1"
         left.errorbar(middle, place, xerr=spread, marker="o", markersize=4, capsize=2, color=color)
-        if average is not None:
+        for right in others if average is not None else ():
             right.errorbar(middle, average, xerr=spread, marker="o", markersize=4, color="C0")
             right.annotate(name, (middle, average), fontsize="xx-small", xytext=(4, 2), textcoords="offset points")
+            right.set(title="against the paper's accuracies", ylabel="paper's average accuracy, %")
     left.set_yticks(range(len(names)), names, fontsize="small")
-    left.set(title="blue: students of the paper; orange: beyond it; line: teacher", ylim=(-1, len(names)))
-    right.set(title="against the paper's accuracies", ylabel="paper's average accuracy, %")
-    for axes in (left, right):
-        axes.set(xscale="log", xlabel="held-out perplexity, mean and 95% interval over seeds")
+    left.set(title="blue: students of the paper\norange: beyond it; line: teacher", ylim=(-1, len(names)))
+    for axes in (left, *others):
+        axes.set(xscale="log", xlabel="held-out perplexity, mean and 95% interval")
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_formatter(ScalarFormatter())
         axes.grid(axis="x", which="both", alpha=0.3)

@@ -99,15 +99,16 @@ def test_recall_is_shown_by_length_and_guessing_is_named(tmp_path):
     for model, shares in {"student": [0.5, 0.25], "teacher": [1.0, 0.5]}.items():
         for task in ("mqar", "copy"):
             by_length = dict(zip(["512", "2048"], shares, strict=True))
-            result["evaluated"][model][task] = {"acc": sum(shares) / 2, "acc_stderr": 0.0, "by_length": by_length}
+            result["evaluated"][model][task] = {"acc": sum(shares) / 2, "acc_stderr": 0.0, "chance": 0.1, "by_length": by_length}
     result["evaluated"]["teacher"] |= {"piqa": {"acc": 0.52, "acc_stderr": 0.015}, "arc_easy": {"acc": 0.3, "acc_stderr": 0.01}}
-    file.write_text(json.dumps(result))
+    file.write_text(json.dumps(result | {"state_bytes": {"student": 2_000_000, "teacher": None}}))
     text = summary(tmp_path)
+    assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
     assert "The teacher does no better than guessing on PIQA." in text
     recall = text[text.index("### Recall") :]
-    assert line(recall, "student") == ["student", "seeds", "recall", "recall 512", "recall 2048"]
-    assert line(recall, "teacher")[2:] == ["75.0", "100.0", "50.0"]
-    assert line(recall, "kda_qkv") == ["kda_qkv", "1", "37.5", "50.0", "25.0"]
+    assert line(recall, "student") == ["student", "seeds", "MB of state", "recall", "recall 512", "recall 2048"]
+    assert line(recall, "teacher")[2:] == ["", "75.0", "100.0", "50.0"]
+    assert line(recall, "kda_qkv") == ["kda_qkv", "1", "2.0", "37.5", "50.0", "25.0"]
     assert "claims" not in text
 
 
