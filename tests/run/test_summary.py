@@ -98,8 +98,8 @@ def test_recall_is_shown_by_length_and_guessing_is_named(tmp_path):
     result = json.loads(file.read_text())
     for model, shares in {"student": [0.5, 0.25], "teacher": [1.0, 0.5]}.items():
         for task in ("mqar", "copy"):
-            by_length = dict(zip(["512", "2048"], shares, strict=True))
-            result["evaluated"][model][task] = {"acc": sum(shares) / 2, "acc_stderr": 0.0, "chance": 0.1, "by_length": by_length}
+            row = {"acc": sum(shares) / 2, "acc_stderr": 0.0, "chance": 0.1}
+            result["evaluated"][model][task] = row | {"by_length": dict(zip(["512", "2048"], shares, strict=True))}
     result["evaluated"]["teacher"] |= {"piqa": {"acc": 0.52, "acc_stderr": 0.015}, "arc_easy": {"acc": 0.3, "acc_stderr": 0.01}}
     file.write_text(json.dumps(result | {"state_bytes": {"student": 2_000_000, "teacher": None}}))
     text = summary(tmp_path)
@@ -148,7 +148,7 @@ def test_recall_by_length_is_of_the_lengths_that_all_tasks_have(tmp_path):
     file = tmp_path / "gla_s0.json"
     result = json.loads(file.read_text())
     lengths = {"mqar": {"64": 0.75, "128": 0.25}, "copy": {"128": 0.15, "256": 0.05}}
-    rows = {task: {"acc": 0.1, "by_length": row} for task, row in lengths.items()}
+    rows = {task: {"acc": 0.1, "chance": 0.0, "by_length": row} for task, row in lengths.items()}
     file.write_text(json.dumps(result | {"evaluated": {"student": rows, "teacher": rows}}))
     text = summary(tmp_path)
     assert "| seeds | recall | recall 128 |" in text and "| gla | 1 | 10.0 | 20.0 |" in text
