@@ -21,8 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_
 from transformers.cache_utils import Cache
 
 from distill_pl.console import aligned, quiet, say
+from distill_pl.data.sources import counted
 from distill_pl.errors import InputError
-from distill_pl.measure.evaluate import load, weights_path
+from distill_pl.measure.evaluate import check_writable, load, read_report, weights_path
 from distill_pl.measure.params import smollm_360m
 from distill_pl.mixers import MIXERS
 from distill_pl.run.folder import write_aside
@@ -98,8 +99,10 @@ def bench(
     check_numbers(settings, RANGES)
     sources = {model: locate(model, prompt_lengths[-1] + new_tokens) for model in dict.fromkeys(models)}
     rows = earlier_rows(Path(out) / "bench.json", settings)
+    check_writable(Path(out) / "bench.json")
 
-    say(f"{settings['device']}, {settings['dtype']}, batch size {batch_size}, {repeats} repeats of {new_tokens} new tokens")
+    times = f"{counted(repeats, 'repeat')} of {counted(new_tokens, 'new token')}"
+    say(f"{settings['device']}, {settings['dtype']}, batch size {batch_size}, {times}")
     if not gpu:
         say("no GPU: default lengths and repeats are small, and memory is given as the size of the state, not as a peak")
     width = max(map(len, sources))
@@ -168,9 +171,11 @@ def environment() -> dict[str, str | None]:
 
 def earlier_rows(file: Path, settings: dict[str, Any]) -> list[Row]:
     """Read the rows of an earlier call's bench.json, if any. Raises InputError if they were measured under other settings."""
-    if not file.is_file():
+    earlier = read_report(file)
+    if not earlier:
         return []
-    earlier = json.loads(file.read_text())
+    if not (isinstance(earlier.get("settings"), dict) and isinstance(earlier.get("rows"), list)):
+        raise InputError(f"{file} is no result of distill-pl bench: give another --out")
     differing = [f"{key} {earlier['settings'].get(key)}, now {value}" for key, value in settings.items()
                  if earlier["settings"].get(key) != value]  # fmt: skip
     if differing:

@@ -1,5 +1,6 @@
 """`distill-pl evaluate` and `distill-pl generate`: score a model, and let it write."""
 
+import inspect
 import json
 import math
 import tempfile
@@ -18,12 +19,20 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, set_seed
 from distill_pl.console import aligned, percent, perplexity, quiet, say
 from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.data.files import OR_SKIP
-from distill_pl.data.sources import TextSource
+from distill_pl.data.sources import TextSource, counted
 from distill_pl.errors import InputError, one_line
 from distill_pl.measure import long_text, paper, recall
 from distill_pl.measure.harness import check_tasks, prompt_tokenizer, run_tasks
 from distill_pl.run.card import add_results
-from distill_pl.run.folder import check_teacher_of, disk_refused, fingerprint, read_config, teacher_of, write_aside
+from distill_pl.run.folder import (
+    WHAT_IS_READ,
+    check_teacher_of,
+    disk_refused,
+    fingerprint,
+    read_config,
+    teacher_of,
+    write_aside,
+)
 from distill_pl.run.values import AT_LEAST_1, SEED, Range, check_numbers, parse_lengths
 from distill_pl.teacher import load_model
 from distill_pl.tokenizer import special_tokens
@@ -55,7 +64,8 @@ def evaluate(
             the paper's six benchmarks, `recall` for the tasks of finding again what was read: niah_single_1, niah_single_2,
             niah_multikey, niah_multivalue, mqar, induction and copy.
         data: folder of <task>.jsonl files in the hub's columns; without it lm-eval downloads its data from the hub.
-        limit: score only this many first questions of each task; of recall tasks, of each length (default 25).
+        limit: score only this many first questions of each task; of recall tasks, of each length, and of `text` so many rows
+            (default of both: 25).
         batch_size: sequences in a forward pass; in recall tasks and `text`, each stands for 2048 tokens, on a GPU for 16384.
         lengths: lengths of the prompts of recall tasks, in tokens; the largest is also that of the rows of `text`.
         text: local file, folder or hub dataset on which to measure perplexity, by position too, and in which recall tasks hide
@@ -71,11 +81,14 @@ def evaluate(
     options = {"limit": limit, "seed": seed, "lm_eval": version("lm_eval")}
     suffix = ending(limit)
     jobs: dict[str, list[tuple[str, str, Path]]] = {}  # what to measure for each of `models`: name, weights, file of results
+    teachers: dict[tuple[str, str], str] = {}  # of a teacher and the text of its perplexity -> name of its row
     for model in models:
         path, folder = weights_path(model), Path(model) / "eval"
         if model in runs:
-            teacher = teacher_of(Path(model))
-            jobs[model] = [(teacher, teacher, folder / f"teacher{suffix}"), (model, path, folder / f"student{suffix}")]
+            teacher, its_text = teacher_of(Path(model)), held_out_text(runs[model]["data"])
+            name = f"{teacher} (text of {model})" if teacher in teachers.values() else teacher
+            name = teachers.setdefault((teacher, its_text), name)
+            jobs[model] = [(name, teacher, folder / f"teacher{suffix}"), (model, path, folder / f"student{suffix}")]
         else:
             jobs[model] = [(model, path, Path("eval") / f"{model.strip('/').replace('/', '--')}{suffix}")]
         for _, path, file in jobs[model]:
@@ -83,13 +96,15 @@ def evaluate(
             read_report(file)
             check_writable(file)
     results: dict[str, Results] = {}
+    known: dict[str, Results] = {}  # by the path of the weights
     for model in models:
         texts = runs.get(model, {}).get("data")
         for name, path, file in jobs[model]:
-            results[name] = measure(path, file, names, texts, data, batch_size, options, questions, results.get(name, {}))
+            before = known.get(path, {}) | results.get(name, {})
+            known[path] = results[name] = measure(path, file, names, texts, data, batch_size, options, questions, before)
         if model in runs:
             add_results(Path(path), measured_so_far(Path(model) / "eval", "student"))
-    printed = table(results, {model: runs[model]["teacher"] for model in runs})
+    printed = table(results, {model: jobs[model][0][0] for model in runs})
     say("\n" + printed)
     if "kept" in printed:
         say("kept: the share of the teacher's average margin over guessing that the student keeps; of likelihood, that of the "
@@ -151,7 +166,7 @@ def measure(path: str, file: Path, tasks: list[str], texts: dict | None, data: s
         write_aside(file, lambda aside: aside.write_text(json.dumps(report, indent=2)))
 
     if texts is not None:
-        source = f"{texts['dataset']}, {texts['validation_tokens']} tokens in chunks of {texts['sequence_length']}"
+        source = held_out_text(texts)
         if report["results"].get("held-out", {}).get("source") != source:
             keep({"held-out": {"perplexity": held_out_perplexity(network, tokenizer, texts, batch_size)}}, source)
     in_memory = batch_size * TOKENS_IN_MEMORY[network.device.type]
@@ -163,7 +178,8 @@ def measure(path: str, file: Path, tasks: list[str], texts: dict | None, data: s
             at_once = min(in_memory // length, batch_size * long_text.SEGMENT // min(length, long_text.SEGMENT))
             keep({"text": long_text.summary(long_text.losses(network, tokens, max(1, at_once)))}, source)
         by_position = report["results"]["text"]["by_position"].items()
-        say(f"{path}  perplexity by position: " + ", ".join(f"{position} {value:.4g}" for position, value in by_position))
+        said = f"{path}  perplexity by position in {counted(len(tokens), 'row')} of {tokens.shape[1]} tokens: "
+        say(said + ", ".join(f"{position} {value:.4g}" for position, value in by_position))
     material = None
     for task in tasks:
         if task in recall.TASKS:
@@ -183,6 +199,8 @@ def measure(path: str, file: Path, tasks: list[str], texts: dict | None, data: s
             say(f"{path}  {task}")
             keep(run_tasks(network, tokenizer, [task], data=data, limit=options["limit"], batch_size=batch_size,
                            seed=options["seed"]), source)  # fmt: skip
+    if known:  # another run's folder may have them, but not this one's
+        keep({}, "")
     return {task: row for task, row in report["results"].items() if task in ("held-out", "text", *tasks)}
 
 
@@ -264,13 +282,17 @@ def ending(limit: int | None) -> str:
 
 
 def read_report(file: Path) -> dict[str, Any]:
-    """Read what an earlier `evaluate` wrote, {} if there is no such file. Raises InputError where it is no JSON object."""
+    """Read what an earlier call wrote, {} if there is no such file. Raises InputError where it is no JSON object.
+
+    Its `results`, if it has any, are a JSON object for each task.
+    """
     try:
         report = json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError:
-        report = None
-    if not isinstance(report, dict):
-        raise InputError(f"{file} is damaged, no JSON object: delete it to measure again")
+        whole = all(isinstance(row, dict) for row in report.get("results", {}).values())
+    except (ValueError, AttributeError):
+        whole = False
+    if not whole:
+        raise InputError(f"{file} is damaged: delete it to measure again")
     return report
 
 
@@ -362,6 +384,14 @@ def learned_positions(model: PreTrainedModel) -> int | None:
     return limit if limit and any(limit <= x.num_embeddings <= limit + 2 for x in others) else None
 
 
+def held_out_text(data: dict[str, Any]) -> str:
+    """Describe the text of a run that no stage trained on, alike for runs that have the same. data: the run's data keys."""
+    defaults = inspect.signature(ChunkDataModule).parameters
+    others = [key for key in WHAT_IS_READ if key not in ("dataset", "validation_tokens", "shuffle")]
+    changed = "".join(f", {key} {data[key]}" for key in others if data.get(key, defaults[key].default) != defaults[key].default)
+    return f"{data['dataset']}, {data['validation_tokens']} tokens in chunks of {data['sequence_length']}{changed}"
+
+
 def held_out_chunks(model: PreTrainedModel, tokenizer, data: dict[str, Any]) -> torch.Tensor:
     """Read the chunks [N, T] of a run's text that no stage trained on. data: the run's data keys.
 
@@ -370,8 +400,15 @@ def held_out_chunks(model: PreTrainedModel, tokenizer, data: dict[str, Any]) -> 
     try:
         module = ChunkDataModule(**data)
     except TypeError as error:  # keys of another version
-        raise InputError(f"the run's data keys {data} are not those of this version ({one_line(error)})") from error
-    chunks = torch.from_numpy(module.open(tokenizer, model.config).validation.astype("int64"))
+        raise InputError(
+            f"the run is of another version, with other keys of data ({one_line(error)}): give its folder `student`, with "
+            "--tasks or --text"
+        ) from error
+    try:
+        packed = module.open(tokenizer, model.config)
+    except InputError as error:
+        raise InputError(f"the run's text, relative to the current folder: {error}") from error
+    chunks = torch.from_numpy(packed.validation.astype("int64"))
     if len(chunks) == 0:
         raise InputError(f"the packed text of {data['dataset']!r} is no longer in {module.cache}: run distill-pl fit again")
     return chunks
@@ -444,5 +481,9 @@ def table(results: dict[str, Results], teachers: dict[str, str]) -> str:
         rows[model] = cells
     header = list(dict.fromkeys(column for cells in rows.values() for column in cells))
     text = aligned([["", *header], *([model, *(cells.get(column, "-") for column in header)] for model, cells in rows.items())])
-    chance = {task: row["chance"] for measured in results.values() for task, row in measured.items() if "chance" in row}
-    return f"{text}\nguessing: {', '.join(f'{task} {share:.2%}' for task, share in chance.items())}" if chance else text
+    chances: dict[str, set[str]] = {}  # several where models have other tokenizers
+    for task, row in (item for measured in results.values() for item in measured.items()):
+        if "chance" in row:
+            chances.setdefault(task, set()).add(f"{row['chance']:.2%}")
+    guessing = ", ".join(f"{task} {' or '.join(sorted(shares))}" for task, shares in chances.items())
+    return f"{text}\nguessing: {guessing}" if chances else text

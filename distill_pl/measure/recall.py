@@ -208,8 +208,8 @@ def make_items(task: str, source: Source, length: int, questions: Questions) -> 
         raise InputError(f"tasks={task}: it hides numbers in real text: give --text FILE, or a run folder")
     if len(source.words) < 2 * COPIED:
         raise InputError(
-            f"tasks={task}: it needs {2 * COPIED} words that are single tokens, and the tokenizer has {len(source.words)}: "
-            "leave it out"
+            f"tasks={task}: it needs {2 * COPIED} words that are single tokens, and the tokenizer of "
+            f"{source.tokenizer.name_or_path} has {len(source.words)}: leave it out"
         )
     rng = random.Random(f"{questions.seed} {task} {length}")  # of text, the seed is the same on every machine
     depths = [index / max(1, questions.number - 1) for index in range(questions.number)]
@@ -327,7 +327,7 @@ def kept(student: dict[str, dict], teacher: dict[str, dict]) -> dict[str, float]
 
     `recall kept` is the share of the teacher's mean margin over guessing, on tasks where both answered the same questions and
     the teacher does better than guessing by two standard errors; without such tasks nothing is returned. `likelihood kept`, the
-    ratio of perplexities on held-out text, stands beside it: it stays high in a student that has forgotten most.
+    ratio of perplexities on the same held-out text, stands beside it: it stays high in a student that has forgotten most.
     """
     rows = [(student[task], teacher[task]) for task in TASKS if task in student and task in teacher]
     rows = [(own, other) for own, other in rows if own["source"] == other["source"]
@@ -336,6 +336,7 @@ def kept(student: dict[str, dict], teacher: dict[str, dict]) -> dict[str, float]
         return {}
     margins = [sum(row["acc"] - row["chance"] for row in column) for column in zip(*rows, strict=True)]
     shares = {"recall kept": margins[0] / margins[1]}
-    if "held-out" in student and "held-out" in teacher:
-        shares = {"likelihood kept": teacher["held-out"]["perplexity"] / student["held-out"]["perplexity"]} | shares
+    own, other = student.get("held-out"), teacher.get("held-out")
+    if own and other and own.get("source") == other.get("source"):
+        shares = {"likelihood kept": other["perplexity"] / own["perplexity"]} | shares
     return shares

@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from jsonargparse import Namespace
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from distill_pl.console import is_first_rank
 from distill_pl.errors import InputError, one_line
@@ -203,13 +203,18 @@ def read_config(out: Path) -> dict[str, Any]:
 
 
 def teacher_of(out: Path) -> str:
-    """Return the teacher of a run. Raises InputError for a folder that is no longer there."""
+    """Return the teacher of a run. Raises InputError for a folder that is no longer there, and for no id of the hub either."""
     teacher = read_config(out)["teacher"]
-    if teacher.startswith((".", "/")) and not Path(teacher, "config.json").is_file():
+    try:
+        if not Path(teacher, "config.json").is_file():
+            if teacher.startswith((".", "/")):
+                raise OSError("no such folder")
+            AutoConfig.from_pretrained(teacher, trust_remote_code=False)
+    except OSError as error:
         raise InputError(
-            f"{out} was distilled from {teacher!r}, where no model is: put it back, or write its new place into "
-            f"{out / 'config.yaml'}"
-        )
+            f"{out} was distilled from {teacher!r}, where no model is, seen from the current folder "
+            f"({str(error).splitlines()[0]}): put it back, or write its new place into {out / 'config.yaml'}"
+        ) from error
     return teacher
 
 

@@ -234,6 +234,21 @@ def test_refusals_come_before_any_work(here, changes, message):
     assert not list(here.iterdir())
 
 
+@pytest.mark.parametrize(("text", "says"), [
+    ('{"settings"', "bench.json is damaged: delete it"), ("[]", "bench.json is damaged"),
+    ('{"rows": []}', "bench.json is no result of distill-pl bench"), (None, "cannot write bench"),
+])  # fmt: skip
+def test_a_folder_that_takes_no_results_is_refused_before_any_work(here, monkeypatch, text, says):
+    monkeypatch.setattr("distill_pl.measure.bench.model_rows", lambda *args: pytest.fail("measured"))
+    if text is None:
+        Path("bench").write_text("a file")
+    else:
+        Path("bench").mkdir()
+        Path("bench/bench.json").write_text(text)
+    with pytest.raises(InputError, match=says):
+        bench(["gla"], **QUICK)
+
+
 def test_a_table_of_positions_is_not_left(here, save_model, no_picture):
     folder = str(save_model("gpt2", max_position_embeddings=64))
     with pytest.raises(InputError, match="a table of 64 positions, 66 are asked for"):

@@ -18,7 +18,7 @@ import distill_pl.measure.evaluate
 from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.errors import InputError
 from distill_pl.measure import paper, recall
-from distill_pl.measure.evaluate import encode_prompt, evaluate, generate, recovery, table
+from distill_pl.measure.evaluate import encode_prompt, evaluate, generate, held_out_text, recovery, table
 from distill_pl.teacher import Teacher
 from distill_pl.tokenizer import special_tokens
 
@@ -53,6 +53,7 @@ def test_a_run_is_measured_beside_the_teacher_it_had(run, tmp_path):
         ("config.yaml", "student: {init: [qkv]}", r"config.yaml is damaged .* \(student.init is \['qkv'\]\)"),
         ("config.yaml", "data: {dataset: x}", r"config.yaml is damaged .* \(data.sequence_length is None\)"),
         ("config.yaml", "teacher: /moved", "run was distilled from '/moved', where no model is"),
+        ("config.yaml", "teacher: a/folder/elsewhere", "run was distilled from 'a/folder/elsewhere', where no model is"),
         ("fingerprints.json", "{", "fingerprints.json is damaged"),
         ("fingerprints.json", "[]", "fingerprints.json is damaged"),
     ],
@@ -64,6 +65,44 @@ def test_damaged_files_of_a_run_are_one_line(run, tmp_path, monkeypatch, name, t
     file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | yaml.safe_load(text)) if keeps else text)
     for command in ("evaluate run", "layers run --tasks=", *(["report run"] if "config" in says else [])):
         assert re.search(says, refused(*command.split()))
+
+
+@pytest.mark.parametrize("text", ['{"results": ', "[]", '{"results": []}', '{"results": {"held-out": 3}}', '{"results": null}'])
+def test_damaged_results_are_one_line(run, tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    copy = Path(shutil.copytree(run, "run", ignore=shutil.ignore_patterns("eval")))
+    (copy / "eval").mkdir()
+    for name in ("student", "teacher"):
+        (copy / "eval" / f"{name}.json").write_text(text)
+    for command in ("evaluate run", "report run"):
+        assert re.search(r"run/eval/(student|teacher).json is damaged: delete it", refused(*command.split()))
+
+
+def test_each_run_has_its_teachers_results_and_perplexity_of_its_own_text(run, tmp_path, capsys):
+    copies = [Path(shutil.copytree(run, tmp_path / name, ignore=shutil.ignore_patterns("eval"))) for name in ("a", "b", "c")]
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"This is document {number}, and it is long enough." for number in range(50)))
+    config["data"] |= {"dataset": str(text), "cache": str(tmp_path)}
+    (copies[1] / "config.yaml").write_text(yaml.safe_dump(config))
+    ChunkDataModule(**config["data"]).open(Teacher(config["teacher"]).tokenizer).prepare(1)
+    evaluate([*map(str, copies)], text=str(text), lengths="16", limit=2)
+    for name in ("teacher", "student"):
+        a, b, c = (json.loads((copy / "eval" / f"{name}.limit2.json").read_text())["results"] for copy in copies)
+        assert a["held-out"] == c["held-out"] and a["held-out"]["perplexity"] != b["held-out"]["perplexity"]
+        assert a["text"] == b["text"] == c["text"]
+    printed = capsys.readouterr().out
+    shown = [row.split("  ")[0] for row in printed.splitlines()[-6:]]
+    assert shown[1:] == [config["teacher"], str(copies[0]), f"{config['teacher']} (text of {copies[1]})", *map(str, copies[1:])]
+    assert "perplexity by position in 2 rows of 16 tokens: 1 " in printed
+
+
+def test_held_out_texts_are_alike_if_all_that_says_what_is_read_is():
+    data = {"dataset": "a/b", "validation_tokens": "1k", "sequence_length": 32, "name": None, "seed": 1, "shuffle": 3}
+    other = [{"dataset": "c"}, {"validation_tokens": "2k"}, {"sequence_length": 16}, {"name": "x"}, {"revision": "y"},
+             {"text_column": "z"}, {"skip_bad_rows": True}]  # fmt: skip
+    texts = [held_out_text(data | changes) for changes in ({}, *other)]
+    assert len(set(texts)) == 1 + len(other) and held_out_text(data | {"shuffle": 4, "batch_size": 9}) == texts[0]
 
 
 def test_tasks_from_files_for_a_run_and_for_a_plain_model(run, teacher_folder, tmp_path, monkeypatch, capsys):
@@ -181,7 +220,7 @@ def test_places_that_take_no_results_are_refused_before_work(run, teacher_folder
     (tmp_path / "eval").mkdir()
     report = tmp_path / "eval" / f"{str(teacher_folder).strip('/').replace('/', '--')}.json"
     report.write_text('{"results": ')
-    with pytest.raises(InputError, match=f"{report.name} is damaged, no JSON object: delete it"):
+    with pytest.raises(InputError, match=f"{report.name} is damaged: delete it"):
         evaluate([str(teacher_folder)], tasks="piqa")
 
 
@@ -237,9 +276,13 @@ def test_recall_kept_counts_from_chance_and_stands_beside_likelihood():
     assert recall.kept(student, teacher) == pytest.approx({"likelihood kept": 0.9, "recall kept": 0.25})
     assert recall.kept(teacher, teacher) == {"likelihood kept": 1, "recall kept": 1}
     assert recall.kept({"mqar": row(0.8, source="y")}, teacher) == recall.kept({}, teacher) == {}
+    of_other_text = teacher | {"held-out": {"perplexity": 18.0, "source": "another text"}}
+    assert recall.kept(student, of_other_text) == pytest.approx({"recall kept": 0.25})
     printed = table({"run": student, "a": teacher}, teachers={"run": "a"}).splitlines()
     assert printed[0].endswith("likelihood kept  recall kept") and printed[1].split()[-2:] == ["90%", "25%"]
     assert printed[-1] == "guessing: mqar 20.00%, copy 0.00%, induction 20.00%"
+    of_others = table({"a": {"mqar": row(0.5)}, "b": {"mqar": row(0.5, 0.1)}}, teachers={})  # with another tokenizer
+    assert of_others.splitlines()[-1] == "guessing: mqar 10.00% or 20.00%"
 
 
 def test_table_aligns():
