@@ -79,7 +79,7 @@ def report(models: list[str], out: str = "report") -> None:
         models: run folders of `distill-pl fit`, or folders of such folders.
         out: folder to write to; a report in it is replaced.
     """
-    runs = [run for model in models for run in find_runs(Path(model))]
+    runs = list({run.folder.resolve(): run for model in models for run in find_runs(Path(model))}.values())  # each once
     rows = grouped(runs)
     others = [name for name in rows if name not in {*paper.TABLE_2, *paper.TABLE_3, *paper.APPENDIX_B}]
     beyond = [name for name in others if rows[name][0].beyond_paper]
@@ -125,12 +125,16 @@ def held_out(run: Path) -> dict[str, float]:
 
 
 def teacher_row(runs: list[Run]) -> list[Run]:
-    """Return the teacher's results as a run, if all runs have the same teacher and one of them measured it; else no run."""
+    """Return the teacher's results as a run, if all runs have the same teacher and one of them measured it; else no run.
+
+    Its perplexity is given where all runs have the same held-out text.
+    """
     if len({run.config["teacher"] for run in runs}) > 1:
         return []
     results = next((found for run in runs if (found := measured_so_far(run.folder / "eval", "teacher"))), {})
     losses = [loss for run in runs if (loss := held_out(run.folder).get("teacher_ce")) is not None]
-    return [Run(runs[0].folder, runs[0].config, results, True, losses[0] if losses else None)] if results or losses else []
+    of_one_text = losses and max(losses) - min(losses) < 0.01  # more than the rounding of other machines
+    return [Run(runs[0].folder, runs[0].config, results, True, losses[0] if of_one_text else None)] if results or losses else []
 
 
 def grouped(runs: list[Run]) -> dict[str, list[Run]]:

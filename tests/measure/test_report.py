@@ -158,6 +158,19 @@ def test_recall_and_perplexity_by_position(like, tmp_path, no_pictures):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_counts_once_and_the_teachers_perplexity_is_of_one_text(like, tmp_path, monkeypatch, no_pictures):
+    monkeypatch.chdir(tmp_path)
+    like("a", {})
+    (tmp_path / "link").symlink_to("runs/a")
+    report(["runs/a", "./runs/a/", "runs", str(tmp_path / "link")], "out")
+    assert rows(tmp_path / "out")["gla_qkv_mm_h2h"][0] == "1" and float(rows(tmp_path / "out")["teacher"][1]) > 1
+    like("b", {"seed": 3})
+    losses = {"a": 3.0, "b": 3.1}
+    monkeypatch.setattr("distill_pl.measure.report.held_out", lambda run: {"teacher_ce": losses[run.name], "student_ce": 3.2})
+    report(["runs"], "out")
+    assert rows(tmp_path / "out")["teacher"][1] == ""
+
+
 def test_stages_are_those_of_a_run():
     assert tuple(STAGES) == paper.STAGES and set(DISTANCES) < set(STAGES)
 
