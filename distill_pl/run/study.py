@@ -129,8 +129,6 @@ def study(
         lines["evaluate"] = lines.get("evaluate", {}) | {"data": data}
     own = {"teacher": teacher, "data.dataset": dataset, "tokens": None if tokens is None else str(tokens)}
     runs = expand(file, lines, {key: value for key, value in own.items() if value is not None}, Path(out), seeds)
-    if not runs:
-        raise InputError(f"study {file!r} has no runs: one of its lists of seeds, config or values to try is empty")
     runs = [run for run in runs if fnmatch(run.name, only)]
     if not runs:
         raise InputError(f"only {only!r} leaves none of the runs of {file}: --show plan lists them without --only")
@@ -140,7 +138,7 @@ def study(
     wanted = numbered if index is None else dict(list(numbered.items())[index - 1 : index])
     done = [name for name, run in wanted.items() if is_done(run, folder, options)]
     left = {name: run for name, run in wanted.items() if name not in done}
-    tokens_left = sum(run.config.tokens for run in left.values() if not is_trained(run))
+    tokens_left = sum(sum(stage_tokens(run).values()) for run in left.values() if not is_trained(run))
     say(f"{counted(len(wanted), 'run')}, {len(done)} done; {short(tokens_left)} tokens are left to train on")
     if show == "plan":
         say(plan_table(wanted, done))
@@ -202,7 +200,7 @@ def expand(file: str, lines: dict[str, Any], own: dict[str, Any], out: Path, fir
     common = once(file, lines.get("common", {}))
     runs: dict[str, Run] = {}
     for group in lines["runs"]:
-        over, chosen = flat(group.get("over", {})), once(file, group.get("set", {}), group.get("over", {}))
+        over = flat(group.get("over", {}))
         configs, seeds = group.get("config"), group.get("seeds", lines.get("seeds", ["0"]))
         configs = configs if isinstance(configs, list) else [configs]
         for seed in seeds:
@@ -212,11 +210,14 @@ def expand(file: str, lines: dict[str, Any], own: dict[str, Any], out: Path, fir
             raise InputError(f"study {file!r}: over {over} has a value that is no list: put those to be tried in [ ]")
         if not all(isinstance(config, str | None) for config in configs):
             raise InputError(f"study {file!r}: config {configs} are not all names of experiments or files")
+        for key, values in {"seeds": seeds, "config": configs, **over}.items():
+            if not values:
+                raise InputError(f"study {file!r}: {key} [] leaves nothing of a group to run: give values, or delete the group")
         for seed, config, *values in itertools.product(map(int, seeds[:first]), configs, *over.values()):
             varied = dict(zip(over, values, strict=True))
             words = [Path(config).stem if config else "", group.get("name", ""), *(f"{k}={text(v)}" for k, v in varied.items())]
             row = re.sub(r"[^\w.=-]+", "_", "_".join(filter(None, words)))
-            keys = common | chosen | varied | own
+            keys = common | once(file, group.get("set", {}), varied) | own
             if not row:
                 raise InputError(f"study {file!r}: give a group without `config` a `name`")
             if others := sorted(NOT_OF_A_RUN & keys.keys()):
@@ -348,12 +349,17 @@ def what_is_asked(options: dict[str, Any] | None) -> dict[str, Any] | None:
     return options and {key: value for key, value in options.items() if key not in ("data", "batch_size")}
 
 
+def stage_tokens(run: Run) -> dict[str, int]:
+    """Return the tokens that each stage of a run trains on."""
+    batch = run.config.data.batch_size * run.config.data.sequence_length
+    return {stage.name: stage.steps * batch for stage in plan(run.config)}
+
+
 def plan_table(runs: dict[str, Run], done: list[str]) -> str:
     """Lay out the runs of a study with the tokens of their stages, and what of them is done or begun."""
     rows = [["run", "tokens", ""]]
     for name, run in runs.items():
-        batch = run.config.data.batch_size * run.config.data.sequence_length
-        stages = " + ".join(f"{stage.name} {short(stage.steps * batch)}" for stage in plan(run.config))
+        stages = " + ".join(f"{stage} {short(tokens)}" for stage, tokens in stage_tokens(run).items())
         state = "done" if name in done else "trained" if is_trained(run) else "begun" if Path(run.config.out).is_dir() else ""
         rows.append([name, stages, state])
     return aligned(rows)
@@ -513,7 +519,7 @@ def summarise(run: Run, options: dict[str, Any] | None) -> dict[str, Any]:
     models = {"student": str(Path(config.out) / "student"), "teacher": config.teacher}
     return rounded({
         "name": run.name, "row": run.row, "seed": run.seed, "config": run.changed, "evaluate": options,
-        "stages": {stage.name: stage.steps * config.data.batch_size * config.data.sequence_length for stage in stages},
+        "stages": stage_tokens(run),
         "held_out": held_out, "curve": {str(tokens): value for tokens, value in curve.items()}, "evaluated": evaluated,
         "parameters": parameters, "state_bytes": {name: state_bytes(path) for name, path in models.items()},
         "tokens_per_second": speeds, "seconds": sum(map(seconds, stages)),

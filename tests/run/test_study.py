@@ -44,6 +44,14 @@ def test_runs_are_all_combinations_seed_by_seed(file):
     assert run.config.student.softmax_layers == [1, 2] and run.row == run.name.removesuffix("_s7")
 
 
+def test_values_to_try_may_be_groups_of_keys(file):
+    over = {"hidden_align": [{"tokens": "100M"}, {"lr": "1e-3"}]}
+    group = {"config": "gla_qkv_mm_h2h", "over": over, "set": {"hidden_align.clip": 2}}
+    first, second = (run.config.hidden_align for run in listed(file, {"runs": [group]}).values())
+    assert (first.tokens, second.tokens, second.lr) == (100e6, 80e6, 1e-3) and first.lr != 1e-3
+    assert first.clip == second.clip == 2
+
+
 def test_values_are_those_of_the_command_line_and_anchors_those_of_yaml(file):
     file.write_text(
         "seeds: [007]\nevaluate: {tasks: [mqar, copy], lengths: [64, 128]}\nruns:\n"
@@ -86,7 +94,9 @@ def test_the_papers_study_has_every_row_of_its_tables():
         ("a: [", "cannot be read as YAML"),
         ("", "give a mapping with keys of common, seeds, evaluate, runs"),
         ({"runs": []}, "has no runs: list groups of them"),
-        (RUNS | {"seeds": []}, "has no runs: one of its lists"),
+        (RUNS | {"seeds": []}, r"seeds \[\] leaves nothing of a group to run"),
+        ({"runs": [{"config": "gla"}, {"config": []}]}, r"config \[\] leaves nothing of a group"),
+        ({"runs": [{"config": "gla"}, {"config": "gla", "over": {"kd": {"lr": []}}}]}, r"kd.lr \[\] leaves nothing of a group"),
         (RUNS | {"comon": {}}, "unknown key comon: did you mean common?"),
         (RUNS | {"common": 3}, "common is '3': give a mapping"),
         ({"runs": [{"configs": "gla"}]}, "group 1 of runs: unknown key configs: did you mean config?"),
@@ -109,6 +119,7 @@ def test_the_papers_study_has_every_row_of_its_tables():
         ("runs: [{config: gla, set: &a {kd: *a}}]", "Circular reference"),
         ("runs: [{config: gla, set: {kd.lr: 1, kd: {lr: 2}}}]", "kd.lr is given twice in one group"),
         ("runs: [{config: gla, set: {kd.lr: 1}, over: {kd: {lr: [2]}}}]", "kd.lr is given twice in one group"),
+        ("runs: [{config: gla, set: {kd.lr: 1}, over: {kd: [{ce: 0}, {lr: 2}]}}]", "kd.lr is given twice in one group"),
         (RUNS | {"common": {"dry_run": True}}, "dry_run is not for a run of a study"),
         (RUNS | {"common": {"print_config": ""}}, "print_config is not for a run of a study"),
         ({"runs": [{"config": "gla", "name": "x" * 200}]}, "too long a name for a file"),
