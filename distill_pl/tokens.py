@@ -38,7 +38,7 @@ class Tokens(int):
 def short(amount: float) -> str:
     """Format a number for people, rounded to three digits and a unit: 1234 -> `1.23k`."""
     for unit in ("T", "B", "M", "k"):
-        if amount >= UNITS[unit]:
+        if amount >= 0.9995 * UNITS[unit]:  # what rounds to 1000 of a unit is 1 of the next
             return f"{amount / UNITS[unit]:.3g}{unit}"
     return f"{amount:.3g}"
 

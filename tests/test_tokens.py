@@ -62,8 +62,10 @@ def test_decimals_are_not_rounded_in_binary():
 
 
 @pytest.mark.parametrize(
-    ("amount", "text"), [(0, "0"), (7, "7"), (999, "999"), (1234, "1.23k"), (80e6, "80M"), (1.256e9, "1.26B")]
-)
+    ("amount", "text"),
+    [(0, "0"), (7, "7"), (999, "999"), (1234, "1.23k"), (80e6, "80M"), (1.256e9, "1.26B"), (999_499, "999k"), (999.9, "1k"),
+     (999_500, "1M"), (999_997_440, "1B")],
+)  # fmt: skip
 def test_short(amount, text):
     assert short(amount) == text
 
