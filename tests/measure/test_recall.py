@@ -262,7 +262,7 @@ def test_evaluate_measures_recall_once(known_words, tmp_path, monkeypatch, capsy
     assert "niah_multikey 25.00%, niah_multivalue 0.00%, mqar " in printed.splitlines()[-1]
     results = json.loads(next((tmp_path / "eval").glob("model*.json")).read_text())["results"]
     assert list(results) == ["text", *TASKS] and all(results[task]["n"] == 4 for task in TASKS)
-    assert "perplexity by position: 1 " in printed and list(results["text"]["by_position"])[-1] == "128"
+    assert "perplexity by position in 1 row of 256 tokens: 1 " in printed and list(results["text"]["by_position"])[-1] == "128"
     main(command)
     assert capsys.readouterr().out.count("measured before") == len(TASKS)
     assert "lengths 'long'" in refused("evaluate", "model", "--tasks", "recall", "--lengths", "long")
