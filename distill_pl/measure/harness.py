@@ -3,8 +3,8 @@
 Tasks rank choices by likelihood (arc_easy, piqa) or let the model write (gsm8k, triviaqa, ifeval).
 
 lm_eval takes seconds to import and to index its tasks, so both happen in the first call, not on import of this module.
-What is no documented interface of lm-eval is reached in `_stock_task`, `_from_file`, `_make_zero_shot`, `_no_metric_scripts`
-and `_batch_scorer` alone, each with a test of its name.
+What is no documented interface of lm-eval is reached in `_stock_task`, `_from_file`, `_make_zero_shot`, `_check_rows`,
+`_no_metric_scripts` and `_batch_scorer` alone, each with a test of its name.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def run_tasks(
         estimate, as from a single row, is nan.
 
     Raises:
-        InputError: as for `check_tasks`; a hub that cannot be reached; a first row that does not fit its task; a model with
+        InputError: as for `check_tasks`; a hub that cannot be reached; a row of `data` that does not fit its task; a model with
             no more positions than a task lets it write tokens.
     """
     check_tasks(tasks, data)
@@ -120,6 +121,8 @@ def run_tasks(
                 loaded["groups"].update(found["groups"])
         for name, task in loaded["tasks"].items():
             _make_zero_shot(name, task, seed)
+            if data is not None:
+                _check_rows(name, task, limit)
         lm = _batch_scorer()(model, backend="causal", tokenizer=prompt_tokenizer(tokenizer), batch_size=batch_size)
         for name, task in loaded["tasks"].items():
             written = (task.config.generation_kwargs or {}).get("max_gen_toks", lm.max_gen_toks)
@@ -217,8 +220,9 @@ def _load(name: str, data: str | Path | None, cache: str) -> dict[str, dict]:
     except ImportError as error:
         raise InputError(f"tasks={name}: its code cannot be imported ({one_line(error)}): install what is missing") from error
     except Exception as error:  # datasets, huggingface_hub and a task's own code raise errors of no common type
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise InputError(f"tasks={name}: its rows cannot be loaded ({reason}); {remedy}") from error
+        reason = error.__cause__ or error  # datasets says of a line that is no JSON only that something is wrong
+        text = " ".join(f"{type(reason).__name__}: {reason}".split())[:200]
+        raise InputError(f"tasks={name}: its rows cannot be loaded ({text}); {remedy}") from error
 
 
 def _stock_task(name: str) -> dict[str, Any] | None:
@@ -249,6 +253,29 @@ def _make_zero_shot(name: str, task: Any, seed: int) -> None:
     task.set_fewshot_seed(seed)
 
 
+def _check_rows(name: str, task: Any, limit: int | None) -> None:
+    """Raise InputError, naming the row, where the answer to a question is none of its choices, or a choice is no text.
+
+    lm-eval counts answers that are no choice as wrong, without a word.
+    """
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return
+    for number, row in enumerate(islice(task.eval_docs, limit), start=1):
+        try:
+            choices = task.doc_to_choice(row)
+            found = task.doc_to_text(row) if task.multiple_input else task.doc_to_target(row)
+            answers = found if isinstance(found, list) else [found]
+            fits = all(isinstance(choice, str) for choice in choices) and all(
+                answer in range(len(choices)) if isinstance(answer, int) else answer in choices for answer in answers
+            )
+            says = f"it has choices {str(choices)[:80]} and answer {found!r}"
+        except Exception as error:  # of a task's own code
+            fits, says = False, one_line(error)
+        if not fits:
+            raise InputError(f"tasks={name}: row {number} does not fit ({says}): give {name}.jsonl the columns of the task's "
+                             "hub dataset, of the same types")  # fmt: skip
+
+
 @contextlib.contextmanager
 def _no_metric_scripts() -> Iterator[None]:
     """Refuse `evaluate.load`, by which some lm-eval tasks run a script from the hub or the current folder, unasked."""
@@ -275,7 +302,7 @@ def _no_metric_scripts() -> Iterator[None]:
 def _quiet() -> Iterator[None]:
     """Silence log lines, warnings and prints of lm-eval and its libraries; their progress bars stay."""
     disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             warnings.simplefilter("ignore")

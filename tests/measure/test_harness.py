@@ -272,6 +272,10 @@ def test_rows_that_cannot_be_loaded_end_in_one_line(model, tokenizer, tmp_path, 
         run_tasks(model, tokenizer, ["piqa"], data=tmp_path)
     assert "\n" not in str(caught.value)
 
+    (tmp_path / "piqa.jsonl").write_text('{"goal": "cut"}\n{"goal": \n')
+    with pytest.raises(InputError, match=r"tasks=piqa.*ArrowInvalid: JSON parse error"):
+        run_tasks(model, tokenizer, ["piqa"], data=tmp_path)
+
     def unreachable(*args, **kwargs):
         raise ConnectionError("Couldn't reach the Hub\nat all")
 
@@ -314,6 +318,23 @@ def test_make_zero_shot_sets_a_task_and_refuses_code(tmp_path):
     (task,) = harness._task_manager().load(spec)["tasks"].values()
     with pytest.raises(InputError, match="tasks=piqa: it runs what the model writes as code"):
         _make_zero_shot("piqa", task, seed=0)
+
+
+PIQA = {"goal": "cut", "sol1": "saw it", "sol2": "hum", "label": 0}
+
+
+@pytest.mark.parametrize("task, row, changes, says", [
+    ("piqa", PIQA, {"label": 2}, r"row 2 does not fit \(it has choices .* and answer 2\): give piqa.jsonl"),
+    ("piqa", PIQA, {"label": None}, "row 2 does not fit .*it has choices"),
+    ("piqa", PIQA, {"sol2": None}, r"row 2 .*it has choices \['saw it', None\] and answer 0"),
+    ("arc_easy", arc_rows("ABCA")[0], {"answerKey": "Z"}, "row 2 does not fit"),
+    ("winogrande", {"sentence": "A _ is.", "option1": "b", "option2": "c", "answer": "1"}, {"answer": "3"}, "row 2 .*KeyError"),
+])  # fmt: skip
+def test_check_rows_names_the_row_whose_answer_is_no_choice(model, tokenizer, tmp_path, task, row, changes, says):
+    write(tmp_path, task, [row, row | changes])
+    with pytest.raises(InputError, match=says):
+        run_tasks(model, tokenizer, [task], data=tmp_path)
+    assert run_tasks(model, tokenizer, [task], data=tmp_path, limit=1)[task]["n"] == 1
 
 
 def test_no_metric_scripts_refuses_evaluate_load():
