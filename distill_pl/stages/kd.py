@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from distill_pl.errors import InputError
+from distill_pl.errors import InputError, check_choices
 from distill_pl.losses import Divergence, Objective, kd_terms, next_token_loss
 from distill_pl.stages.optim import linear, warmup_stable_decay
 from distill_pl.stages.stage import Stage
@@ -57,6 +57,7 @@ class KDStage(Stage):
         final_lr: float = 0.0,
         **kwargs,
     ):
+        check_choices("kd", KDStage.__init__, locals())
         super().__init__(student, teacher, tokens=tokens, lr=lr, **kwargs)
         for key, value, good in [("alpha", alpha, alpha >= 0), ("temperature", temperature, temperature > 0)]:
             if not good:

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from distill_pl.errors import InputError
+from distill_pl.errors import InputError, check_choices
 from distill_pl.losses import matrix_distance
 from distill_pl.mixers import SequenceMixer
 from distill_pl.ops import softmax
@@ -46,6 +46,7 @@ class MatrixMixingStage(Stage):
         probes: int = 64,
         **kwargs,
     ):
+        check_choices("matrix_mixing", MatrixMixingStage.__init__, locals())
         super().__init__(student, teacher, lr=lr, **kwargs)
         self.decay, self.estimator, self.norm, self.probes = decay, estimator, norm, probes
         self.squared_distance, self.probed_distance = squared_distance, probed_distance

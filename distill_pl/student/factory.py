@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 from weakref import WeakSet
 
 import torch
@@ -13,7 +13,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from distill_pl.console import say
-from distill_pl.errors import InputError, one_line
+from distill_pl.errors import InputError, check_choices, one_line
 from distill_pl.mixers import MIXERS
 from distill_pl.ops import Backend, use_fla
 from distill_pl.student.modeling import DECODER_PARTS, Student, StudentConfig, mark_as_loaded, split_joint_projections
@@ -21,7 +21,6 @@ from distill_pl.student.transfer import copy_student, copy_weights
 from distill_pl.teacher import Teacher, load_model, shallow_copy, ties_embeddings
 
 WINDOW, SINKS, MOST = 64, 4, 2**20  # tokens: student.window by default (mixer swa), student.sinks, and the most of either
-Init = Literal["qkv", "fresh", "scratch"]
 BOUNDS = ("attn_logit_softcapping", "final_logit_softcapping", "clip_qkv")  # of values too large to occur in a comparison
 TOLERANCE = 1e-4  # of the largest value: rounding in fp32 stays below 1e-5, and an attention scale off by 10% far above
 CHECKED: WeakSet[PreTrainedModel] = WeakSet()  # teachers' models that passed `check_teacher`
@@ -61,7 +60,7 @@ class StudentFactory:
     def __init__(
         self,
         mixer: str = "gla",
-        init: Init = "qkv",
+        init: Literal["qkv", "fresh", "scratch"] = "qkv",
         shape: Literal["copyable", "paper"] = "copyable",
         kv_heads: Literal["grouped", "expanded"] | None = None,
         rope: bool | None = None,
@@ -72,11 +71,11 @@ class StudentFactory:
         retention: float = 0.982,
         backend: Backend = "auto",
     ):
-        for key, choice, known in [("mixer", mixer, MIXERS), ("init", init, get_args(Init))]:
-            if choice not in known:
-                raise InputError(f"student.{key} {choice!r} is unknown: choose one of {', '.join(known)}")
-        if not 0 < retention < 1:
-            raise InputError(f"student.retention {retention} must lie between 0 and 1, e.g. 0.982")
+        check_choices("student", StudentFactory.__init__, locals())
+        if mixer not in MIXERS:
+            raise InputError(f"student.mixer {mixer!r} is unknown: choose one of {', '.join(MIXERS)}")
+        if not 1e-6 <= retention <= 1 - 1e-6:  # beyond, gates that are rounded to 0 or 1 learn nothing, or are infinite
+            raise InputError(f"student.retention {retention} must lie between 0.000001 and 0.999999, e.g. 0.982")
         if backend == "fla" and not (use_fla("auto", torch.device("cuda")) and torch.cuda.is_available()):
             raise InputError("student.backend fla needs a GPU and fla-core: pip install distill_pl[gpu], or choose torch")
         for key, value in {"window": window, "sinks": sinks}.items():

@@ -1,5 +1,6 @@
 """Each stage's loss is its equation, is zero for a student that is the teacher, and falls where it is trained."""
 
+import inspect
 import math
 
 import pytest
@@ -507,6 +508,20 @@ def test_bad_options_are_refused(teacher, kind, option):
     [(key, value)] = option.items()
     with pytest.raises(InputError, match=f"{kind.name}.{key} {value}"):
         kind(StudentFactory("gla").build(teacher, seed=0), teacher, **option)
+
+
+CHOICES = [(kind, key) for kind in (StudentFactory, *STAGES.values())
+           for key, argument in inspect.signature(kind).parameters.items() if "Literal" in str(argument.annotation)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "key"), CHOICES)
+def test_a_choice_that_there_is_not_is_refused_and_not_taken_for_another(teacher, kind, key):
+    with pytest.raises(InputError, match=f"{key} 'else' is unknown: choose one of "):
+        if kind is StudentFactory:
+            StudentFactory(**{key: "else"})
+        else:
+            kind(StudentFactory("gla").build(teacher, seed=0), teacher, **{key: "else"})
+    assert len(CHOICES) >= 11
 
 
 @pytest.mark.parametrize("option", [{"alpha": -1.0}, {"temperature": 0.0}], ids=str)
