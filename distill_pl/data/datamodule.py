@@ -83,6 +83,8 @@ class ChunkDataModule(L.LightningDataModule):
         self.validation_chunks = validation_tokens // sequence_length
         self.cache = Path(cache).expanduser()
         self.first, self.steps, self.skipped, self.train_chunks = 0, 0, 0, 0
+        self.train = self.validation = np.empty((0, sequence_length))  # memory maps after `prepare`
+        self.seed: int | None = None
 
     def open(self, tokenizer, config: PreTrainedConfig | None = None) -> Chunks:
         """Look up the packed text of this dataset and tokenizer, and check it without packing anything.
@@ -132,6 +134,8 @@ class ChunkDataModule(L.LightningDataModule):
             )
         self.skipped = skipped if skipped < available else 0
         self.train_chunks = min(chunks, available - self.skipped)
+        self.train, self.validation = self.chunks.train[self.skipped :], self.chunks.validation  # they outlive their files
+        self.assign(0, chunks // self.batch_size)
 
     def describe(self) -> str:
         """Describe in one line, after `prepare`, what was read, what is held out, skipped, and left out and why."""
@@ -165,7 +169,7 @@ class ChunkDataModule(L.LightningDataModule):
         return self.batch_size // ranks // self.accumulation(ranks)
 
     def assign(self, first: int, steps: int) -> None:
-        """Set the chunks of the next stage: `steps` batches from chunk `first` on."""
+        """Set the chunks of the next stage: `steps` batches from chunk `first` on; by default all that `prepare` packed."""
         self.first, self.steps = first, steps
 
     def train_dataloader(self) -> DataLoader:
@@ -175,8 +179,7 @@ class ChunkDataModule(L.LightningDataModule):
         sampler = SpanSampler(
             self.first, self.steps, self.batch_size, trainer.global_step, trainer.global_rank, ranks, self.accumulation(ranks)
         )
-        chunks = self.chunks.train[self.skipped : self.skipped + self.train_chunks]
-        return _loader(_ChunkDataset(chunks, self.seed), sampler)
+        return _loader(_ChunkDataset(self.train[: self.train_chunks], self.seed), sampler)
 
     def val_dataloader(self) -> DataLoader:
         """Build the loader of this rank's held-out chunks, in batches [micro_batch_size, T]; the last may differ.
@@ -188,7 +191,7 @@ class ChunkDataModule(L.LightningDataModule):
         indices = np.arange(self.trainer.global_rank, self.validation_chunks, ranks)
         count = -(-(self.validation_chunks // ranks) // micro)
         batches = np.split(indices, range(micro, count * micro, micro))
-        return _loader(_ChunkDataset(self.chunks.validation), [batch.tolist() for batch in batches])
+        return _loader(_ChunkDataset(self.validation), [batch.tolist() for batch in batches])
 
 
 class SpanSampler(Sampler[list[int]]):
@@ -217,6 +220,8 @@ class _ChunkDataset(Dataset[Tensor]):
     """The chunks of a run, repeated endlessly; in each round, number n is chunk n or, if shuffled, chunk `order(...)[n]`."""
 
     def __init__(self, chunks: np.ndarray, seed: int | None = None):
+        if len(chunks) == 0:
+            raise InputError("the ChunkDataModule has no chunks: call its methods open and prepare before fit")
         self.chunks, self.seed = chunks, seed
 
     def __len__(self) -> int:

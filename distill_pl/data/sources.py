@@ -40,9 +40,9 @@ class TextSource:
 
     def __init__(self, dataset: str, name: str | None = None, revision: str | None = None, text_column: str = "text",
                  skip_bad_rows: bool = False):  # fmt: skip
-        self.dataset, self.name, self.revision, self.text_column = dataset, name, revision, text_column
+        self.dataset, self.name, self.revision, self.text_column = str(dataset), name, revision, text_column
         self.skip_bad_rows = skip_bad_rows
-        self._path = os.path.abspath(os.path.expanduser(dataset))
+        self._path = os.path.abspath(os.path.expanduser(self.dataset))
 
     @property
     def is_local(self) -> bool:

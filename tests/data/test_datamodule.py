@@ -1,5 +1,6 @@
 """The number of chunks consumed alone determines which chunks each rank reads next."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -30,7 +31,7 @@ def test_every_chunk_once_in_one_order_whatever_the_ranks_and_restarts():
 def make(corpus, tokenizer, tmp_path):
     """Return `make(chunks=None, **keys)`, which opens a ChunkDataModule of the corpus and packs that many chunks."""
 
-    def make(chunks=None, dataset=str(corpus), **keys):
+    def make(chunks=None, dataset=corpus, **keys):
         sizes = {"sequence_length": 16, "batch_size": 4, "validation_tokens": 160}
         module = ChunkDataModule(dataset, cache=str(tmp_path), **sizes | keys)
         module.open(tokenizer)
@@ -49,6 +50,22 @@ def data(make):
 def loaders(data, step=0, rank=0, ranks=1):
     data.trainer = SimpleNamespace(global_step=step, global_rank=rank, world_size=ranks)
     return data.train_dataloader(), data.val_dataloader()
+
+
+def test_packed_text_may_be_deleted_while_a_run_reads_it(data, tmp_path):
+    data.prepare(40)
+    before = [torch.cat(list(loader)) for loader in loaders(data)]
+    shutil.rmtree(tmp_path)
+    assert all(torch.equal(torch.cat(list(loader)), batches) for loader, batches in zip(loaders(data), before, strict=True))
+    assert before[0].shape == (40, 16)  # without `assign`, all that was packed
+
+
+def test_a_module_that_packed_nothing_says_what_to_call(corpus):
+    module = ChunkDataModule(corpus)
+    for loader in ("train_dataloader", "val_dataloader"):
+        module.trainer = SimpleNamespace(global_step=0, global_rank=0, world_size=1)
+        with pytest.raises(InputError, match="call its methods open and prepare"):
+            getattr(module, loader)()
 
 
 def test_batches_are_rows_of_the_chunk_file(data):
