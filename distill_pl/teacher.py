@@ -93,6 +93,8 @@ class Teacher:
         try:
             self.config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         except Exception as error:  # wrong values in a config.json raise errors of any kind
+            if Path(path).is_dir():
+                raise InputError(f"teacher {path!r}: its config.json cannot be used ({_first_line(error)}): mend it") from error
             raise InputError(
                 f"teacher {path!r} is no model folder and could not be had from the hub: give a folder with config.json, "
                 f"or check the id and the network ({_first_line(error)})"

@@ -161,7 +161,7 @@ def test_a_folder_without_a_configuration_is_refused(folder):
 @pytest.mark.parametrize("content", ["{}", "{", '{"model_type": "no_such_model"}'])
 def test_a_configuration_that_cannot_be_read_is_refused(folder, content):
     (folder / "config.json").write_text(content)
-    refusal(folder)
+    assert "its config.json cannot be used" in refusal(folder)
 
 
 def test_a_folder_without_a_tokenizer_is_refused(folder):
