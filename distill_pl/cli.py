@@ -139,11 +139,14 @@ class DistillCLI(LightningCLI):
         """Parse `args` into `self.config`. Raises InputError in one line, with the nearest key where a key is unknown."""
         try:
             self.config = parser.parse_args(with_paths(sys.argv[1:] if args is None else [*args]))
+            command = self.config.subcommand
+            check_groups(self.config[command], self.parsers[command])
+            self.parsers[command].validate(self.config[command], False)  # null in a YAML file, which parse_args lets pass
         except UnicodeDecodeError as error:
             raise InputError(f"a YAML file is not encoded as UTF-8 ({error}): save it as UTF-8") from error
         except RecursionError as error:
             raise InputError("a YAML file nests too deeply, or has an anchor within itself: mend it") from error
-        except (ArgumentError, OverflowError) as error:
+        except (ArgumentError, OverflowError, TypeError) as error:
             text = " ".join(str(error).split())
             unknown = re.search(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)", text)
             if unknown:
@@ -184,6 +187,13 @@ def load_yaml(stream: str) -> object:
 
 jsonargparse_yaml = get_loader("yaml")
 set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
+
+
+def check_groups(config: Namespace, parser: ArgumentParser) -> None:
+    """Raise InputError for a group of keys that has none, as in a YAML file where all lines below `kd:` are comments."""
+    for group in dict.fromkeys(action.dest.split(".")[0] for action in actions(parser) if "." in action.dest):
+        if not isinstance(config[group], Namespace):
+            raise InputError(f"{group} has no keys with values: write e.g. {group}: {{KEY: VALUE}}, or leave it out")
 
 
 def expand_home(config: Namespace) -> None:

@@ -64,14 +64,15 @@ def check_export(config: Namespace, plans: list[StageRun], student: Student, tea
 
     Raises InputError where a file cannot be written, as for a generation config that transformers refuses.
     """
-    with tempfile.TemporaryDirectory(prefix="distill_pl-") as name:
-        try:
+    home = Path(tempfile.tempdir or "/tmp", "student")
+    try:
+        with disk_refused(home), tempfile.TemporaryDirectory(prefix="distill_pl-") as name:
             write_small_files(config, Path(name), plans, student, teacher)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise InputError(
-                f"teacher {config.teacher!r}: the student could not be exported at the end of the run ({one_line(error)}): "
-                "mend that file of the teacher's"
-            ) from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"teacher {config.teacher!r}: the student could not be exported at the end of the run ({one_line(error)}): mend "
+            "that file of the teacher's"
+        ) from error
 
 
 def write_small_files(config: Namespace, folder: Path, plans: list[StageRun], model: PreTrainedModel, teacher: Teacher) -> None:

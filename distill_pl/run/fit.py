@@ -34,7 +34,7 @@ from distill_pl.run.folder import (
 from distill_pl.run.monitor import Monitor
 from distill_pl.run.plan import check_length, check_sharding, describe, forecast, plan
 from distill_pl.run.trainer import build_loggers, build_trainer, check_launcher, device, precision
-from distill_pl.run.values import check_validation, check_values
+from distill_pl.run.values import check_places, check_validation, check_values
 from distill_pl.stages import STAGES, Stage
 from distill_pl.stages.sharding import unsharded
 from distill_pl.student.factory import StudentFactory, check_teacher
@@ -50,6 +50,7 @@ def fit(config: Namespace) -> None:
     quiet()
     dry_run = config.pop("dry_run", False)
     check_values(config)
+    check_places(config)
     check_launcher(config)
     plans = plan(config)
     out = Path(config.out)
@@ -163,9 +164,13 @@ def run_stage(config: Namespace, stage_run: StageRun, stage: Stage, data: ChunkD
     )
     resumed = f", resumed at step {done:,}" if resume else ""
     say(f"\n{stage_run.name}  {stage_run.steps:,} steps of {batch_tokens:,} tokens{resumed}")
+    finished = False
     try:
-        with contextlib.suppress(SystemExit):  # Lightning's way out on Ctrl-C and SIGTERM: silent, with code 0
+        with contextlib.suppress(SystemExit):  # Lightning's way out on Ctrl-C and SIGTERM: silent, even in the last validation
             trainer.fit(stage, datamodule=data, ckpt_path=stage_run.checkpoint if resume else None, weights_only=True)
+            if trainer.global_step == stage_run.steps != stage.validated_at:
+                trainer.validate(stage, datamodule=data, verbose=False)
+            finished = trainer.global_step == stage_run.steps
     except torch.OutOfMemoryError as error:
         micro = data.chunks_at_once(trainer.world_size)
         remedy = f"a data.micro_batch_size below {micro}" if micro > 1 else "trainer.strategy fsdp on more GPUs"
@@ -176,15 +181,13 @@ def run_stage(config: Namespace, stage_run: StageRun, stage: Stage, data: ChunkD
     except OSError as error:  # of TensorBoard's writer
         with disk_refused(stage_run.folder):
             raise error
-    if trainer.global_step < stage_run.steps:
+    if not finished:
         start = "its last checkpoint" if stage_run.checkpoint.is_file() else "its beginning"
         stopped = (
             f"distill-pl: {stage_run.name} was stopped at step {trainer.global_step:,}: run the same command again to go on "
             f"from {start}"
         )
         raise SystemExit(stopped if trainer.is_global_zero else 1)
-    if stage.validated_at != stage_run.steps:
-        trainer.validate(stage, datamodule=data, verbose=False)
     if config.trainer.profiler:
         say(f"{stage_run.name}  the profile is in {stage_run.folder}")
     student = unsharded(stage.student)

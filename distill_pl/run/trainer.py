@@ -57,7 +57,7 @@ def build_trainer(config: Namespace, folder: Path | None = None, **options) -> L
             enable_model_summary=False,
             inference_mode=False,  # sharded tensors cannot be moved in it
         )
-    except (MisconfigurationException, ValueError, TypeError, OverflowError) as error:
+    except (MisconfigurationException, ImportError, ValueError, TypeError, OverflowError) as error:
         raise InputError(f"trainer: {' '.join(str(error).split())[:300]}") from error
 
 

@@ -1,7 +1,9 @@
 """Check the values of `distill-pl`'s keys before any work: each number within its range, each precision one that trains."""
 
 import math
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
@@ -11,6 +13,7 @@ from distill_pl.errors import InputError
 from distill_pl.stages import STAGES
 
 PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16")
+STRATEGIES = ("auto", "single_device", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false", "fsdp")
 
 
 class Range(NamedTuple):
@@ -107,6 +110,21 @@ def check_values(config: Namespace) -> None:
             f"trainer.precision {precision} is not supported: weights and Adam stay fp32 and gradients are not scaled; choose "
             "32-true or bf16-mixed"
         )
+    if config.trainer.strategy not in STRATEGIES:  # others train in processes whose result is lost, or save other checkpoints
+        raise InputError(f"trainer.strategy {config.trainer.strategy} is not supported: choose one of {', '.join(STRATEGIES)}")
+
+
+def check_places(config: Namespace) -> None:
+    """Raise InputError where the run or its cache would be in the folder of the text: a second start would read it as text."""
+    text = Path(os.path.realpath(config.data.dataset))
+    for key in ("out", "data.cache"):
+        place = Path(os.path.realpath(os.path.expanduser(config[key])))
+        inside = text.is_dir() and place.is_relative_to(text)
+        if inside and not any(part.startswith(".") for part in place.relative_to(text).parts):  # what is hidden is not read
+            raise InputError(
+                f"{key} {config[key]!r} is inside data.dataset {config.data.dataset!r}, whose files are read as text: choose "
+                f"another {key}"
+            )
 
 
 def check_validation(config: Namespace, batches: int) -> None:

@@ -133,21 +133,25 @@ def test_killed_equals_uninterrupted(finished, arguments, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_says_how_to_go_on(arguments, tmp_path, stop, monkeypatch):
-    plain_step = STAGES["kd"].training_step
+@pytest.mark.parametrize(("hook", "step", "validated"), [
+    ("training_step", 3, 3), ("validation_step", 6, 3), ("validation_step", 6, 4),
+], ids=["in a step", "in the last validation", "in a validation after training"])  # fmt: skip
+def test_stopped_says_how_to_go_on(arguments, tmp_path, stop, hook, step, validated, monkeypatch):
+    plain_step = getattr(STAGES["kd"], hook)
+    keys = KD_ONLY | {"tokens": 6 * STEP, "validate_every": validated * STEP}
 
     def interrupted(self, batch, batch_idx):
-        if self.global_step == 3:
+        if self.global_step == step:
             os.kill(os.getpid(), stop)
         return plain_step(self, batch, batch_idx)
 
-    monkeypatch.setattr(STAGES["kd"], "training_step", interrupted)
+    monkeypatch.setattr(STAGES["kd"], hook, interrupted)
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores SIGINT
-    with pytest.raises(SystemExit, match="kd was stopped at step [34]: run the same command again to go on from its last"):
-        fit_here(arguments(**KD_ONLY, tokens=6 * STEP))
+    with pytest.raises(SystemExit, match="kd was stopped at step [346]: run the same command again to go on from its last"):
+        fit_here(arguments(**keys))
     signal.signal(signal.SIGINT, handler)
     monkeypatch.undo()
-    fit_here(arguments(**KD_ONLY, tokens=6 * STEP))
+    fit_here(arguments(**keys))
     assert (tmp_path / "run" / "student").is_dir()
 
 
@@ -381,12 +385,16 @@ def test_a_teacher_that_samples_nothing_may_have_a_temperature(model, arguments,
     assert student.generation_config.eos_token_id == [7, 0] and student.generation_config.cache_implementation is None
 
 
-def test_what_cannot_be_exported_is_refused_at_the_start(arguments, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("error", "says"), [
+    (ValueError("no such\nvocabulary"), "exported at the end of the run (ValueError: no such vocabulary)"),
+    (Exception("No space left on device"), "cannot write /"),  # where temporary files go
+])  # fmt: skip
+def test_what_cannot_be_exported_is_refused_at_the_start(arguments, tmp_path, monkeypatch, error, says):
     def fail(*_, **__):
-        raise ValueError("no such\nvocabulary")
+        raise error
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", fail)
-    assert "exported at the end of the run (ValueError: no such vocabulary)" in refused(*arguments())
+    assert says in refused(*arguments())
     assert not (tmp_path / "run").exists()
 
 

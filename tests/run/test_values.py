@@ -58,6 +58,9 @@ KEYS = {"tokens": 15 * STEP}
         ({"student": 3}, r"student: '3' is no file: give a YAML file, or its keys one by one"),
         ({"trainer.precision": 64}, "trainer.precision 64.* 32-true"),
         ({"trainer.precision": "64-true"}, "trainer.precision 64-true.* 32-true"),
+        ({"trainer.strategy": "ddp_spawn"}, "trainer.strategy ddp_spawn is not supported: choose one of auto, "),
+        ({"trainer.accelerator": "tpu"}, "trainer: .*torch_xla"),
+        ({"student.retention": 1e-30}, "student.retention 1e-30 must lie between 0.000001 and 0.999999"),
     ],
 )
 def test_values_out_of_range(arguments, tmp_path, keys, says):
@@ -109,6 +112,15 @@ def test_an_empty_path_is_not_taken_for_the_folder_one_is_in(command):
     assert f"{key} is empty: give a path" in refused(name, *(flags or [""]))
 
 
+@pytest.mark.parametrize("key", ["out", "data.cache"])
+@pytest.mark.parametrize("place", [".", "run", "a/run"])
+def test_a_run_writes_nothing_into_the_folder_of_its_text(arguments, corpus, key, place):
+    before = sorted(corpus.rglob("*"))
+    assert re.search(f"{key} .* is inside data.dataset .*: choose another {key}", refused(*arguments(**{key: corpus / place})))
+    assert sorted(corpus.rglob("*")) == before
+    assert "is inside" not in refused(*arguments(**{key: corpus / ".hidden" / place, "teacher": "/nowhere"}))
+
+
 def test_a_list_of_models_has_no_empty_path():
     assert "models is empty" in refused("report", "runs", "")
 
@@ -122,6 +134,12 @@ def test_a_list_of_models_has_no_empty_path():
     (b"kd: &a [*a]\n", "an anchor within itself"),
     (b"", "a configuration file has no keys with values"),
     (b"student:\n", "a configuration file has no keys with values: student:"),
+    (b"student:\nseed: 1\n", "student has no keys with values"),
+    (b"kd: [1]\nseed: 1\n", "kd has no keys with values"),
+    (b"tokens:\nseed: 1\n", "tokens: Not of type Tokens: None is not an amount of tokens"),
+    (b"kd: {lr: null}\n", "kd.lr: Expected float. Got value: None"),
+    (b"student: {softmax_layers: null}\n", "student.softmax_layers: Expected Sequence. Got value: None"),
+    (b"data: {cache: null}\n", "data.cache: Expected str. Got value: None"),
 ])  # fmt: skip
 def test_a_configuration_that_says_two_things_or_nothing_is_refused(tmp_path, text, says):
     (tmp_path / "keys.yaml").write_bytes(text)
