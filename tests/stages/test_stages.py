@@ -511,7 +511,7 @@ def test_bad_options_are_refused(teacher, kind, option):
 
 
 CHOICES = [(kind, key) for kind in (StudentFactory, *STAGES.values())
-           for key, argument in inspect.signature(kind).parameters.items() if "Literal" in str(argument.annotation)]  # fmt: skip
+           for key, value in inspect.signature(kind).parameters.items() if "Literal" in str(value.annotation)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "key"), CHOICES)
