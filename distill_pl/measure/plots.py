@@ -1,5 +1,6 @@
 """Pictures of what `bench` and `report` measured. Imported only when something is drawn, since matplotlib loads slowly."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -52,6 +53,18 @@ def line_styles(mixers: Sequence[str | None]) -> list[dict[str, Any]]:
         color = "black" if mixer is None else f"C{present.index(mixer)}"
         styles.append({"color": color, "linestyle": dash, "marker": "o" if mixer is None else None, "markersize": 3})
     return styles
+
+
+def beside_legend(width: float, height: float, names: Sequence[str]) -> Figure:
+    """Make a figure for panels of `width` x `height` inches, larger where a small legend of `names` beside them needs more."""
+    room = max(2, 0.5 + 0.08 * max(map(len, names)))
+    return Figure(figsize=(width + room, max(height, 0.22 * len(names))), layout="constrained")
+
+
+def draw_line(axes: Any, places: Sequence[float], values: Sequence[float], **style: Any) -> Any:
+    """Draw a line and return it; a single point gets a marker, without which nothing of it would be seen."""
+    (line,) = axes.plot(places, values, **style | ({"marker": "o"} if len(places) == 1 else {}))
+    return line
 
 
 def draw_bench(file: Path, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
@@ -111,11 +124,11 @@ def losses(trainings: list[Training]) -> Figure:
     mixers = {training.run: training.mixer for training in trainings}
     runs = sorted(mixers)
     styles = dict(zip(runs, line_styles([mixers[run] for run in runs]), strict=True))
-    figure = Figure(figsize=(5 * len(stages) + 2, max(4, 0.22 * len(runs))), layout="constrained")
+    figure = beside_legend(5 * len(stages), 4, [run.name for run in runs])
     panels = dict(zip(stages, figure.subplots(1, len(stages), squeeze=False)[0], strict=True))
     lines = {}  # run -> its line in whichever panel, for the legend
     for stage, run, _, scalars in trainings:
-        (lines[run],) = panels[stage].plot(*scalars["train/loss"], label=run.name, linewidth=1, **styles[run])
+        lines[run] = draw_line(panels[stage], *scalars["train/loss"], label=run.name, linewidth=1, **styles[run])
     for stage, axes in panels.items():
         axes.set(title=stage, xlabel="tokens since the run began", ylabel="training loss", yscale="log")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -135,7 +148,7 @@ def draw_recall(models: list[Model], file: Path) -> None:
     names = [*tasks, "mean"] if len(tasks) > 1 else tasks
     columns = min(4, len(names))
     lines = -(-len(names) // columns)
-    figure = Figure(figsize=(2.8 * columns + 2, 2.6 * lines + 0.4), layout="constrained")
+    figure = beside_legend(2.8 * columns, 2.6 * lines + 0.4, [model.name for model in models])
     panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
     for axes in panels[len(names) :]:
         axes.set_axis_off()
@@ -148,7 +161,7 @@ def draw_recall(models: list[Model], file: Path) -> None:
             shares["mean"] = {length: mean(row[length] for row in shares.values()) for length in sorted(common)}
         for name, axes in zip(names, panels, strict=False):
             points = shares.get(name, {})
-            (line,) = axes.plot(list(points), list(points.values()), label=model.name, linewidth=1.2, **style)
+            line = draw_line(axes, list(points), list(points.values()), label=model.name, linewidth=1.2, **style)
             lengths |= points.keys()
         handles.append(line)
     for name, axes in zip(names, panels, strict=False):
@@ -172,11 +185,11 @@ def accuracies(row: dict[str, Any]) -> dict[int, float]:
 def draw_positions(models: list[Model], file: Path) -> None:
     """Draw perplexity by position in a long text, a line for each model that read one."""
     models = [model for model in models if "text" in model.results]
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    figure = beside_legend(6, 4, [model.name for model in models])
     axes = figure.subplots()
     for model, style in zip(models, line_styles([model.mixer for model in models]), strict=True):
         points = {int(position): value for position, value in model.results["text"]["by_position"].items()}
-        axes.plot(list(points), list(points.values()), label=model.name, linewidth=1.2, **style)
+        draw_line(axes, list(points), list(points.values()), label=model.name, linewidth=1.2, **style)
     axes.set(xlabel="position in the text, tokens: from each power of two to the next", ylabel="perplexity", yscale="log")
     length_axis(axes, sorted({int(position) for model in models for position in model.results["text"]["by_position"]}))
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
@@ -232,7 +245,7 @@ def heat_maps(stage: str, aligned: list[Training]) -> Figure:
         layers = training.distances
         mesh = axes.pcolormesh(edges, [layer - 0.5 for layer in range(len(layers) + 1)], layers, vmin=0, vmax=highest)
         axes.set_axis_on()
-        axes.set_title(training.run.name, fontsize="medium")
+        axes.set_title(textwrap.fill(training.run.name, 26), fontsize="medium")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_major_locator(MaxNLocator(3))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))

@@ -2,16 +2,19 @@
 
 import json
 import shutil
+from pathlib import Path
 from statistics import mean
 
 import pytest
 import yaml
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from scipy.stats import t
 
 from distill_pl.console import perplexity
 from distill_pl.errors import InputError
 from distill_pl.measure import paper
-from distill_pl.measure.plots import DISTANCES
+from distill_pl.measure.plots import DISTANCES, Model, Training, draw_positions, draw_recall, draw_training
 from distill_pl.measure.report import baseline, held_out, report
 from distill_pl.mixers import MIXERS
 from distill_pl.stages import STAGES
@@ -169,6 +172,32 @@ def test_a_run_counts_once_and_the_teachers_perplexity_is_of_one_text(like, tmp_
     monkeypatch.setattr("distill_pl.measure.report.held_out", lambda run: {"teacher_ce": losses[run.name], "student_ce": 3.2})
     report(["runs"], "out")
     assert rows(tmp_path / "out")["teacher"][1] == ""
+
+
+def test_pictures_of_few_points_and_of_many_runs_show_them_all(tmp_path, monkeypatch):
+    figures = {}
+
+    def keep(figure, file, **options):
+        figures[file.name.removesuffix(".png.new")] = figure
+        file.touch()
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    name = "gla_qkv_mm_h2h_hidden_align.target=mixer_student.init=qkv_s{}"
+    scalars = {"train/loss": ([128], [2.0]), "align/layer_00": ([128], [2.0])}
+    draw_training([Training("hidden_align", Path(name.format(seed)), "gla", scalars) for seed in range(4)], tmp_path)
+    results = {"mqar": {"by_length": {"512": 0.5}, "chance": 0.1}, "text": {"by_position": {"1": 5.0}}}
+    models = [Model(name.format(seed), "gla", results, {}) for seed in range(24)]
+    draw_recall(models, tmp_path / "recall.png")
+    draw_positions(models, tmp_path / "positions.png")
+    for picture in ("losses", "recall", "positions"):
+        figure = figures[picture]
+        assert all(len(line.get_xdata()) > 1 or line.get_marker() == "o" for line in figure.axes[0].lines)
+        FigureCanvasAgg(figure).draw()
+        (legend,) = figure.legends
+        assert figure.bbox.y0 <= legend.get_window_extent().y0 and legend.get_window_extent().y1 <= figure.bbox.y1, picture
+        assert figure.axes[0].bbox.width > 200
+    FigureCanvasAgg(maps := figures["hidden_align"]).draw()
+    assert all(axes.title.get_window_extent().width < 1.1 * axes.bbox.width for axes in maps.axes if axes.get_title())
 
 
 def test_stages_are_those_of_a_run():
