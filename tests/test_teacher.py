@@ -245,13 +245,14 @@ EXACT = {  # model type -> configuration
     "ministral": {},
     "mixtral": MOE | {"router_jitter_noise": 0.5},
     "phimoe": MOE,  # draws experts at random in training
+    "qwen2_moe": MOE | {"shared_expert_intermediate_size": 16},  # its sliding_window is 0 where it has none
     "qwen3_moe": MOE,
     "olmoe": MOE,
     "granitemoe": MOE | MULTIPLIERS,
     "exaone_moe": MOE
     | {"mlp_layer_types": ["dense", "sparse"], "sliding_window": 64, "layer_types": ["sliding_attention"] * 2},
 }
-TRAINED = ["olmo2", "gemma", "gemma3_text", "smollm3", "granite", "phi3", "stablelm", "mixtral"]
+TRAINED = ["olmo2", "gemma", "gemma3_text", "smollm3", "granite", "phi3", "stablelm", "mixtral", "qwen2_moe"]
 REFUSED = {
     "bloom": {},
     "cohere": {},

@@ -71,7 +71,7 @@ def unsupported_reason(model: PreTrainedModel, length: int) -> str | None:
     if rope.get("rope_type") in LENGTH_DEPENDENT_ROPE:
         return f"rope_type {rope['rope_type']} changes its tables with the length"
     window = getattr(model.config, "sliding_window", None)
-    if window is not None and length > window:
+    if window and length > window:  # Qwen2-MoE writes 0 for none
         return f"{length} tokens exceed the sliding window of {window}"
     if not isinstance(model, Student):
         try:

@@ -62,7 +62,7 @@ def check_length(config: Namespace, teacher: Teacher) -> None:
     if length > positions:
         raise InputError(f"data.sequence_length {length} is beyond the teacher's {positions} positions: lower it")
     window = getattr(teacher.config, "sliding_window", None)
-    if window is not None and length > window:  # within the window, attention is plain causal attention
+    if window and length > window:  # within the window, attention is plain causal attention; Qwen2-MoE writes 0 for none
         raise InputError(f"data.sequence_length {length} is beyond the teacher's sliding window of {window}: lower it")
 
 
