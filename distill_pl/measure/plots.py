@@ -7,7 +7,7 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
+from matplotlib.ticker import EngFormatter, LogFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
 
 from distill_pl.measure import paper, recall
 from distill_pl.mixers import MIXERS
@@ -61,6 +61,12 @@ def beside_legend(width: float, height: float, names: Sequence[str]) -> Figure:
     return Figure(figsize=(width + room, max(height, 0.22 * len(names))), layout="constrained")
 
 
+def label_logarithmic(axis: Any) -> None:
+    """Label a logarithmic axis with plain numbers: powers of ten, and as many between them as have room."""
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))  # decades up to which some, and all, have a label
+
+
 def draw_line(axes: Any, places: Sequence[float], values: Sequence[float], **style: Any) -> Any:
     """Draw a line and return it; a single point gets a marker, without which nothing of it would be seen."""
     (line,) = axes.plot(places, values, **style | ({"marker": "o"} if len(places) == 1 else {}))
@@ -97,7 +103,7 @@ def draw_bench(file: Path, settings: dict[str, Any], rows: list[dict[str, Any]])
     for axes in (left, middle, right):
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, map(str, ticks), rotation=45 if len(ticks) > 6 else 0)
-        axes.minorticks_off()
+        axes.xaxis.set_minor_locator(NullLocator())  # those of y have labels where it spans less than a decade
         axes.set_xlabel("length of the prompt, tokens")
         axes.grid(alpha=0.3)
     if rows:
@@ -132,8 +138,7 @@ def losses(trainings: list[Training]) -> Figure:
     for stage, axes in panels.items():
         axes.set(title=stage, xlabel="tokens since the run began", ylabel="training loss", yscale="log")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            set_formatter(ScalarFormatter())
+        label_logarithmic(axes.yaxis)
     figure.legend(handles=[lines[run] for run in runs], loc="outside right center", fontsize="small")
     return figure
 

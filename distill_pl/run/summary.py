@@ -287,7 +287,8 @@ def draw(rows: Rows, teacher: float | None, file: Path) -> None:
     Where there are three students of the paper, a second panel draws theirs against the paper's averages.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
+
+    from distill_pl.measure.plots import label_logarithmic
 
     found = {name: [values["perplexity"] for values in runs.values()] for name, runs in rows.items()}
     names = sorted(found, key=lambda name: -mean(found[name]))
@@ -307,8 +308,7 @@ def draw(rows: Rows, teacher: float | None, file: Path) -> None:
     left.set(title="blue: students of the paper\norange: beyond it; line: teacher", ylim=(-1, len(names)))
     for axes in (left, *others):
         axes.set(xscale="log", xlabel="held-out perplexity, mean and 95% interval")
-        axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.xaxis.set_minor_formatter(ScalarFormatter())
+        label_logarithmic(axes.xaxis)
         axes.grid(axis="x", which="both", alpha=0.3)
     if teacher is not None:
         left.axvline(teacher, color="black", linewidth=1)

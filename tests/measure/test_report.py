@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 
@@ -196,6 +197,13 @@ def test_pictures_of_few_points_and_of_many_runs_show_them_all(tmp_path, monkeyp
         (legend,) = figure.legends
         assert figure.bbox.y0 <= legend.get_window_extent().y0 and legend.get_window_extent().y1 <= figure.bbox.y1, picture
         assert figure.axes[0].bbox.width > 200
+    for largest in (3.1, 10, 100, 1e5):  # on a logarithmic axis
+        draw_training([Training("kd", Path("a"), "gla", {"train/loss": ([1, 2], [largest, 3.0])})], tmp_path)
+        FigureCanvasAgg(figures["losses"]).draw()
+        (axes,) = figures["losses"].axes
+        shown = [label.get_window_extent() for label in axes.get_yticklabels(which="both") if label.get_text()]
+        inside = sorted(box.y0 for box in shown if axes.bbox.y0 - 5 < box.y0 < axes.bbox.y1)
+        assert len(inside) > 1 and min(b - a for a, b in pairwise(inside)) > shown[0].height
     FigureCanvasAgg(maps := figures["hidden_align"]).draw()
     assert all(axes.title.get_window_extent().width < 1.1 * axes.bbox.width for axes in maps.axes if axes.get_title())
 
