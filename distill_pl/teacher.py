@@ -23,7 +23,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from distill_pl.errors import InputError
+from distill_pl.errors import InputError, one_line
 
 TAP = "distill_pl_tap"
 
@@ -94,7 +94,7 @@ class Teacher:
             self.config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         except Exception as error:  # wrong values in a config.json raise errors of any kind
             if Path(path).is_dir():
-                raise InputError(f"teacher {path!r}: its config.json cannot be used ({_first_line(error)}): mend it") from error
+                raise InputError(f"teacher {path!r}: its config.json cannot be used ({one_line(error)}): mend it") from error
             raise InputError(
                 f"teacher {path!r} is no model folder and could not be had from the hub: give a folder with config.json, "
                 f"or check the id and the network ({_first_line(error)})"

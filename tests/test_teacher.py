@@ -199,14 +199,13 @@ def test_a_quantised_teacher_is_refused_with_or_without_its_library(folder, meth
     assert method in refusal(folder)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"num_attention_heads": 0}, {"hidden_act": "none"}, {"rope_parameters": 3}, {"num_hidden_layers": "two"}],
-    ids=str,
-)
-def test_wrong_values_in_a_configuration_are_refused(folder, changes):
+@pytest.mark.parametrize(("changes", "says"), [
+    ({"num_attention_heads": 0}, "mend it"), ({"hidden_act": "none"}, "none"), ({"rope_parameters": 3}, "rope_parameters"),
+    ({"num_hidden_layers": "two"}, "'num_hidden_layers' expected int, got str (value: 'two')): mend it"),
+], ids=str)  # fmt: skip
+def test_wrong_values_in_a_configuration_are_refused(folder, changes, says):
     change_config(folder, **changes)
-    refusal(folder)
+    assert says in refusal(folder)
 
 
 def test_token_ids_beyond_the_embedding_are_refused(folder, teacher):
