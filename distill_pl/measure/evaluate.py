@@ -89,6 +89,7 @@ def evaluate(
             name = f"{teacher} (text of {model})" if teacher in teachers.values() else teacher
             name = teachers.setdefault((teacher, its_text), name)
             jobs[model] = [(name, teacher, folder / f"teacher{suffix}"), (model, path, folder / f"student{suffix}")]
+            check_writable(Path(path) / "README.md")
         else:
             jobs[model] = [(model, path, Path("eval") / f"{model.strip('/').replace('/', '--')}{suffix}")]
         for _, path, file in jobs[model]:
@@ -201,7 +202,8 @@ def measure(path: str, file: Path, tasks: list[str], texts: dict | None, data: s
                            seed=options["seed"]), source)  # fmt: skip
     if known:  # another run's folder may have them, but not this one's
         keep({}, "")
-    return {task: row for task, row in report["results"].items() if task in ("held-out", "text", *tasks)}
+    asked = ["held-out", *["text"] * (questions.text is not None), *tasks]
+    return {task: row for task, row in report["results"].items() if task in asked}
 
 
 def generate(

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,8 @@ def test_each_run_has_its_teachers_results_and_perplexity_of_its_own_text(run, t
     shown = [row.split("  ")[0] for row in printed.splitlines()[-6:]]
     assert shown[1:] == [config["teacher"], str(copies[0]), f"{config['teacher']} (text of {copies[1]})", *map(str, copies[1:])]
     assert "perplexity by position in 2 rows of 16 tokens: 1 " in printed
+    evaluate([str(copies[0])], limit=2)  # shows what was asked for, not the text of the call before
+    assert capsys.readouterr().out.splitlines()[1].split() == ["perplexity"]
 
 
 def test_held_out_texts_are_alike_if_all_that_says_what_is_read_is():
@@ -222,6 +225,16 @@ def test_places_that_take_no_results_are_refused_before_work(run, teacher_folder
     report.write_text('{"results": ')
     with pytest.raises(InputError, match=f"{report.name} is damaged: delete it"):
         evaluate([str(teacher_folder)], tasks="piqa")
+    create = tempfile.TemporaryFile
+
+    def refuse_in_student(dir: Path):  # root may write to any folder
+        if dir.name == "student":
+            raise PermissionError(13, "Permission denied", str(dir))
+        return create(dir=dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse_in_student)
+    with pytest.raises(InputError, match=r"cannot write .*student.README\.md"):
+        evaluate([str(run)])
 
 
 def test_what_was_measured_is_not_measured_again(run, tmp_path, monkeypatch, capsys):
