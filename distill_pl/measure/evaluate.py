@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import os
 import tempfile
 from collections.abc import Iterator
 from hashlib import sha256
@@ -91,7 +92,9 @@ def evaluate(
             jobs[model] = [(name, teacher, folder / f"teacher{suffix}"), (model, path, folder / f"student{suffix}")]
             check_writable(Path(path) / "README.md")
         else:
-            jobs[model] = [(model, path, Path("eval") / f"{model.strip('/').replace('/', '--')}{suffix}")]
+            place = os.path.normpath(model)
+            place = os.path.abspath(model) if place.startswith(".") else place  # a dot in front would hide the file
+            jobs[model] = [(model, path, Path("eval") / f"{place.strip('/').replace('/', '--')}{suffix}")]
         for _, path, file in jobs[model]:
             check_questions(path, names, questions, has_text=model in runs or text is not None)
             read_report(file)

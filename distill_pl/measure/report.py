@@ -108,6 +108,7 @@ def report(models: list[str], out: str = "report") -> None:
 
 def find_runs(folder: Path) -> list[Run]:
     """Read the run folders at or directly under `folder`. Raises InputError if there are none."""
+    folder = folder.absolute()  # `.` has no name
     paths = [path.parent for path in [folder / "config.yaml", *sorted(folder.glob("*/config.yaml"))] if path.is_file()]
     if not paths:
         raise InputError(f"{folder} holds no run: give run folders of distill-pl fit, or the folder they are in")

@@ -117,6 +117,12 @@ def test_tasks_from_files_for_a_run_and_for_a_plain_model(run, teacher_folder, t
     evaluate([str(teacher_folder)], tasks="piqa", data=str(tmp_path))
     report = json.loads(next((tmp_path / "eval").glob(f"*{teacher_folder.name}.json")).read_text())
     assert report["results"]["piqa"]["n"] == 3 and "held-out" not in report["results"]
+    copy = Path(shutil.copytree(teacher_folder, tmp_path / "model"))
+    for place, name in {copy: ".", tmp_path / "eval": "../model", tmp_path: "./model"}.items():
+        monkeypatch.chdir(place)
+        evaluate([name], tasks="piqa", data=str(tmp_path))
+        (file,) = Path("eval").glob("*model.json")
+        assert not file.name.startswith(".")
 
 
 def test_the_card_holds_what_all_calls_have_measured(run, tmp_path, capsys):

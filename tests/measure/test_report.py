@@ -212,10 +212,11 @@ def test_stages_are_those_of_a_run():
     assert tuple(STAGES) == paper.STAGES and set(DISTANCES) < set(STAGES)
 
 
-def test_unfinished_and_absent_runs(like, tmp_path, capsys, no_pictures):
+def test_unfinished_and_absent_runs(like, tmp_path, monkeypatch, capsys, no_pictures):
     folder = like("stopped", {})
     shutil.rmtree(folder / "student")
-    report([str(folder)], str(tmp_path))
+    monkeypatch.chdir(folder)
+    report(["."], str(tmp_path))
     assert rows(tmp_path)["gla_qkv_mm_h2h"][:2] == ["unfinished", ""] and "unfinished: stopped" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"holds no run: give run folders of distill-pl fit"):
         report([str(tmp_path / "nowhere")], str(tmp_path))
