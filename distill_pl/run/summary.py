@@ -76,6 +76,7 @@ CLAIMS = [
     Claim("B", "copying all but attention is better than nothing", "better", [("mlstm_plain", "scratch_mlstm")]),
     Claim("B", "Frobenius norm and MSE do similarly well", "similar", [("mlstm_qkv_mm", "mlstm_qkv_mm_mse")]),
 ]  # fmt: skip
+MATERIAL = ("teacher", "data.dataset", "data.sequence_length", "data.validation_tokens")  # what a teacher's measures depend on
 Rows = dict[str, dict[int, dict[str, float]]]  # by name and seed: a student's measures
 
 
@@ -101,6 +102,8 @@ def summary(folder: Path) -> str:
     if not results:
         raise InputError(f"results {str(folder)!r} has no result yet: run the study first, or give the --results that it had")
     of_teacher = next((result for result in results if "teacher" in result["held_out"]), results[0])  # not in plain training
+    if len({tuple(map(result["config"].get, MATERIAL)) for result in results}) > 1:  # then no teacher is that of all students
+        of_teacher = {"held_out": {}, "evaluated": {"teacher": {}}}
     teacher: Rows = {"teacher": {0: measured(of_teacher, "teacher")}}
     beyond = sorted(rows.keys() - PUBLISHED.keys(), key=lambda name: average(rows[name], "perplexity"))
     tables: dict[str, dict[str, Any]] = {

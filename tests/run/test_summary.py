@@ -92,6 +92,16 @@ def test_the_summary_has_tables_ranking_and_claims(tmp_path):
     assert "matrix mixing helps MetaLA" not in text  # of which nothing was run
 
 
+@pytest.mark.parametrize(("key", "value"), [("teacher", "U"), ("data.dataset", "E"), ("data.sequence_length", 64), ("kd.lr", 1)])
+def test_no_teacher_stands_beside_students_of_several(tmp_path, key, value):
+    write(tmp_path, "gla", [3.4, 3.5])
+    file = tmp_path / "gla_s1.json"
+    result = json.loads(file.read_text())
+    file.write_text(json.dumps(result | {"row": "gla_other", "config": result["config"] | {key: value}}))
+    row = line(summary(tmp_path), "teacher")
+    assert ("20.00" in row) == (key == "kd.lr") and "55.04" in row
+
+
 def test_recall_is_shown_by_length_and_guessing_is_named(tmp_path):
     write(tmp_path, "kda_qkv", [3.4])
     file = tmp_path / "kda_qkv_s0.json"
