@@ -92,7 +92,7 @@ def test_the_summary_has_tables_ranking_and_claims(tmp_path):
     assert "matrix mixing helps MetaLA" not in text  # of which nothing was run
 
 
-@pytest.mark.parametrize(("key", "value"), [("teacher", "U"), ("data.dataset", "E"), ("data.sequence_length", 64), ("kd.lr", 1)])
+@pytest.mark.parametrize("key, value", [("teacher", "U"), ("data.dataset", "E"), ("data.sequence_length", 64), ("kd.lr", 1)])
 def test_no_teacher_stands_beside_students_of_several(tmp_path, key, value):
     write(tmp_path, "gla", [3.4, 3.5])
     file = tmp_path / "gla_s1.json"
