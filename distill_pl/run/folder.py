@@ -125,10 +125,16 @@ def flat(config: dict, prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
+def alike(before: Any, now: Any) -> bool:
+    """Return whether two values of a key are equal or name one file or folder: completion adds a slash to a folder's name."""
+    both_text = isinstance(before, str) and isinstance(now, str)
+    return before == now or (both_text and os.path.exists(now) and os.path.realpath(before) == os.path.realpath(now))
+
+
 def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """List the dotted keys in which two configurations differ and that the result of a run depends on."""
     before, now = flat(before), flat(now)
-    keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    keys = [key for key in sorted(before.keys() | now.keys()) if not alike(before.get(key), now.get(key))]
     return [key for key in keys if key in FIXED_TRAINER_KEYS or not (key in CHANGEABLE_KEYS or key.startswith("trainer."))]
 
 
@@ -339,7 +345,7 @@ def tokens_read(config: Namespace) -> int:
     if not config.student.start_from or not (start / "config.yaml").is_file():
         return 0
     before, now = read_config(start)["data"], plain(config)["data"]
-    if any(before.get(key) != now[key] for key in WHAT_IS_READ):
+    if not all(alike(before.get(key), now[key]) for key in WHAT_IS_READ):
         return 0
     try:
         return int(json.loads((start / FINGERPRINTS).read_text())["tokens_read"])

@@ -435,6 +435,15 @@ def test_several_nodes_need_a_launcher(arguments, monkeypatch):
     assert "trainer.num_nodes 2, but no launcher" in refused(*arguments(**{"trainer.num_nodes": 2}))
 
 
+def test_a_folder_is_the_same_however_it_is_written(finished, command, corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(corpus.parent)
+    for name in (f"{corpus}/", corpus.name, f"./{corpus.name}"):
+        capsys.readouterr()
+        fit_here(command(finished, **{"data.dataset": name}))
+        assert "nothing to do" in capsys.readouterr().out
+    assert "another configuration (data.dataset" in refused(*command(finished, **{"data.dataset": tmp_path}))
+
+
 def test_a_run_goes_on_from_another(finished, arguments, tmp_path, capsys):
     keys = {"student.start_from": finished, "data.sequence_length": 16, **KD_ONLY, "tokens": 2 * STEP}
     capsys.readouterr()
@@ -446,7 +455,7 @@ def test_a_run_goes_on_from_another(finished, arguments, tmp_path, capsys):
     assert float(began) == pytest.approx(ended, rel=1e-3)
 
 
-def test_two_halves_read_the_text_in_the_order_of_one_run(arguments, capsys, monkeypatch, tmp_path):
+def test_two_halves_read_the_text_in_the_order_of_one_run(arguments, corpus, capsys, monkeypatch, tmp_path):
     read: dict[str, list] = {}
 
     def losses_given(stage, tokens, *drawn):
@@ -461,7 +470,7 @@ def test_two_halves_read_the_text_in_the_order_of_one_run(arguments, capsys, mon
         "whole": {"tokens": 4 * STEP, "data.shuffle": False},
         "one": {"tokens": 2 * STEP, "data.shuffle": False},
         "two": {"tokens": STEP, "data.shuffle": False} | one,
-        "three": {"tokens": STEP, "data.shuffle": False} | two,
+        "three": {"tokens": STEP, "data.shuffle": False, "data.dataset": f"{corpus}/"} | two,
         "shuffled": {"tokens": STEP} | two,  # another order, which begins at its head
     }.items():
         fit_here(arguments(name, **KD_ONLY, **keys))
