@@ -148,7 +148,7 @@ class DistillCLI(LightningCLI):
             raise InputError("a YAML file nests too deeply, or has an anchor within itself: mend it") from error
         except (ArgumentError, OverflowError, TypeError) as error:
             text = " ".join(str(error).split())
-            unknown = re.search(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)", text)
+            unknown = re.search(r"(?:does not accept option '|unrecognized arguments: --)([\w.-]+)", text)
             if unknown:
                 command = next((name for name in self.commands if name in (sys.argv[1:] if args is None else args)), "fit")
                 keys = [action.dest for action in actions(self.parsers[command]) if action.dest != unknown[1]]

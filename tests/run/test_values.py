@@ -93,6 +93,7 @@ def test_a_budget_of_null_is_none(arguments):
         ("generate /nowhere --seed 4294967296", "seed 4294967296 .* at most"),
         ("evaluate /nowhere --out x", "unknown key out: see distill-pl evaluate --help"),
         ("evaluate /nowhere --limt 1", "unknown key limt: did you mean limit"),
+        ("fit --out=x --data.batch-size=2", "unknown key data.batch-size: did you mean data.batch_size"),
         ("bench gla --repeats 0", "repeats 0 .* at least 1"),
         (f"bench gla --lengths 16,{10**30}", "length 1000.* is too large"),
         (f"bench gla --prefill_chunk {10**30}", "prefill_chunk 1000.* is too large"),
