@@ -41,7 +41,7 @@ class Run(NamedTuple):
             "window": self.has_window,
             "hybrid": self.is_hybrid,
             student["init"]: student["init"] != "fresh",
-            "rope": bool(student["rope"]) and not MIXERS[student["mixer"]].rotates,
+            "rope": bool(student.get("rope")) and not MIXERS[student["mixer"]].rotates,
             "plain": kd["alpha"] == 0,
             "mm": mixed,
             "mse": mixed and self.config["matrix_mixing"]["norm"] == "mse",
