@@ -1,4 +1,6 @@
-"""The two errors that end a run early. The command line prints the error's text as one line and exits with `exit_code`."""
+"""The two errors that end a run early, and a check of choices. The command line prints an error's text as one line and exits
+with its `exit_code`.
+"""
 
 from collections.abc import Callable, Mapping
 from types import NoneType

@@ -37,7 +37,7 @@ from distill_pl.measure.report import scalars
 from distill_pl.run.experiments import STUDIES, bundled, config_file
 from distill_pl.run.folder import StageRun, differing, disk_refused, flat, plain, read_metrics, write_aside
 from distill_pl.run.plan import plan
-from distill_pl.run.summary import summary
+from distill_pl.run.summary import STATE_TOKENS, summary
 from distill_pl.run.trainer import device
 from distill_pl.run.values import AT_LEAST_1, POSITIVE, SEED, KeysOnce, check_numbers, check_values
 from distill_pl.stages import STAGES, KDStage
@@ -49,7 +49,6 @@ GROUP_KEYS: dict[str, type | tuple] = {"config": (str, list), "name": str, "set"
 SECONDS_BETWEEN_LOOKS, SECONDS_TO_STOP = 0.2, 60.0
 NAMED = ("teacher", "data.dataset", "tokens")  # keys that results name, changed or not
 NOT_OF_A_RUN = {"seed", "out", "config", "dry_run", "print_config", "help"}  # keys of fit
-STATE_TOKENS = 8192  # after which results give the size of a state
 NAME_BYTES = 200  # of a run: file systems take 255 with what is appended
 STOPPED_BY = (signal.SIGINT, signal.SIGTERM)
 

@@ -76,6 +76,7 @@ CLAIMS = [
     Claim("B", "copying all but attention is better than nothing", "better", [("mlstm_plain", "scratch_mlstm")]),
     Claim("B", "Frobenius norm and MSE do similarly well", "similar", [("mlstm_qkv_mm", "mlstm_qkv_mm_mse")]),
 ]  # fmt: skip
+STATE_TOKENS = 8192  # after which results give the size of a state
 MATERIAL = ("teacher", "data.dataset", "data.sequence_length", "data.validation_tokens")  # what a teacher's measures depend on
 Rows = dict[str, dict[int, dict[str, float]]]  # by name and seed: a student's measures
 
@@ -125,7 +126,7 @@ def summary(folder: Path) -> str:
         found = dict.fromkeys(["teacher", *sorted(rows, key=lambda name: -average(rows[name], "recall"))])
         measures = ["MB of state", "recall", *(f"recall {length}" for length in lengths)]
         said = ("Percent of the answers found, mean over tasks, by length of the prompt in tokens; size of the state of one "
-                "sequence after 8,192 tokens, by a model in bf16.")  # fmt: skip
+                f"sequence after {STATE_TOKENS:,} tokens, by a model in bf16.")  # fmt: skip
         shown = draw_recall_of(of_teacher, results, folder / "recall.png")
         text += ["### Recall", said, table(found, teacher | rows, measures), *shown]
     judged = claims(rows)
@@ -306,9 +307,10 @@ def draw(rows: Rows, teacher: float | None, file: Path) -> None:
         for right in others if average is not None else ():
             right.errorbar(middle, average, xerr=spread, marker="o", markersize=4, color="C0")
             right.annotate(name, (middle, average), fontsize="xx-small", xytext=(4, 2), textcoords="offset points")
-            right.set(title="against the paper's accuracies", ylabel="paper's average accuracy, %")
     left.set_yticks(range(len(names)), names, fontsize="small")
     left.set(title="blue: students of the paper\norange: beyond it; line: teacher", ylim=(-1, len(names)))
+    for right in others:
+        right.set(title="against the paper's accuracies", ylabel="paper's average accuracy, %")
     for axes in (left, *others):
         axes.set(xscale="log", xlabel="held-out perplexity, mean and 95% interval")
         label_logarithmic(axes.xaxis)
