@@ -3,8 +3,9 @@
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
+from math import hypot, sqrt
 from pathlib import Path
-from statistics import mean
+from statistics import mean, pstdev
 from typing import Any, cast
 
 import torch
@@ -43,8 +44,9 @@ def layers(
     Args:
         run: run folder of `distill-pl fit`.
         keep: also print which so many layers to keep, as a value of `student.softmax_layers`: by KL, by recall, and evenly
-            spaced, since layers that are best one by one need not be best together. Layers of softmax attention that the
-            student has already count, and are kept by KL and by recall.
+            spaced, since layers that are best one by one need not be best together. By recall, layers that do not raise it by
+            two standard errors follow by KL. Layers of softmax attention that the student has already count, and are kept by
+            KL and by recall.
         tasks: names of recall tasks, see `distill-pl evaluate --help`; recall is their mean accuracy.
         lengths: lengths of the prompts of recall tasks, in tokens.
         limit: number of questions of each task and length.
@@ -86,7 +88,7 @@ def layers(
         with put_back(student, original, layer):
             rows.append({"layer": layer, "kl": held_out_divergence(student, original, chunks, batch_size)})
             scores = [score for row in items for score in recall.score(student, tokenizer, row, in_memory)]
-        rows[-1] |= {"recall": mean(scores)} if scores else {}
+        rows[-1] |= {"recall": mean(scores), "recall_stderr": pstdev(scores) / sqrt(len(scores))} if scores else {}
         recalled = f"  {rows[-1]['recall']:6.1%}" if scores else ""
         say(f"{AS_IT_IS if layer is None else layer:>14}  {rows[-1]['kl']:6.4f}{recalled}")
     write_aside(file, lambda aside: aside.write_text(json.dumps({"tasks": names, "lengths": lengths, "rows": rows}, indent=1)))
@@ -95,7 +97,7 @@ def layers(
     draw_layers(rows, file.with_suffix(".png"))
     if keep is not None:
         say("")
-        for by, chosen in choices(rows[1:], keep, before).items():
+        for by, chosen in choices(rows, keep, before).items():
             say(f"{by:14} --student.softmax_layers {json.dumps(chosen)}")
     say(f"\nwrote {file} and {file.with_suffix('.png')}")
 
@@ -127,12 +129,19 @@ def held_out_divergence(student: Student, original: Student, chunks: Tensor, bat
 def choices(rows: list[dict[str, Any]], keep: int, before: Sequence[int] = ()) -> dict[str, list[int]]:
     """Choose `keep` of a model's layers by lowest KL, by highest recall (then lowest KL), and evenly spaced.
 
-    rows: of all layers but those in `before`, which are kept by KL and by recall.
+    Recall counts where it is higher than the student's by two standard errors of the difference.
+
+    rows: the student's, and those of all layers but those in `before`, which are kept by KL and by recall.
     """
-    by_divergence, more, count = sorted(rows, key=lambda row: row["kl"]), keep - len(before), len(rows) + len(before)
+    own, *others = rows
+    by_divergence, more, count = sorted(others, key=lambda row: row["kl"]), keep - len(before), len(others) + len(before)
     chosen = {"by KL": [*before, *(row["layer"] for row in by_divergence[:more])]}
-    if "recall" in rows[0]:
-        by_recall = sorted(by_divergence, key=lambda row: -row["recall"])
-        chosen["by recall"] = [*before, *(row["layer"] for row in by_recall[:more])]
+    if "recall" in own:
+
+        def gained(row: dict[str, Any]) -> float:
+            gain = row["recall"] - own["recall"]
+            return gain if gain > 2 * hypot(row["recall_stderr"], own["recall_stderr"]) else 0.0
+
+        chosen["by recall"] = [*before, *(row["layer"] for row in sorted(by_divergence, key=gained, reverse=True)[:more])]
     chosen["evenly spaced"] = [int((index + 0.5) * count / keep) for index in range(keep)]
     return {by: sorted(numbers) for by, numbers in chosen.items()}

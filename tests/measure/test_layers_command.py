@@ -36,10 +36,12 @@ def test_the_only_other_layer_put_back_leaves_no_divergence(teacher):
 
 
 def test_choices():
-    rows = [{"layer": layer, "kl": kl, "recall": recall}
-            for layer, kl, recall in [(0, 0.4, 0.1), (1, 0.3, 0.5), (2, 0.2, 0.0), (4, 0.1, 0.1)]]  # fmt: skip
-    assert choices(rows, 2) == {"by KL": [2, 4], "by recall": [1, 4], "evenly spaced": [1, 3]}
-    assert choices([{"layer": 1, "kl": 0.4}], 1) == {"by KL": [1], "evenly spaced": [0]}
+    rows = [{"layer": layer, "kl": kl, "recall": recall, "recall_stderr": 0.01}
+            for layer, kl, recall in [(None, 0.5, 0.1), (0, 0.4, 0.12), (1, 0.3, 0.5), (2, 0.2, 0.0), (4, 0.1, 0.1)]]  # fmt: skip
+    assert choices(rows, 2) == {"by KL": [2, 4], "by recall": [1, 4], "evenly spaced": [1, 3]}  # 0.12 may be chance
+    rows[1]["recall"] = 0.13
+    assert choices(rows, 2)["by recall"] == [0, 1]
+    assert choices([{"layer": None, "kl": 0.5}, {"layer": 1, "kl": 0.4}], 1) == {"by KL": [1], "evenly spaced": [0]}
     kept = {"by KL": [3, 4, 5], "by recall": [1, 3, 5], "evenly spaced": [1, 3, 5]}
     assert choices(rows, 3, before=[3, 5]) == kept  # layers of a hybrid stay, and count
 
