@@ -36,10 +36,19 @@ from distill_pl.stages import STAGES
 from distill_pl.student.factory import StudentFactory
 from distill_pl.tokens import Tokens
 
-TRAINER_KEYS = {
-    "accelerator", "devices", "num_nodes", "strategy", "precision", "log_every_n_steps", "limit_val_batches",
-    "deterministic", "benchmark", "detect_anomaly", "sync_batchnorm",
-}  # fmt: skip
+TRAINER_KEYS = {  # of Lightning's Trainer, whose own help offers more than a run can use
+    "accelerator": "cpu, gpu, or auto: a GPU where there is one.",
+    "devices": "how many GPUs of each node, or a list of their numbers; auto: all. On a CPU: how many processes; auto: one.",
+    "num_nodes": "number of nodes.",
+    "strategy": "on several devices: ddp, which auto chooses too, or fsdp, which shards student, optimizer and teacher.",
+    "precision": "32-true, or bf16-mixed: bf16 arithmetic, fp32 weights. Default: bf16-mixed on a GPU with bf16, else 32-true.",
+    "log_every_n_steps": "steps between two points of the curves in TensorBoard.",
+    "limit_val_batches": "batches of held-out text for each device, or their share between 0 and 1. Default: all.",
+    "deterministic": "whether PyTorch must use deterministic algorithms; warn: use them where there are any.",
+    "benchmark": "whether cuDNN times its algorithms and takes the fastest.",
+    "detect_anomaly": "whether to name the operation whose gradient is nan; slow.",
+    "sync_batchnorm": "without effect: no student has batch norms.",
+}
 # keys of `fit` and of the other commands
 PATHS = {
     "out", "teacher", "data", "data.dataset", "data.cache", "student.start_from", "model", "models",
@@ -128,8 +137,13 @@ class DistillCLI(LightningCLI):
         for name, stage in STAGES.items():
             parser.add_class_arguments(stage, name, skip={"student", "teacher"}, instantiate=False)
         parser.add_class_arguments(ChunkDataModule, "data", instantiate=False)
-        not_offered = set(inspect.signature(Trainer).parameters) - TRAINER_KEYS
+        not_offered = set(inspect.signature(Trainer).parameters) - TRAINER_KEYS.keys()
         parser.add_class_arguments(Trainer, "trainer", skip=not_offered, instantiate=False, fail_untyped=False)
+        (parser.groups or {})["trainer"].title = "Devices, precision, validation and logs: keys of Lightning's Trainer"
+        for action in actions(parser):
+            group, _, key = action.dest.partition(".")
+            if group == "trainer" and key in TRAINER_KEYS:
+                action.help = TRAINER_KEYS[key]
         text = "loggers beside TensorBoard, as in [csv, wandb]; csv writes to <stage folder>/csv"
         parser.add_argument("--trainer.logger", type=list[Literal["csv", "wandb"]], default=[], help=text)
         text = "profiler that writes to each stage's folder"

@@ -1,10 +1,13 @@
-"""The documentation's Python runs, its links lead somewhere, and the files and names that it mentions exist."""
+"""The documentation's Python runs, its links lead somewhere, what it mentions exists, and `--help` explains every key."""
 
+import argparse
 import re
 from pathlib import Path
 
 import pytest
 import torch
+
+from distill_pl.cli import DistillCLI
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")] + sorted(ROOT.glob("docs/*.md"))
@@ -71,3 +74,11 @@ def test_files_and_names_exist(page):
         assert file, path
         for name in re.findall(r"\w+", names):
             assert re.search(rf"(?:def|class) {name}\b|^{name}\b.*=", file.read_text(), re.MULTILINE), f"{path}: {name}"
+
+
+def test_help_explains_every_key(monkeypatch):
+    monkeypatch.setattr(DistillCLI, "_run_subcommand", lambda cli, name: None)
+    parsers = DistillCLI(["params"]).parsers
+    keys = {f"{name} {action.dest}": action.help for name, parser in parsers.items() for action in parser._actions}
+    assert {"fit data.dataset", "fit trainer.devices", "evaluate models", "study file"} <= keys.keys()
+    assert not [key for key, text in keys.items() if not text or text == argparse.SUPPRESS]

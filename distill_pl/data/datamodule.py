@@ -29,10 +29,10 @@ class ChunkDataModule(L.LightningDataModule):
     same order.
 
     Args:
-        dataset: Hugging Face hub id; or a local parquet, json, jsonl or txt file (a long txt file is cut into documents at
-            blank lines), a folder of such files (train, validation or test in their names assigns them to splits) or a glob
-            (every file is training text). Files may be compressed: .gz, .bz2, .xz, or .zst where the zstandard package is
-            installed.
+        dataset: Hugging Face hub id; or a local parquet, json, jsonl or txt file (a txt file is cut into documents at lines
+            `<|endoftext|>` and, if long, at blank lines), a folder of such files (train, validation or test in their names
+            assigns them to splits) or a glob (every file is training text). Files may be compressed: .gz, .bz2, .xz, or .zst
+            where the zstandard package is installed.
         name: configuration of a hub dataset, such as sample-10BT; ignored for local files.
         revision: branch, tag or commit of a hub dataset, by default main; ignored for local files.
         text_column: column that holds the documents; rows where it is null or empty are skipped.
@@ -44,8 +44,8 @@ class ChunkDataModule(L.LightningDataModule):
             it has none, its first documents. They are never trained on.
         repeat: read the text again when a run needs more tokens than the dataset has, instead of refusing it.
         shuffle: seed of the order of the training chunks, or false for the dataset's order. Each chunk comes once in a pass
-        over the text; with `repeat`, each pass has another order. By default seed 0 for local files, whose rows are often
-        sorted, and false for hub datasets, which are often shuffled already.
+            over the text; with `repeat`, each pass has another order. By default seed 0 for local files, whose rows are often
+            sorted, and false for hub datasets, which are often shuffled already.
         skip_bad_rows: skip and count rows that hold no readable text (broken JSON, bytes that are no UTF-8, numbers) instead
             of refusing them.
         cache: folder for the packed chunks, shared by all runs.
