@@ -43,7 +43,7 @@ def export(run: str, to: Literal["transformers", "fla", "remote"] = "transformer
         to: `transformers` rewrites the weights for a class of transformers, which vLLM may know as well; `fla` for a class of
             flash-linear-attention, and compares on a GPU; `remote` adds a module with which transformers loads the student as
             it is, given trust_remote_code=True, where distill_pl is installed.
-        out: folder to write, with weights in fp32; it must not exist yet, or be empty.
+        out: folder to write, with weights in fp32, which must not exist yet, or be empty. Required.
     """
     quiet()
     warnings.filterwarnings("ignore", module=r"fla\.")  # which says on a CPU that it has no GPU

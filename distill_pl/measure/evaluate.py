@@ -60,7 +60,7 @@ def evaluate(
 
     Args:
         models: run folders of `distill-pl fit`, whose teacher and held-out text are measured as well; or model folders or
-            hub ids, for which there are only tasks.
+            hub ids, for which there are only tasks and `text`.
         tasks: names of lm-eval tasks, e.g. arc_easy,piqa or, where the model writes, gsm8k,triviaqa,ifeval; `study` stands for
             the paper's six benchmarks, `recall` for the tasks of finding again what was read: niah_single_1, niah_single_2,
             niah_multikey, niah_multivalue, mqar, induction and copy.

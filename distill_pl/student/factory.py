@@ -37,10 +37,10 @@ class StudentFactory:
         shape: sizes of the mixer. `copyable` has the teacher's heads, so that the mixer can take its projections; `paper` has
             the sizes behind the paper's Appendix A (see `distill-pl params`) and an output head not tied to the embeddings.
         kv_heads: number of k and v heads. `grouped` has as many as the teacher, each shared by several query heads;
-            `expanded` has one for each query head, initialised as copies. Default: grouped for softmax, expanded for the other
-            mixers of Table 1. Leave it out with shape paper, which has numbers of its own.
+            `expanded` has one for each query head, initialised as copies. Default: grouped for softmax and swa, expanded for
+            the others. Leave it out with shape paper, which has numbers of its own.
         rope: whether q and k are rotated by the teacher's rotary position embedding. Default: as in the mixer's own paper,
-            which of Table 1 is true for softmax and retnet.
+            true for softmax, retnet and swa.
         softmax_layers: layers, counted from 0, that keep the teacher's softmax attention and its weights: a hybrid model,
             whose cache grows with the sequence.
         window: number of last tokens, the token itself included, that sliding-window attention with the teacher's queries,
@@ -48,9 +48,9 @@ class StudentFactory:
             head by head after its norms and gates, y = g mixer + (1 - g) window with a learned g. Default: none beside a mixer.
         sinks: number of first tokens that window attention reads as well. Default: 4.
         start_from: run folder of `distill-pl fit`, or folder of a student of the same teacher that it exported, to go on from.
-            Copied are all weights outside attention, and those of every layer with the same mixer; other layers start as init
-            says, so that softmax_layers puts layers back to the teacher's attention. Steps begin anew. Of the same text, what
-            the run folder has read is not read again.
+            All weights outside attention are copied, and those of every layer with the same mixer; other layers start as init
+            says, so that softmax_layers restores the teacher's attention. Steps begin anew. Text that the run folder has read
+            is skipped where data names the same text in the same order.
         retention: share of the state that a newly initialised decay gate keeps from one token to the next (section 3.1),
             between 0 and 1.
         backend: implementation of the mixing: `fla` for Triton kernels, `torch` for plain PyTorch, `auto` for fla on a GPU
