@@ -17,6 +17,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, get_loader, set_loader
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from torch.distributed import DistError
 
 import distill_pl
 from distill_pl.data.datamodule import ChunkDataModule
@@ -226,11 +227,16 @@ def expand_home(config: Namespace) -> None:
 
 
 def of_the_machine(error: Exception) -> str | None:
-    """Return one line for an error of files or memory, which no check foresees in every place, or None for other errors."""
+    """Return one line for an error of files, memory or the other processes of a run, which no check foresees, else None."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{str(error.filename)[:200]}: {error.strerror}: check that path"
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return f"out of memory ({one_line(error)}): give a smaller batch or a shorter text"
+    if isinstance(error, DistError) or "/gloo/" in str(error):  # gloo's errors have no type of their own
+        return (
+            f"another process of this run has ended or does not answer ({one_line(error)}): see what it printed, then run the "
+            "same command again; what has been written is kept"
+        )
     return None
 
 
@@ -241,6 +247,8 @@ def actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command in `args` (default: sys.argv); print an error or Ctrl-C in one line and exit with its code."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as `import distill_pl` left it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         DistillCLI(args)
     except (InputError, Diverged) as error:

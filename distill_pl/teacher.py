@@ -143,6 +143,15 @@ class Teacher:
         return self
 
     @property
+    def longest(self) -> int:
+        """Return the number of tokens that the teacher has positions for and that all see each other.
+
+        Within a sliding window, attention is plain causal attention; Qwen2-MoE writes a window of 0 for none.
+        """
+        positions = self.config.max_position_embeddings
+        return min(positions, getattr(self.config, "sliding_window", None) or positions)
+
+    @property
     def head(self) -> torch.nn.Linear:
         """Return the head, which maps final hidden states [..., D] to logits [..., vocab]."""
         return self.model.lm_head

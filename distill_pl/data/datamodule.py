@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import ClassVar
 
 import lightning as L
 import numpy as np
@@ -13,11 +14,9 @@ from transformers import PreTrainedConfig
 
 from distill_pl.data.chunks import Chunks
 from distill_pl.data.sources import TextSource
-from distill_pl.errors import InputError
+from distill_pl.errors import AT_LEAST_1, SEED, InputError, Range, check_arguments
 from distill_pl.tokenizer import end_of_text
 from distill_pl.tokens import Tokens, short
-
-MAX_SEED = 2**32 - 1  # numpy takes no greater one
 
 
 class ChunkDataModule(L.LightningDataModule):
@@ -51,6 +50,10 @@ class ChunkDataModule(L.LightningDataModule):
         cache: folder for the packed chunks, shared by all runs.
     """
 
+    ranges: ClassVar[dict[str, Range]] = {
+        "sequence_length": Range(2), "batch_size": AT_LEAST_1, "micro_batch_size": AT_LEAST_1, "shuffle": SEED,
+    }  # fmt: skip
+
     def __init__(
         self,
         dataset: str,
@@ -68,15 +71,9 @@ class ChunkDataModule(L.LightningDataModule):
     ):
         super().__init__()
         validation_tokens = Tokens(validation_tokens)  # a str such as 256k when read from a run's config.yaml
-        sizes = {"sequence_length": sequence_length, "batch_size": batch_size, "micro_batch_size": micro_batch_size}
-        for key, value in sizes.items():
-            least = 2 if key == "sequence_length" else 1
-            if value is not None and value < least:
-                raise InputError(f"data.{key} {value} is too small: give at least {least}")
+        check_arguments("data", ChunkDataModule.__init__, locals(), self.ranges)
         if validation_tokens < sequence_length:
             raise InputError(f"data.validation_tokens {validation_tokens} is below one chunk: give at least {sequence_length}")
-        if not (isinstance(shuffle, int | None) and 0 <= (shuffle or 0) <= MAX_SEED):
-            raise InputError(f"data.shuffle {shuffle!r} is no seed: give a whole number from 0 to {MAX_SEED}, or false")
         self.dataset, self.name, self.revision, self.text_column = dataset, name, revision, text_column
         self.sequence_length, self.batch_size, self.micro_batch_size = sequence_length, batch_size, micro_batch_size
         self.repeat, self.shuffle, self.skip_bad_rows = repeat, shuffle, skip_bad_rows
@@ -173,11 +170,23 @@ class ChunkDataModule(L.LightningDataModule):
         self.first, self.steps = first, steps
 
     def train_dataloader(self) -> DataLoader:
-        """Build the loader of this rank's micro-batches [micro_batch_size, T] from the trainer's current step on."""
+        """Build the loader of this rank's micro-batches [micro_batch_size, T] from the trainer's current step on.
+
+        Raises InputError where a step of the trainer has another number of micro-batches, or `assign` was given more chunks
+        than `prepare`, which would be read again.
+        """
         trainer = self.trainer
         ranks = trainer.world_size
+        if trainer.accumulate_grad_batches != (accumulation := self.accumulation(ranks)):
+            raise InputError(
+                f"data.micro_batch_size {self.micro_batch_size} makes {accumulation} micro-batches a step: give the Trainer "
+                f"accumulate_grad_batches={accumulation}"
+            )
+        end = self.first + self.steps * self.batch_size
+        if 0 < self.train_chunks < end and not self.repeat:
+            raise InputError(f"{end} chunks were assigned, and {self.train_chunks} prepared: call prepare({end})")
         sampler = SpanSampler(
-            self.first, self.steps, self.batch_size, trainer.global_step, trainer.global_rank, ranks, self.accumulation(ranks)
+            self.first, self.steps, self.batch_size, trainer.global_step, trainer.global_rank, ranks, accumulation
         )
         return _loader(_ChunkDataset(self.train[: self.train_chunks], self.seed), sampler)
 

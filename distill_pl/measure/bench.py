@@ -22,12 +22,12 @@ from transformers.cache_utils import Cache
 
 from distill_pl.console import aligned, quiet, say
 from distill_pl.data.sources import counted
-from distill_pl.errors import InputError
+from distill_pl.errors import AT_LEAST_1, SEED, InputError, Range, check_numbers
 from distill_pl.measure.evaluate import check_writable, load, read_report, weights_path
 from distill_pl.measure.params import smollm_360m
 from distill_pl.mixers import MIXERS
 from distill_pl.run.folder import write_aside
-from distill_pl.run.values import AT_LEAST_1, SEED, Range, check_numbers, parse_lengths
+from distill_pl.run.values import parse_lengths
 from distill_pl.student.cache import state_bytes
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.modeling import Student, StudentConfig

@@ -21,7 +21,7 @@ from distill_pl.console import aligned, percent, perplexity, quiet, say
 from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.data.files import OR_SKIP
 from distill_pl.data.sources import TextSource, counted
-from distill_pl.errors import InputError, one_line
+from distill_pl.errors import AT_LEAST_1, SEED, InputError, Range, check_numbers, one_line
 from distill_pl.measure import long_text, paper, recall
 from distill_pl.measure.harness import check_tasks, prompt_tokenizer, run_tasks
 from distill_pl.run.card import add_results
@@ -34,7 +34,7 @@ from distill_pl.run.folder import (
     teacher_of,
     write_aside,
 )
-from distill_pl.run.values import AT_LEAST_1, SEED, Range, check_numbers, parse_lengths
+from distill_pl.run.values import parse_lengths
 from distill_pl.teacher import load_model
 from distill_pl.tokenizer import special_tokens
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from distill_pl.console import quiet, say
-from distill_pl.errors import InputError
+from distill_pl.errors import AT_LEAST_1, SEED, InputError, check_numbers
 from distill_pl.losses import kl_divergence
 from distill_pl.measure import recall
 from distill_pl.measure.evaluate import TOKENS_IN_MEMORY, check_writable, haystack, held_out_chunks, is_run, load, weights_path
 from distill_pl.mixers import Softmax
 from distill_pl.run.folder import check_teacher_of, read_config, teacher_of, write_aside
-from distill_pl.run.values import AT_LEAST_1, SEED, check_numbers, parse_lengths
+from distill_pl.run.values import parse_lengths
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.modeling import Student
 from distill_pl.teacher import Teacher

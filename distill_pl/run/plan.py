@@ -58,12 +58,10 @@ def check_sharding(config: Namespace, plans: list[StageRun]) -> None:
 
 def check_length(config: Namespace, teacher: Teacher) -> None:
     """Raise InputError for sequences that the teacher has no positions for, or whose tokens it does not all see."""
-    length, positions = config.data.sequence_length, teacher.config.max_position_embeddings
-    if length > positions:
-        raise InputError(f"data.sequence_length {length} is beyond the teacher's {positions} positions: lower it")
-    window = getattr(teacher.config, "sliding_window", None)
-    if window and length > window:  # within the window, attention is plain causal attention; Qwen2-MoE writes 0 for none
-        raise InputError(f"data.sequence_length {length} is beyond the teacher's sliding window of {window}: lower it")
+    length, longest = config.data.sequence_length, teacher.longest
+    if length > longest:
+        what = "positions" if longest == teacher.config.max_position_embeddings else "tokens within its sliding window"
+        raise InputError(f"data.sequence_length {length} is beyond the teacher's {longest} {what}: lower it")
 
 
 def describe(config: Namespace, teacher: Teacher, student: Student, plans: list[StageRun]) -> None:

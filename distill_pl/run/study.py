@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from jsonargparse import Namespace
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -30,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from distill_pl.console import aligned, perplexity, quiet, say
 from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.data.sources import counted
-from distill_pl.errors import InputError, one_line
+from distill_pl.errors import AT_LEAST_1, POSITIVE, SEED, InputError, check_numbers, one_line
 from distill_pl.measure.bench import theory
 from distill_pl.measure.evaluate import check_options, check_questions, check_writable, ending, load_tokenizer, read_report
 from distill_pl.measure.report import scalars
@@ -39,7 +40,7 @@ from distill_pl.run.folder import StageRun, differing, disk_refused, flat, plain
 from distill_pl.run.plan import plan
 from distill_pl.run.summary import STATE_TOKENS, summary
 from distill_pl.run.trainer import device
-from distill_pl.run.values import AT_LEAST_1, POSITIVE, SEED, KeysOnce, check_numbers, check_values
+from distill_pl.run.values import KeysOnce, check_values
 from distill_pl.stages import STAGES, KDStage
 from distill_pl.student.factory import StudentFactory
 from distill_pl.tokens import Tokens, short
@@ -372,7 +373,7 @@ def carry_out(runs: dict[str, Run], out: Path, results: Path, options: dict[str,
     either. deadline: of time.monotonic(). At it, and on Ctrl-C or SIGTERM, the running ones are stopped so that they can be
     resumed.
     """
-    waiting, failed, finished = list(runs), 0, 0
+    waiting, failed, finished, elsewhere = list(runs), 0, 0, 0
     width = max(map(len, runs), default=0)
     places = environments(parallel)
     training: dict[str, dict[str, str]] = {}  # the place of each
@@ -394,6 +395,8 @@ def carry_out(runs: dict[str, Run], out: Path, results: Path, options: dict[str,
                     processes[name], trains = next(work)
                 except StopIteration as end:
                     outcome, finished = f"held-out {end.value:.4g}", finished + 1
+                except Timeout:
+                    outcome, elsewhere = "left to another study, which carries it out", elsewhere + 1
                 except (Failed, InputError, OSError) as error:
                     outcome, failed = f"failed: {error}", failed + 1
                 if not trains and name in training:
@@ -409,7 +412,7 @@ def carry_out(runs: dict[str, Run], out: Path, results: Path, options: dict[str,
         stop([processes[name] for name in running if name in processes])
         for number, handler in before.items():
             signal.signal(number, handler)
-    left = len(waiting) + len(running)
+    left = len(waiting) + len(running) + elsewhere
     again = "; the same command goes on" if left or failed else ""
     say(f"{finished} finished, {failed} failed, {left} left{again}; results are in {results}")
     if signals:
@@ -431,31 +434,32 @@ def steps(run: Run, out: Path, results: Path, options: dict[str, Any] | None, en
     """Train, evaluate and summarise a run, yielding the process that it waits for -> its held-out perplexity.
 
     measuring: names of the runs that are being evaluated; the first of a study measures the teacher for all of them. Raises
-    Failed with the last line that a command printed where it ended with an error.
+    Failed with the last line that a command printed where it ended with an error, and Timeout where another study has the run.
     """
     folder = Path(run.config.out)
     log = out / "logs" / f"{run.name}.log"
     with disk_refused(log):
         log.parent.mkdir(parents=True, exist_ok=True)
-    for process in command(["fit", *run.args], log, environment):
-        yield process, True
-    if options is not None:
-        own = folder / "eval" / f"teacher{ending(options.get('limit'))}"
-        student = own.name.replace("teacher", "student")  # which is begun when the teacher's file is complete
-        while (known := next(out.glob(f"*/eval/{student}"), None)) is None and measuring:
-            yield process, False
-        if known is not None and not own.exists():  # evaluate measures nothing twice, and checks what it finds
-            own.parent.mkdir(exist_ok=True)
-            shutil.copy(known.with_name(own.name), own)
-        measuring.add(run.name)
-        try:
-            for process in command(["evaluate", str(folder), *options_of(options)], log, environment):
+    with FileLock(log.with_name(f"{run.name}.lock"), timeout=0):
+        for process in command(["fit", *run.args], log, environment):
+            yield process, True
+        if options is not None:
+            own = folder / "eval" / f"teacher{ending(options.get('limit'))}"
+            student = own.name.replace("teacher", "student")  # which is begun when the teacher's file is complete
+            while (known := next(out.glob(f"*/eval/{student}"), None)) is None and measuring:
                 yield process, False
-        finally:
-            measuring.remove(run.name)
-    result = summarise(run, options)
-    write_aside(results / f"{run.name}.json", lambda aside: aside.write_text(json.dumps(result, indent=1) + "\n"))
-    return result["held_out"]["student"]
+            if known is not None and not own.exists():  # evaluate measures nothing twice, and checks what it finds
+                own.parent.mkdir(exist_ok=True)
+                shutil.copy(known.with_name(own.name), own)
+            measuring.add(run.name)
+            try:
+                for process in command(["evaluate", str(folder), *options_of(options)], log, environment):
+                    yield process, False
+            finally:
+                measuring.remove(run.name)
+        result = summarise(run, options)
+        write_aside(results / f"{run.name}.json", lambda aside: aside.write_text(json.dumps(result, indent=1) + "\n"))
+        return result["held_out"]["student"]
 
 
 def command(args: list[str], log: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen]:

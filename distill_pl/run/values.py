@@ -1,71 +1,35 @@
 """Check the values of `distill-pl`'s keys before any work: each number within its range, each precision one that trains."""
 
-import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from jsonargparse import Namespace
 
-from distill_pl.errors import InputError
+from distill_pl.data.datamodule import ChunkDataModule
+from distill_pl.errors import AT_LEAST_1, InputError, Range, check_numbers
 from distill_pl.stages import STAGES
+from distill_pl.student.factory import StudentFactory
 
 PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16")
 STRATEGIES = ("auto", "single_device", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false", "fsdp")
 
 
-class Range(NamedTuple):
-    """Say which numbers a key may have."""
-
-    least: float
-    most: float = math.inf
-    above: bool = False  # whether `least` itself is too small
-
-    def __contains__(self, number: object) -> bool:
-        """Return whether a number is within the range; nan never is."""
-        assert isinstance(number, int | float)
-        return (self.least < number if self.above else self.least <= number) and number <= self.most
-
-    def __str__(self) -> str:
-        """Format the range as the remedy of an error message."""
-        lower = f"more than {self.least:g}" if self.above else f"at least {self.least:g}"
-        return f"{lower} and at most {self.most:g}" if self.most < math.inf else lower
-
-
-SHARE = Range(0, 1)
-POSITIVE = Range(0, most=1e6, above=True)  # far beyond all sense: what is larger makes numbers that are not finite
-AT_LEAST_1 = Range(1, 1e15)  # steps and chunks are counted in 64 bits
-SEED = Range(0, 2**32 - 1)  # what numpy takes
 BUDGET = Range(0, 1e15)
 RANGES = {
     "tokens": AT_LEAST_1,
     "seed": Range(-(2**63), 2**63),  # what torch takes
     "checkpoint_every": AT_LEAST_1,
     "validate_every": AT_LEAST_1,
-    "data.sequence_length": Range(2),
-    "data.batch_size": AT_LEAST_1,
-    "data.micro_batch_size": AT_LEAST_1,
     "data.validation_tokens": AT_LEAST_1,
-    "data.shuffle": SEED,
     "trainer.num_nodes": AT_LEAST_1,
     "trainer.log_every_n_steps": AT_LEAST_1,
     "trainer.limit_val_batches": Range(0, above=True),
-    "matrix_mixing.probes": Range(1, 1e4),
-    "matrix_mixing.decay": SHARE,
-    "hidden_align.decay": SHARE,
-    "kd.alpha": Range(0, 1e6),
-    "kd.ce": Range(0, 1e6),
-    "kd.temperature": Range(0.01, 100),  # beyond, rounding in fp32 is larger than the divergence, or it vanishes
-    "kd.top_k": AT_LEAST_1,
-    "kd.other_lr": Range(0, 1e6),
-    "kd.decay": SHARE,
-    "kd.final_lr": SHARE,
-}
-for stage in STAGES:
-    RANGES |= {f"{stage}.tokens": BUDGET, f"{stage}.lr": POSITIVE, f"{stage}.warmup": SHARE,
-               f"{stage}.weight_decay": Range(0, 1e6), f"{stage}.clip": Range(0, above=True)}  # fmt: skip
+} | {f"{stage}.tokens": BUDGET for stage in STAGES}
+for group, ranges in {"student": StudentFactory.ranges, "data": ChunkDataModule.ranges,
+                      **{name: stage.ranges for name, stage in STAGES.items()}}.items():  # fmt: skip
+    RANGES |= {f"{group}.{key}": allowed for key, allowed in ranges.items()}
 
 
 class KeysOnce(yaml.SafeLoader):
@@ -80,15 +44,6 @@ class KeysOnce(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem=f"key {key.value} comes twice", problem_mark=key.start_mark)
             seen.add(str(key.value))
         return mapping
-
-
-def check_numbers(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
-    """Raise InputError, naming key, value and range, for the first number outside its range; None and text pass."""
-    for key, allowed in ranges.items():
-        value = values.get(key)
-        if isinstance(value, int | float) and not isinstance(value, bool) and value not in allowed:
-            wrong = "no number" if value != value else "too large" if value > allowed.most else "too small"
-            raise InputError(f"{key} {value} is {wrong}: give {allowed}")
 
 
 def parse_lengths(lengths: str) -> list[int]:

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from distill_pl.errors import check_choices
+from distill_pl.errors import SHARE, Range, check_arguments
 from distill_pl.losses import hidden_distance
 from distill_pl.stages.optim import warmup_stable_decay
 from distill_pl.stages.stage import Stage
@@ -27,11 +27,13 @@ class HiddenAlignStage(Stage):
     """
 
     name = "hidden_align"
+    ranges: ClassVar[dict[str, Range]] = Stage.ranges | {"decay": SHARE}
+    as_teacher: ClassVar[tuple[str, ...]] = (*Stage.as_teacher, "num_hidden_layers", "hidden_size")
     compiles_with_layer: ClassVar[tuple[str, ...]] = ("layer_distance",)
 
     def __init__(self, student, teacher, *, lr: float = 2e-3, target: Literal["block", "mixer"] = "block",
                  norm: Literal["l2", "mse"] = "l2", decay: float = 0.1, **kwargs):  # fmt: skip
-        check_choices("hidden_align", HiddenAlignStage.__init__, locals())
+        check_arguments("hidden_align", HiddenAlignStage.__init__, locals(), self.ranges)
         super().__init__(student, teacher, lr=lr, **kwargs)
         self.target, self.norm, self.decay = target, norm, decay
         self.layer_distance = layer_distance

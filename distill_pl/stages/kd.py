@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from distill_pl.errors import InputError, check_choices
+from distill_pl.errors import AT_LEAST_1, SHARE, InputError, Range, check_arguments
 from distill_pl.losses import Divergence, Objective, kd_terms, next_token_loss
 from distill_pl.stages.optim import linear, warmup_stable_decay
 from distill_pl.stages.stage import Stage
@@ -36,6 +36,15 @@ class KDStage(Stage):
     """
 
     name = "kd"
+    ranges: ClassVar[dict[str, Range]] = Stage.ranges | {
+        "ce": Range(0, 1e6),
+        "alpha": Range(0, 1e6),
+        "temperature": Range(0.01, 100),  # beyond, rounding in fp32 is larger than the divergence, or it vanishes
+        "top_k": AT_LEAST_1,
+        "other_lr": Range(0, 1e6),
+        "decay": SHARE,
+        "final_lr": SHARE,
+    }
     compiles: ClassVar[tuple[str, ...]] = ("terms",)
 
     def __init__(
@@ -57,11 +66,8 @@ class KDStage(Stage):
         final_lr: float = 0.0,
         **kwargs,
     ):
-        check_choices("kd", KDStage.__init__, locals())
+        check_arguments("kd", KDStage.__init__, locals(), self.ranges)
         super().__init__(student, teacher, tokens=tokens, lr=lr, **kwargs)
-        for key, value, good in [("alpha", alpha, alpha >= 0), ("temperature", temperature, temperature > 0)]:
-            if not good:
-                raise InputError(f"kd.{key} {value} is out of range")
         self.objective = Objective(ce, alpha, temperature, divergence, top_k)
         if not ce and not alpha:
             raise InputError("kd.ce 0 and kd.alpha 0 leave nothing to learn: raise either")

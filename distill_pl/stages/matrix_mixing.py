@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from distill_pl.errors import InputError, check_choices
+from distill_pl.errors import SHARE, InputError, Range, check_arguments
 from distill_pl.losses import matrix_distance
 from distill_pl.mixers import SequenceMixer
 from distill_pl.ops import softmax
@@ -32,6 +32,8 @@ class MatrixMixingStage(Stage):
     """
 
     name = "matrix_mixing"
+    ranges: ClassVar[dict[str, Range]] = Stage.ranges | {"decay": SHARE, "probes": Range(1, 1e4)}
+    as_teacher: ClassVar[tuple[str, ...]] = (*Stage.as_teacher, "num_hidden_layers", "hidden_size")
     compiles_with_layer: ClassVar[tuple[str, ...]] = ("squared_distance", "probed_distance")
 
     def __init__(
@@ -46,7 +48,7 @@ class MatrixMixingStage(Stage):
         probes: int = 64,
         **kwargs,
     ):
-        check_choices("matrix_mixing", MatrixMixingStage.__init__, locals())
+        check_arguments("matrix_mixing", MatrixMixingStage.__init__, locals(), self.ranges)
         super().__init__(student, teacher, lr=lr, **kwargs)
         self.decay, self.estimator, self.norm, self.probes = decay, estimator, norm, probes
         self.squared_distance, self.probed_distance = squared_distance, probed_distance

@@ -1,8 +1,9 @@
 """The base class of the three stages: train a student with a frozen teacher on a loss that consists of named parts."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
-from distill_pl.errors import InputError
+from distill_pl.errors import POSITIVE, SHARE, InputError, Range, check_arguments
 from distill_pl.losses import next_token_loss
 from distill_pl.stages.async_copy import AsyncCopy
 from distill_pl.stages.finite import FiniteCheck, Step
@@ -41,6 +42,10 @@ class Stage(L.LightningModule):
     """
 
     name: ClassVar[str]
+    ranges: ClassVar[dict[str, Range]] = {  # of the arguments that are numbers
+        "lr": POSITIVE, "warmup": SHARE, "weight_decay": Range(0, 1e6), "clip": Range(0, above=True),
+    }  # fmt: skip
+    as_teacher: ClassVar[tuple[str, ...]] = ("vocab_size",)  # keys of a configuration in which student and teacher must agree
     compiles: ClassVar[tuple[str, ...]] = ()  # names of attributes, functions that distill_pl.compiling may compile
     compiles_with_layer: ClassVar[tuple[str, ...]] = ()  # names of further functions, which call one layer
 
@@ -56,9 +61,15 @@ class Stage(L.LightningModule):
         clip: float = 1.0,
     ):
         super().__init__()
-        for key, value, good in [("lr", lr, lr > 0), ("warmup", warmup, 0 <= warmup <= 1), ("clip", clip, clip > 0)]:
-            if not good:
-                raise InputError(f"{self.name}.{key} {value} is out of range")
+        check_arguments(self.name, Stage.__init__, locals(), self.ranges)
+        for key, model, kind in [("student", student, Student), ("teacher", teacher, Teacher)]:
+            if not isinstance(model, kind | None):  # None where only the other arguments are to be checked
+                raise InputError(f"{self.name}: {key} is a {type(model).__name__}: give a {kind.__name__} of this package")
+        for key in self.as_teacher if student and teacher else ():
+            own, theirs = getattr(student.config, key), getattr(teacher.config, key)
+            if own != theirs:
+                raise InputError(f"{self.name}: {key} is {own} in the student, {theirs} in the teacher: give its own teacher")
+        self.longest = teacher.longest if teacher else 0
         self.student = student
         self.other_lr = 1.0  # learning rate outside the mixers, as a factor of lr
         self.teacher = teacher  # not an nn.Module, so that neither DDP nor checkpoints include it
@@ -89,8 +100,33 @@ class Stage(L.LightningModule):
         return ()
 
     def losses(self, tokens: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Compute the loss (scalar) and its parts (detached) for tokens [B, T], with random tensors drawn from `seed`."""
+        """Compute the loss (scalar) and its parts (detached) for tokens [B, T], with random tensors drawn from `seed`.
+
+        Raises InputError for a batch that the models cannot read, see `check_batch`.
+        """
+        self.check_batch(tokens)
         return self.losses_given(tokens, *self.draw(tokens, seed))
+
+    def check_batch(self, batch: Any) -> None:
+        """Raise InputError unless `batch` is a tensor of token ids [B, T] that both models can read.
+
+        Ids are compared with the vocabulary while they are on the CPU; those on a GPU would have to be waited for.
+        """
+        if not isinstance(batch, Tensor) or batch.dtype not in (torch.int64, torch.int32) or batch.ndim != 2:
+            found = f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+            raise InputError(f"{self.name}: a batch is {found}: let the loader yield token ids [B, T], a tensor of int64")
+        length = batch.shape[1]
+        if not batch.numel() or length < 2:
+            raise InputError(f"{self.name}: a batch is of shape {list(batch.shape)}: give rows of at least 2 tokens")
+        if length > self.longest:
+            raise InputError(f"{self.name}: a batch has rows of {length} tokens, the teacher reads {self.longest}: cut them")
+        if batch.device.type == "cpu":
+            (least, most), size = (int(x) for x in batch.aminmax()), self.student.config.vocab_size
+            if least < 0 or most >= size:
+                raise InputError(
+                    f"{self.name}: a batch has token ids from {least} to {most}, the vocabulary those from 0 to {size - 1}: "
+                    "take the teacher's tokenizer, without padding"
+                )
 
     @abstractmethod
     def share_of_lr(self, step: int, steps: int) -> float:
@@ -130,11 +166,16 @@ class Stage(L.LightningModule):
     def on_fit_start(self) -> None:
         """Move the teacher to the student's device: Lightning moves only submodules.
 
-        Raises InputError for a precision with gradient scaling: gradients would be clipped at their scaled size, and an
-        overflow, which a scaler expects, would count as divergence.
+        Raises InputError for settings of a Trainer that the stage would not follow. With gradient scaling, gradients would be
+        clipped at their scaled size, and an overflow, which a scaler expects, would count as divergence; in fp16, Adam's eps
+        is 0.
         """
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             raise InputError("precision 16-mixed scales gradients, which no stage expects: choose 32-true or bf16-mixed")
+        if self.student.dtype == torch.float16:
+            raise InputError(f"{self.name}: a student in float16 cannot be trained: choose 32-true or bf16-mixed")
+        if (clip := self.trainer.gradient_clip_val) is not None:
+            raise InputError(f"{self.name} clips gradients itself: give it clip={clip} instead of gradient_clip_val={clip}")
         self.teacher.to(self.device)
 
     def on_validation_start(self) -> None:
@@ -150,6 +191,11 @@ class Stage(L.LightningModule):
         """Raise Diverged if the last step was not finite; free the gradients."""
         self.finite.verify(self)
         self.student.zero_grad()
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Tensor:
+        """Return a batch that Lightning is about to move to the student's device. Raises InputError as `check_batch` does."""
+        self.check_batch(batch)
+        return batch
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Compute the loss of one micro-batch of tokens [B, T]; average `values` over a step's micro-batches."""
@@ -184,13 +230,20 @@ class Stage(L.LightningModule):
         self.validation = {key: metric.compute().item() for key, metric in self.metrics.items()}
         for metric in self.metrics.values():
             metric.reset()
+        # for callbacks such as EarlyStopping and ModelCheckpoint; distill_pl.run.monitor writes the curves
+        self.log_dict({f"validation/{key}": value for key, value in self.validation.items()}, logger=False)
 
     def configure_optimizers(self):
-        """Build AdamW and the learning-rate schedule over `trainer.max_steps`."""
+        """Build AdamW and the learning-rate schedule over `trainer.max_steps` or, without it, `trainer.max_epochs`.
+
+        Raises InputError where neither says how long the schedule is.
+        """
         mixers = {id(parameter) for parameter in self.mixer_parameters()}
         share_of_lr = lambda parameter: 1.0 if id(parameter) in mixers else self.other_lr  # noqa: E731
         optimizer = adamw(self.student.parameters(), self.lr, self.weight_decay, share_of_lr)
-        steps = self.trainer.max_steps
+        steps = self.trainer.estimated_stepping_batches if self.trainer.max_steps == -1 else max(1, self.trainer.max_steps)
+        if steps in (-1, math.inf):
+            raise InputError(f"{self.name}: the learning rate needs a length of training: give the Trainer max_steps")
         schedule = LambdaLR(optimizer, lambda step: self.share_of_lr(min(step, steps - 1), steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 from weakref import WeakSet
 
 import torch
@@ -13,14 +13,14 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from distill_pl.console import say
-from distill_pl.errors import InputError, check_choices, one_line
+from distill_pl.errors import InputError, Range, check_arguments, one_line
 from distill_pl.mixers import MIXERS
 from distill_pl.ops import Backend, use_fla
 from distill_pl.student.modeling import DECODER_PARTS, Student, StudentConfig, mark_as_loaded, split_joint_projections
 from distill_pl.student.transfer import copy_student, copy_weights
 from distill_pl.teacher import Teacher, load_model, shallow_copy, ties_embeddings
 
-WINDOW, SINKS, MOST = 64, 4, 2**20  # tokens: student.window by default (mixer swa), student.sinks, and the most of either
+WINDOW, SINKS = 64, 4  # tokens: defaults of student.window (mixer swa) and student.sinks
 BOUNDS = ("attn_logit_softcapping", "final_logit_softcapping", "clip_qkv")  # of values too large to occur in a comparison
 TOLERANCE = 1e-4  # of the largest value: rounding in fp32 stays below 1e-5, and an attention scale off by 10% far above
 CHECKED: WeakSet[PreTrainedModel] = WeakSet()  # teachers' models that passed `check_teacher`
@@ -57,6 +57,12 @@ class StudentFactory:
             where fla-core is installed and torch elsewhere.
     """
 
+    ranges: ClassVar[dict[str, Range]] = {
+        "window": Range(1, 1e6),
+        "sinks": Range(1, 1e6),
+        "retention": Range(1e-6, 1 - 1e-6),  # beyond, gates that are rounded to 0 or 1 learn nothing, or are infinite
+    }
+
     def __init__(
         self,
         mixer: str = "gla",
@@ -71,16 +77,11 @@ class StudentFactory:
         retention: float = 0.982,
         backend: Backend = "auto",
     ):
-        check_choices("student", StudentFactory.__init__, locals())
+        check_arguments("student", StudentFactory.__init__, locals(), self.ranges)
         if mixer not in MIXERS:
             raise InputError(f"student.mixer {mixer!r} is unknown: choose one of {', '.join(MIXERS)}")
-        if not 1e-6 <= retention <= 1 - 1e-6:  # beyond, gates that are rounded to 0 or 1 learn nothing, or are infinite
-            raise InputError(f"student.retention {retention} must lie between 0.000001 and 0.999999, e.g. 0.982")
         if backend == "fla" and not (use_fla("auto", torch.device("cuda")) and torch.cuda.is_available()):
             raise InputError("student.backend fla needs a GPU and fla-core: pip install distill_pl[gpu], or choose torch")
-        for key, value in {"window": window, "sinks": sinks}.items():
-            if value is not None and not 1 <= value <= MOST:
-                raise InputError(f"student.{key} {value} is no number of tokens from 1 to {MOST}: give e.g. {WINDOW}")
         if window is None and sinks is not None and mixer != "swa":
             raise InputError(f"student.sinks {sinks} without a window: give student.window, e.g. {WINDOW}, or choose mixer swa")
         if window is not None and mixer != "swa":

@@ -92,6 +92,11 @@ class Student(PreTrainedModel, GenerationMixin):
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: StudentConfig):
+        """Build the model. Raises InputError for a configuration without a teacher's, or with a mixer that is not in MIXERS."""
+        if not config.teacher:  # such as a Llama's
+            raise InputError("a configuration without a teacher's is no student's: load a student's folder, or build one")
+        if config.mixer not in MIXERS:
+            raise InputError(f"mixer {config.mixer!r} is unknown: update distill_pl, which has {', '.join(MIXERS)}")
         super().__init__(config)
         self.loss_type = "ForCausalLM"  # else transformers warns that it cannot derive the loss from the class's name
         decoder = AutoModel.from_config(teacher_config(config), trust_remote_code=False)

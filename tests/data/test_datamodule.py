@@ -47,8 +47,9 @@ def data(make):
     return make(repeat=True, shuffle=False)
 
 
-def loaders(data, step=0, rank=0, ranks=1):
-    data.trainer = SimpleNamespace(global_step=step, global_rank=rank, world_size=ranks)
+def loaders(data, step=0, rank=0, ranks=1, accumulation=None):
+    accumulation = accumulation or data.accumulation(ranks)
+    data.trainer = SimpleNamespace(global_step=step, global_rank=rank, world_size=ranks, accumulate_grad_batches=accumulation)
     return data.train_dataloader(), data.val_dataloader()
 
 
@@ -63,7 +64,7 @@ def test_packed_text_may_be_deleted_while_a_run_reads_it(data, tmp_path):
 def test_a_module_that_packed_nothing_says_what_to_call(corpus):
     module = ChunkDataModule(corpus)
     for loader in ("train_dataloader", "val_dataloader"):
-        module.trainer = SimpleNamespace(global_step=0, global_rank=0, world_size=1)
+        module.trainer = SimpleNamespace(global_step=0, global_rank=0, world_size=1, accumulate_grad_batches=1)
         with pytest.raises(InputError, match="call its methods open and prepare"):
             getattr(module, loader)()
 
@@ -149,13 +150,24 @@ def test_local_files_are_shuffled_and_hub_datasets_are_not(make, monkeypatch):
     assert [make(dataset="org/set", shuffle=shuffle).seed for shuffle in (None, False, True, 5)] == [None, None, 0, 5]
 
 
-@pytest.mark.parametrize("shuffle", [-1, 2**32, 1.5, "yes", [1]])
-def test_what_is_no_seed_is_refused(shuffle, make):
-    with pytest.raises(InputError, match="data.shuffle .* is no seed: give a whole number from 0 to 4294967295, or false"):
-        make(shuffle=shuffle)
-
-
 def test_a_text_that_is_held_out_whole_is_refused(make, tmp_path):
     (tmp_path / "a.txt").write_text("a fox " * 100)
     with pytest.raises(InputError, match="data.dataset .* is too small: without the held-out text .* more documents"):
         make(10, dataset=str(tmp_path / "a.txt"), repeat=True)
+
+
+def test_a_trainer_that_would_split_the_steps_otherwise_is_refused(make):
+    data = make(16, micro_batch_size=1)
+    assert len(loaders(data, ranks=2)[0]) == 4 * 2
+    for accumulation in (1, 4):
+        with pytest.raises(InputError, match="micro_batch_size 1 makes 2 .* accumulate_grad_batches=2"):
+            loaders(data, ranks=2, accumulation=accumulation)
+
+
+def test_more_chunks_than_were_prepared_are_not_read_again_unasked(make):
+    data, again = make(16), make(16, repeat=True)
+    for module in (data, again):
+        module.assign(8, 3)
+    assert len(list(loaders(again)[0])) == 3
+    with pytest.raises(InputError, match="20 chunks were assigned, and 16 prepared: call prepare"):
+        loaders(data)

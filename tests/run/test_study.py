@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import math
 import os
 import re
 import signal
@@ -13,10 +14,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 from helpers import STEP, fit_command, forkserver, refused
 
 from distill_pl.cli import main
 from distill_pl.measure import paper
+from distill_pl.run import study
 from distill_pl.run.study import end_with_parent, environments, expand, read
 
 RUNS = {"runs": [{"config": ["gla", "gla_qkv_mm_h2h"]}]}
@@ -197,6 +200,21 @@ def start_and_wait(pipe) -> None:
     libc = ctypes.CDLL(None)
     with subprocess.Popen(["sleep", "60"], preexec_fn=lambda: end_with_parent(libc), start_new_session=True) as child:
         pipe.send(child.pid)
+
+
+def test_two_studies_at_once_carry_out_no_run_twice(file, monkeypatch, capsys):
+    commands = []
+    monkeypatch.setattr(study, "command", lambda args, *rest: iter(commands.append(args) or ()))
+    monkeypatch.setattr(study, "summarise", lambda *args: {"held_out": {"student": 2.5}})
+    runs, out = listed(file, RUNS), file.parent
+    (out / "logs").mkdir()
+    with FileLock(out / "logs" / "gla_s0.lock"):  # as another study does while it carries out this run
+        assert study.carry_out(runs, out, out / "results", None, parallel=2, deadline=math.inf) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^gla_s0 .* left to another study", printed, re.M) and "1 finished, 0 failed, 1 left" in printed
+    assert len(commands) == 1 and [file.stem for file in (out / "results").iterdir()] == ["gla_qkv_mm_h2h_s0"]
+    assert study.carry_out(runs, out, out / "results", None, parallel=2, deadline=math.inf) == 0
+    assert "2 finished, 0 failed, 0 left" in capsys.readouterr().out
 
 
 @pytest.mark.slow

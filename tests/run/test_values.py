@@ -1,22 +1,25 @@
 """Every key's edge values either work or are refused in one line before any work."""
 
+import math
 import re
 import signal
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 import yaml
-from helpers import STEP, refused, some_tokens
+from helpers import STEP, refused
 from jsonargparse import Namespace
-from lightning.pytorch.plugins import MixedPrecision
 
 from distill_pl.cli import main
+from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.errors import InputError
 from distill_pl.run.trainer import precision
 from distill_pl.run.values import RANGES
-from distill_pl.stages import KDStage
+from distill_pl.stages import STAGES
 from distill_pl.student.factory import StudentFactory
 
 KEYS = {"tokens": 15 * STEP}
@@ -45,7 +48,7 @@ KEYS = {"tokens": 15 * STEP}
         ({"kd.temperature": 1e-3}, "kd.temperature 0.001 is too small: give at least 0.01 and at most 100"),
         ({"kd.temperature": 1e6}, "kd.temperature 1000000.0 is too large"),
         ({"student.mixer": "swa", "student.window": 129}, "student.window 129 is beyond the teacher's 128 positions"),
-        ({"student.window": 8, "student.sinks": 2**20}, "student.sinks 1048576 is beyond the teacher's 128 positions"),
+        ({"student.window": 8, "student.sinks": 10**6}, "student.sinks 1000000 is beyond the teacher's 128 positions"),
         ({"kd.clip": 0}, "kd.clip 0.* more than 0"),
         ({"trainer.precision": "16-mixed"}, "trainer.precision 16-mixed.* bf16-mixed"),
         ({"trainer.precision": "bf16-true"}, "trainer.precision bf16-true.* 32-true"),
@@ -60,7 +63,7 @@ KEYS = {"tokens": 15 * STEP}
         ({"trainer.precision": "64-true"}, "trainer.precision 64-true.* 32-true"),
         ({"trainer.strategy": "ddp_spawn"}, "trainer.strategy ddp_spawn is not supported: choose one of auto, "),
         ({"trainer.accelerator": "tpu"}, "trainer: .*torch_xla"),
-        ({"student.retention": 1e-30}, "student.retention 1e-30 must lie between 0.000001 and 0.999999"),
+        ({"student.retention": 1e-30}, "student.retention 1e-30 is too small: give at least 1e-06 and at most 0.999999"),
     ],
 )
 def test_values_out_of_range(arguments, tmp_path, keys, says):
@@ -71,6 +74,23 @@ def test_values_out_of_range(arguments, tmp_path, keys, says):
 @pytest.mark.parametrize("key", RANGES)
 def test_every_range_is_checked_before_the_teacher_is_read(arguments, key):
     assert refused(*arguments(**{key: -(2**64), "teacher": "/nowhere"})).startswith(f"distill-pl: {key}")
+
+
+IN_PYTHON = {name: partial(stage, None, None) for name, stage in STAGES.items()}
+IN_PYTHON |= {"student": StudentFactory, "data": partial(ChunkDataModule, "text")}
+
+
+@pytest.mark.parametrize("key", [key for key in RANGES if "." in key and not key.endswith("tokens") and "trainer" not in key])
+def test_a_range_holds_in_python_as_on_the_command_line(arguments, key):
+    group, name = key.split(".")
+
+    def said(value) -> str:
+        with pytest.raises(InputError, match=f"^{key} .* is .*: give ") as error:
+            IN_PYTHON[group](**{name: value})
+        return str(error.value).partition(" is ")[2]
+
+    assert said(-(2**64)) == refused(*arguments(**{key: -(2**64), "teacher": "/nowhere"})).partition(" is ")[2]
+    assert all(said(value).startswith("no ") for value in ("1", math.nan, [1]))
 
 
 def test_a_budget_of_null_is_none(arguments):
@@ -166,21 +186,40 @@ def test_ctrl_c_is_one_line(monkeypatch):
     assert "interrupted: what has been written is kept" in refused("params", code=128 + signal.SIGINT)
 
 
+INTERRUPTED_IMPORT = """
+import signal, sys
+sys.argv[0] = {name!r}
+class Interrupt:
+    def find_spec(self, name, *args):
+        if name == "torch":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+import distill_pl.cli
+"""
+
+
+@pytest.mark.parametrize("name", ["/usr/bin/distill-pl", "other.py"])
+def test_ctrl_c_while_the_command_imports_prints_nothing(name):
+    code = INTERRUPTED_IMPORT.format(name=name)
+    ended = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGINT
+    assert ("KeyboardInterrupt" in ended.stderr) == (name == "other.py")  # a library leaves the handling of signals alone
+
+
+def test_the_command_handles_ctrl_c_once_it_begins(monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        test_ctrl_c_is_one_line(monkeypatch)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("computes_in_bf16", "chosen"), [(True, "bf16-mixed"), (False, "32-true")])
 def test_precision_of_gpus_that_only_emulate_bf16_is_fp32(monkeypatch, computes_in_bf16, chosen):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     supported = lambda including_emulation=True: including_emulation or computes_in_bf16  # noqa: E731
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
     assert precision(Namespace(trainer=Namespace(accelerator="auto", precision=None))) == chosen
-
-
-def test_a_stage_refuses_scaled_gradients(teacher):
-    stage = KDStage(StudentFactory("gla").build(teacher, 0), teacher)
-    scaled = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = L.Trainer(max_steps=1, accelerator="cpu", plugins=[scaled], **quiet)
-    with pytest.raises(InputError, match="16-mixed.* choose 32-true or bf16-mixed"):
-        trainer.fit(stage, torch.utils.data.DataLoader(some_tokens(teacher), batch_size=2))
 
 
 @pytest.fixture

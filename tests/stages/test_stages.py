@@ -3,11 +3,16 @@
 import inspect
 import math
 
+import lightning as L
 import pytest
 import torch
+from helpers import some_tokens
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from distill_pl.errors import Diverged, InputError
@@ -502,14 +507,6 @@ def test_gradients_are_clipped_together(teacher, tokens, fused):
         torch.testing.assert_close(gradient, start * 0.01 / norm, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("kind", STAGES.values(), ids=STAGES)
-@pytest.mark.parametrize("option", [{"lr": 0.0}, {"lr": -1e-4}, {"warmup": 1.5}, {"warmup": -0.1}, {"clip": 0.0}], ids=str)
-def test_bad_options_are_refused(teacher, kind, option):
-    [(key, value)] = option.items()
-    with pytest.raises(InputError, match=f"{kind.name}.{key} {value}"):
-        kind(StudentFactory("gla").build(teacher, seed=0), teacher, **option)
-
-
 CHOICES = [(kind, key) for kind in (StudentFactory, *STAGES.values())
            for key, value in inspect.signature(kind).parameters.items() if "Literal" in str(value.annotation)]  # fmt: skip
 
@@ -524,10 +521,120 @@ def test_a_choice_that_there_is_not_is_refused_and_not_taken_for_another(teacher
     assert len(CHOICES) >= 11
 
 
-@pytest.mark.parametrize("option", [{"alpha": -1.0}, {"temperature": 0.0}], ids=str)
-def test_bad_distillation_options_are_refused(teacher, option):
-    with pytest.raises(InputError, match=f"kd.{next(iter(option))}"):
-        KDStage(StudentFactory("gla").build(teacher, seed=0), teacher, **option)
+NO_BATCH = {  # what a loader may yield -> what is said of it
+    "dict": (lambda tokens: {"input_ids": tokens}, "is dict: .* token ids"),
+    "list": (lambda tokens: [tokens], "is list: .* token ids"),
+    "array": (lambda tokens: tokens.numpy(), "is ndarray: .* token ids"),
+    "floats": (lambda tokens: tokens.float(), r"is torch.float32 \[2, 16\]: .* int64"),
+    "one row": (lambda tokens: tokens[0], r"is torch.int64 \[16\]: .* \[B, T\]"),
+    "no rows": (lambda tokens: tokens[:0], r"of shape \[0, 16\]"),
+    "nothing to predict": (lambda tokens: tokens[:, :1], r"of shape \[2, 1\]: give rows of at least 2"),
+    "beyond the positions": (lambda tokens: tokens.repeat(1, 9), "rows of 144 tokens, the teacher reads 128"),
+    "beyond the vocabulary": (lambda tokens: tokens + 300, "to .*, the vocabulary those from 0 to 299"),
+    "padding": (lambda tokens: tokens.where(tokens > 99, -100), "ids from -100 .* without padding"),
+}
+
+
+@pytest.mark.parametrize("what", NO_BATCH)
+@pytest.mark.parametrize("kind", STAGES.values(), ids=STAGES)
+def test_what_is_no_batch_is_refused_with_and_without_lightning(teacher, tokens, kind, what):
+    change, says = NO_BATCH[what]
+    stage, batch = make(kind, teacher, "gla"), change(tokens)
+    rows = DataLoader([batch], 1, collate_fn=lambda batches: batches[0])
+    for read in (lambda: stage.losses(batch, 0), lambda: trainer(max_steps=1).fit(stage, rows)):
+        with pytest.raises(InputError, match=f"^{kind.name}: a batch .*{says}"):
+            read()
+
+
+def test_rows_beyond_a_sliding_window_are_refused(save_model, tokens):
+    stage = make(KDStage, Teacher(str(save_model("mistral", sliding_window=LENGTH))), "gla")
+    assert stage.losses(tokens, 0)[0].isfinite()
+    with pytest.raises(InputError, match="rows of 32 tokens, the teacher reads 16"):
+        stage.losses(tokens.repeat(1, 2), 0)
+
+
+@pytest.mark.parametrize("kind", STAGES.values(), ids=STAGES)
+@pytest.mark.parametrize(("changes", "says"), [
+    ({"vocab_size": 320}, "vocab_size is 300 in the student, 320 in the teacher"),
+    ({"num_hidden_layers": 3}, "num_hidden_layers is 2 in the student, 3 in the teacher"),
+    ({"hidden_size": 64}, "hidden_size is 32 in the student, 64 in the teacher"),
+])  # fmt: skip
+def test_a_teacher_that_is_not_the_students_is_refused(teacher, tokens, save_model, kind, changes, says):
+    student, other = StudentFactory("gla").build(teacher, seed=0), Teacher(str(save_model("llama", **changes)))
+    if kind is KDStage and "vocab_size" not in changes:  # distributions are compared, whatever computes them
+        assert kind(student, other).losses(tokens, 0)[0].isfinite()
+        return
+    with pytest.raises(InputError, match=f"^{kind.name}: {says}"):
+        kind(student, other)
+
+
+def test_models_of_transformers_are_no_student_and_no_teacher(teacher):
+    student = StudentFactory("gla").build(teacher, seed=0)
+    with pytest.raises(InputError, match="kd: teacher is a LlamaForCausalLM: give a Teacher"):
+        KDStage(student, teacher.model)
+    with pytest.raises(InputError, match="kd: student is a LlamaForCausalLM: give a Student"):
+        KDStage(teacher.model, teacher)
+
+
+# ---- a Trainer of one's own
+
+
+def trainer(**options) -> L.Trainer:
+    off = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return L.Trainer(**{"accelerator": "cpu"} | off | options)
+
+
+def loader(teacher: Teacher) -> DataLoader:
+    return DataLoader(some_tokens(teacher, rows=8), batch_size=2)
+
+
+class LearningRates(L.Callback):
+    def on_train_start(self, trainer, stage) -> None:
+        self.rates: list[float] = []
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("kind", STAGES.values(), ids=STAGES)
+def test_epochs_give_the_schedule_of_the_steps_that_they_have(teacher, kind):
+    found = []
+    for options in ({"max_steps": 6}, {"max_epochs": 3}, {"max_epochs": 3, "max_steps": 6}):
+        seen = LearningRates()
+        stage = make(kind, teacher, "gla", warmup=0.9)
+        trainer(**options, accumulate_grad_batches=2, callbacks=seen).fit(stage, loader(teacher))
+        found.append(seen.rates)
+    assert found[0] == found[1] == found[2] and max(found[0]) > min(found[0]) > 0
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    ({"max_time": "00:00:01:00"}, "kd: the learning rate needs a length of training: give the Trainer max_steps"),
+    ({"max_epochs": -1}, "kd: the learning rate needs a length"),
+    ({"max_steps": 1, "gradient_clip_val": 0.5}, "kd clips gradients itself: give it clip=0.5"),
+    ({"max_steps": 1, "precision": "16-true"}, "kd: a student in float16 .* bf16-mixed"),
+    ({"max_steps": 1, "plugins": MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))}, "16-mixed.* bf16-mixed"),
+], ids=str)  # fmt: skip
+def test_a_trainer_that_a_stage_would_not_follow_is_refused(teacher, options, says):
+    with pytest.raises(InputError, match=says):
+        trainer(**options).fit(make(KDStage, teacher, "gla"), loader(teacher))
+
+
+def test_callbacks_may_monitor_what_is_validated(teacher):
+    stage, stop = make(KDStage, teacher, "gla"), EarlyStopping("validation/student_ce", min_delta=100, patience=0)
+    run = trainer(max_steps=8, val_check_interval=2, callbacks=stop)
+    run.fit(stage, loader(teacher), loader(teacher))
+    assert run.global_step == 4 and stage.validation["student_ce"] == run.callback_metrics["validation/student_ce"].item()
+
+
+def test_lightnings_own_checkpoints_go_on_to_the_same_weights(teacher, tmp_path):
+    found = []
+    for resumed in (False, True):
+        save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=4, save_top_k=-1)
+        stage = make(MatrixMixingStage, teacher, "gla", lr=1e-2)
+        run = trainer(max_steps=8, callbacks=save, enable_checkpointing=True)
+        run.fit(stage, loader(teacher), ckpt_path=tmp_path / "step=4.ckpt" if resumed else None)
+        found.append(stage.student.state_dict())
+    assert all(torch.equal(x, found[1][name]) for name, x in found[0].items())
 
 
 @pytest.mark.slow

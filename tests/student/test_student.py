@@ -17,7 +17,7 @@ from distill_pl.mixers import MIXERS
 from distill_pl.stages import KDStage
 from distill_pl.student.cache import StudentCache
 from distill_pl.student.factory import StudentFactory, check_teacher
-from distill_pl.student.modeling import Student
+from distill_pl.student.modeling import Student, StudentConfig
 from distill_pl.student.transfer import as_transformer
 from distill_pl.teacher import Teacher
 
@@ -146,8 +146,6 @@ def test_bad_options_are_refused():
         ({"mixer": "gla", "shape": "paper"}, "cannot take the teacher's projections"),
         ({"mixer": "delta_net", "shape": "paper", "kv_heads": "grouped"}, "student.kv_heads grouped"),
         ({"mixer": "metala", "init": "fresh", "shape": "paper", "rope": True}, "student.rope true"),
-        ({"mixer": "swa", "window": 0}, "student.window 0 is no number of tokens from 1"),
-        ({"mixer": "swa", "sinks": 2**21}, "student.sinks 2097152 is no number of tokens from 1 to 1048576"),
         ({"mixer": "gla", "sinks": 4}, "student.sinks 4 without a window"),
         ({"mixer": "softmax", "window": 8}, "student.window 8: softmax attends to every token"),
         ({"mixer": "metala", "window": 8}, "student.window 8: metala has no key projection"),
@@ -155,11 +153,26 @@ def test_bad_options_are_refused():
     ]:
         with pytest.raises(InputError, match=message):
             StudentFactory(**options)
-    for key, option in [("mixer", "hgrn3"), ("init", "calibrated"), ("retention", 1.0), ("retention", 0.0), ("backend", "fla")]:
+    for key, option in [("mixer", "hgrn3"), ("init", "calibrated"), ("backend", "fla")]:
         if (key, torch.cuda.is_available()) == ("backend", True):
             continue
         with pytest.raises(InputError, match=f"student.{key} {option!r}|student.{key} {option}"):
             StudentFactory(**{key: option})
+
+
+@pytest.mark.parametrize(("changes", "says"), [
+    ({"mixer": "hgrn3"}, "mixer 'hgrn3' is unknown: update distill_pl"),
+    ({"teacher": None}, "without a teacher's is no student's"),
+])  # fmt: skip
+def test_a_configuration_of_no_student_is_refused(teacher, changes, says):
+    config = StudentFactory("gla").config(teacher)
+    with pytest.raises(InputError, match=says):
+        Student(StudentConfig(**config.to_dict() | changes))
+
+
+def test_a_teachers_folder_is_no_students(teacher_folder):
+    with pytest.raises(InputError, match="is no student's"):
+        Student.from_pretrained(teacher_folder)
 
 
 # ---- transformers' interface
