@@ -34,7 +34,9 @@ class Stage(L.LightningModule):
     `loss` and the cross-entropies `teacher_ce` and `student_ce`, in nats per token.
 
     Args:
-        tokens: training tokens of this stage; 0 skips it.
+        student: the student, whose weights are trained in place.
+        teacher: the frozen teacher, of which the student was made.
+        tokens: training tokens of this stage in `distill-pl fit`; 0 skips it.
         lr: maximum learning rate.
         warmup: share of the steps in which the learning rate rises.
         weight_decay: AdamW's weight decay, of matrices only.
