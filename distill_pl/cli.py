@@ -123,7 +123,7 @@ class DistillCLI(LightningCLI):
         parser.add_argument("--teacher", type=str, required=True, help="hub id or folder of a Llama-like model")
         parser.add_argument("--tokens", type=Tokens, default=Tokens("1B"), help="tokens of all stages together, e.g. 80M, 1B")
         parser.add_argument("--seed", type=int, default=0, help="seed of the student's randomly initialised weights")
-        text = "on a GPU, compile the layers and capture each training step as a CUDA graph (with fsdp, compile alone)"
+        text = "on a GPU, compile the layers and capture each training step as a CUDA graph (with fsdp, no graphs)"
         parser.add_argument("--compile", type=bool, default=True, help=text)
         text = "print what would be run, with its memory and disk space, and stop"
         parser.add_argument("--dry_run", action="store_true", help=text)

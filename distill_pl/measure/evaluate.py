@@ -67,7 +67,7 @@ def evaluate(
         data: folder of <task>.jsonl files in the hub's columns; without it lm-eval downloads its data from the hub.
         limit: score only this many first questions of each task; of recall tasks, of each length, and of `text` so many rows
             (default of both: 25).
-        batch_size: sequences in a forward pass; in recall tasks and `text`, each stands for 2048 tokens, on a GPU for 16384.
+        batch_size: sequences in a forward pass; for recall tasks and `text`, so many times 2048 tokens (on a GPU 16384).
         lengths: lengths of the prompts of recall tasks, in tokens; the largest is also that of the rows of `text`.
         text: local file, folder or hub dataset on which to measure perplexity, by position too, and in which recall tasks hide
             numbers; by default these use the held-out text of a run.

@@ -43,14 +43,14 @@ def layers(
 
     Args:
         run: run folder of `distill-pl fit`.
-        keep: also print which so many layers to keep, as a value of `student.softmax_layers`: by KL, by recall, and evenly
-            spaced, since layers that are best one by one need not be best together. By recall, layers that do not raise it by
-            two standard errors follow by KL. Layers of softmax attention that the student has already count, and are kept by
-            KL and by recall.
+        keep: number of layers with softmax attention; also print which, as a value of `student.softmax_layers`: by KL, by
+            recall, and evenly spaced, since layers that are best one by one need not be best together. By recall, layers that
+            do not raise it by two standard errors follow by KL. Layers of softmax attention that the student has already
+            count, and are kept by KL and by recall.
         tasks: names of recall tasks, see `distill-pl evaluate --help`; recall is their mean accuracy.
         lengths: lengths of the prompts of recall tasks, in tokens.
         limit: number of questions of each task and length.
-        batch_size: sequences in a forward pass; in recall tasks, each stands for 2048 tokens, on a GPU for 16384.
+        batch_size: sequences in a forward pass; for recall tasks, so many times 2048 tokens (on a GPU 16384).
         seed: seed of the questions.
     """
     quiet()

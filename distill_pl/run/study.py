@@ -108,7 +108,7 @@ def study(
         data: folder of <task>.jsonl files for `evaluate`, instead of the file's.
         out: folder of the run folders, and of the runs' console output, in logs/.
         results: folder of the JSON files, by default `results` in `out`.
-        parallel: how many runs train at once on this machine, while others are evaluated; they share out its GPUs.
+        parallel: how many runs train at once on this machine, whose GPUs they share, while others are evaluated.
         seeds: run only the first so many seeds of each group.
         only: run only what matches this pattern, such as 'gla_*_s0'.
         index: run only this one of the runs, counted from 1: for a Slurm array.
