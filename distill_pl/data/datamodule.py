@@ -48,6 +48,9 @@ class ChunkDataModule(L.LightningDataModule):
         skip_bad_rows: skip and count rows that hold no readable text (broken JSON, bytes that are no UTF-8, numbers) instead
             of refusing them.
         cache: folder for the packed chunks, shared by all runs.
+
+    Raises:
+        InputError: a value out of range.
     """
 
     ranges: ClassVar[dict[str, Range]] = {

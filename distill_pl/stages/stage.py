@@ -41,6 +41,9 @@ class Stage(L.LightningModule):
         warmup: share of the steps in which the learning rate rises.
         weight_decay: AdamW's weight decay, of matrices only.
         clip: maximum norm of the whole gradient.
+
+    Raises:
+        InputError: a value that is unknown or out of range, or a student that is not of this teacher.
     """
 
     name: ClassVar[str]

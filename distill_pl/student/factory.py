@@ -40,12 +40,12 @@ class StudentFactory:
             `expanded` has one for each query head, initialised as copies. Default: grouped for softmax and swa, expanded for
             the others. Leave it out with shape paper, which has numbers of its own.
         rope: whether q and k are rotated by the teacher's rotary position embedding. Default: as in the mixer's own paper,
-            true for softmax, retnet and swa.
+            true for softmax, retnet and swa. `distill-pl export` finds no exact counterpart of other students with it.
         softmax_layers: layers, counted from 0, that keep the teacher's softmax attention and its weights: a hybrid model,
             whose cache grows with the sequence.
-        window: number of last tokens, the token itself included, that sliding-window attention with the teacher's queries,
-            keys and values reads: the mixer swa, where the default is 64, or attention beside another mixer, mixed with it
-            head by head after its norms and gates, y = g mixer + (1 - g) window with a learned g. Default: none beside a mixer.
+        window: number of last tokens, the token itself included, that sliding-window attention reads. For the mixer swa the
+            default is 64. For another mixer, window attention with the same projections of q, k and v is added to each head
+            after norms and gates, y = g mixer + (1 - g) window with a learned g; by default there is none.
         sinks: number of first tokens that window attention reads as well. Default: 4.
         start_from: run folder of `distill-pl fit`, or folder of a student of the same teacher that it exported, to go on from.
             All weights outside attention are copied, and those of every layer with the same mixer; other layers start as init
@@ -55,6 +55,9 @@ class StudentFactory:
             between 0 and 1.
         backend: implementation of the mixing: `fla` for Triton kernels, `torch` for plain PyTorch, `auto` for fla on a GPU
             where fla-core is installed and torch elsewhere.
+
+    Raises:
+        InputError: a value that is unknown or out of range, or that does not go with another.
     """
 
     ranges: ClassVar[dict[str, Range]] = {
