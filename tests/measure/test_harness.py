@@ -22,6 +22,7 @@ from distill_pl.measure.harness import (
     _make_zero_shot,
     _no_metric_scripts,
     _stock_task,
+    _task_manager,
     check_tasks,
     prompt_tokenizer,
     run_tasks,
@@ -335,6 +336,16 @@ def test_check_rows_names_the_row_whose_answer_is_no_choice(model, tokenizer, tm
     with pytest.raises(InputError, match=says):
         run_tasks(model, tokenizer, [task], data=tmp_path)
     assert run_tasks(model, tokenizer, [task], data=tmp_path, limit=1)[task]["n"] == 1
+
+
+def test_task_manager_makes_lm_eval_compile_a_template_once():
+    from lm_eval import utils
+
+    _task_manager()
+    assert [utils.apply_template("{{ a }} of 3", {"a": a}) for a in (1, 2)] == ["1 of 3", "2 of 3"]
+    before = utils.env.from_string.cache_info()
+    utils.apply_template("{{ a }} of 3", {"a": 3})
+    assert utils.env.from_string.cache_info()[:2] == (before.hits + 1, before.misses)
 
 
 def test_no_metric_scripts_refuses_evaluate_load():

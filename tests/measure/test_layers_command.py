@@ -36,8 +36,8 @@ def test_the_only_other_layer_put_back_leaves_no_divergence(teacher):
 
 
 def test_choices():
-    rows = [{"layer": layer, "kl": kl, "recall": recall, "recall_stderr": 0.01}
-            for layer, kl, recall in [(None, 0.5, 0.1), (0, 0.4, 0.12), (1, 0.3, 0.5), (2, 0.2, 0.0), (4, 0.1, 0.1)]]  # fmt: skip
+    measured = [(None, 0.5, 0.1), (0, 0.4, 0.12), (1, 0.3, 0.5), (2, 0.2, 0.0), (4, 0.1, 0.1)]
+    rows = [{"layer": layer, "kl": kl, "recall": share, "recall_stderr": 0.01} for layer, kl, share in measured]
     assert choices(rows, 2) == {"by KL": [2, 4], "by recall": [1, 4], "evenly spaced": [1, 3]}  # 0.12 may be chance
     rows[1]["recall"] = 0.13
     assert choices(rows, 2)["by recall"] == [0, 1]
