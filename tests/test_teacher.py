@@ -234,6 +234,7 @@ HALF_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "par
 EXACT = {  # model type -> configuration
     "olmo2": {},  # norms after attention and MLP, q and k norms of all heads together
     "olmo3": TWO_KINDS,
+    "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 2},  # with a window, the others have no RoPE
     "gemma": {},  # scaled embeddings, norms that add 1 to their weight
     "gemma3_text": TWO_KINDS | {"query_pre_attn_scalar": 16},  # two kinds of RoPE
     "smollm3": {"no_rope_layers": [1, 0]},
