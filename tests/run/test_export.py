@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from shared_fixtures import QUICK
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from distill_pl.measure import paper
+from distill_pl.mixers import MIXERS
 from distill_pl.run.card import add_results, licence_of
 from distill_pl.student.factory import StudentFactory
 from distill_pl.teacher import Teacher
@@ -68,6 +70,7 @@ def one_layer(save_model) -> Teacher:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(QUICK & MIXERS.keys()))  # test_layers traces the layers of all
 def test_compiled_forward_is_the_forward(one_layer, name):
     torch.compiler.reset()  # else the models of earlier tests count as recompilations of this one
     model = StudentFactory(name).build(one_layer, 0).eval()
