@@ -20,17 +20,19 @@ pytestmark = pytest.mark.slow
 
 # name -> family, and how it is not the usual; a border is where the state is handed on, and its gradient back
 KERNELS = {name: (name, {}) for name in FAMILIES if name not in ("softmax", "window")} | {
+    "gated_delta, channels": ("gated_delta, channels", {"length": 24}),
+    "gated_delta, rank one": ("gated_delta, rank one", {"length": 24}),
     "channel_decay, fla's": ("channel_decay", {"key": 24}),
-    "channel_decay, pieces": ("channel_decay", {"length": 200, "border": 150, "value": 32}),
+    "channel_decay, pieces": ("channel_decay", {"length": 100, "border": 70, "value": 32}),
     "channel_decay, strong pieces": ("channel_decay", {"length": 200, "border": 150, "heads": 1, "key": 32, "strong": True}),
-    "channel_decay, pieces of logits": ("channel_decay, logits", {"length": 200, "border": 150, "heads": 1}),
+    "channel_decay, pieces of logits": ("channel_decay, logits", {"length": 100, "border": 70, "heads": 1}),
     "scalar_decay, parts": ("scalar_decay", {"key": 80, "value": 72, "length": 70, "border": 64}),
     "normalized, parts": ("normalized", {"key": 128, "value": 80}),
     "normalized, pieces": ("normalized", {"border": 24}),
     "mlstm, pieces": ("mlstm", {"border": 24}),
     "gated_delta, pieces": ("gated_delta", {"length": 70, "border": 4}),
-    "gated_delta, pieces of rank one": ("gated_delta, rank one", {"border": 24, "heads": 1}),
-    "channel_decay, columns": ("channel_decay", {"columns": True, "batch": 2, "length": 100}),
+    "gated_delta, pieces of rank one": ("gated_delta, rank one", {"length": 24, "border": 8, "heads": 1}),
+    "channel_decay, columns": ("channel_decay", {"columns": True, "batch": 2, "length": 70}),
 }
 ROWS = {  # sizes, width, and whether there are biases, a norm, a residual, an MLP's gate
     "rows": ((9,), 33, False, False, False, False),
