@@ -71,6 +71,13 @@ def quick(values) -> list:
     return [value if value in QUICK else slow(value) for value in values]
 
 
+def in_turn(names: tuple[str, ...], *values) -> pytest.MarkDecorator:
+    """Run a test with each mixer as `name`, and with the next of `values`, tuples of the parameters `names`: not with each."""
+    cases = [(name, *values[index % len(values)]) for index, name in enumerate(MIXERS)]
+    marked = [pytest.param(*case, marks=[pytest.mark.slow] * (case[0] not in QUICK)) for case in cases]
+    return pytest.mark.parametrize(("name", *names), marked)
+
+
 def make_documents(count: int, seed: int = 0) -> list[str]:
     """Write `count` different texts of one to nine sentences."""
     rng = random.Random(seed)
@@ -218,10 +225,9 @@ def layout(request, name) -> dict:
 # every mixer as it is and in one of the other layouts, for tests that are too slow for each with each
 OTHER_LAYOUTS = ("expanded", "window", "paper", "rope")
 LAYOUTS = [(name, kind) for index, name in enumerate(MIXERS) for kind in ("grouped", OTHER_LAYOUTS[index % 4])]
-LAYOUTS = [pair if pair[0] in QUICK else slow(pair) for pair in LAYOUTS]
 
 
-@pytest.fixture(params=LAYOUTS, ids="-".join)
+@pytest.fixture(params=[pair if pair[0] in QUICK else slow(pair) for pair in LAYOUTS], ids="-".join)
 def name_and_layout(request) -> tuple[str, dict]:
     """Run the test with LAYOUTS: a mixer's name and options of a StudentFactory."""
     return request.param[0], layout_of(*request.param)

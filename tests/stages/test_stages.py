@@ -9,6 +9,7 @@ import torch
 from helpers import some_tokens
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
+from shared_fixtures import in_turn
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
@@ -56,8 +57,7 @@ def loss_of(stage: Stage, tokens: Tensor, seed: int = 0) -> float:
 # ---- the equations
 
 
-@pytest.mark.parametrize("norm", ["frobenius", "mse"])
-@pytest.mark.parametrize("shape", ["llama", "qwen3"])
+@pytest.mark.parametrize(("norm", "shape"), [("frobenius", "qwen3"), ("mse", "llama")])
 def test_matrix_mixing_is_equation_7(variant, tokens, name, norm, shape):
     teacher = variant(shape)
     stage = make(MatrixMixingStage, teacher, name, estimator="exact", norm=norm)
@@ -84,7 +84,7 @@ def distance(student: Tensor, teacher: Tensor, norm: str) -> Tensor:
     return torch.linalg.vector_norm(difference, dim=-1).mean() if norm == "l2" else difference.square().mean()
 
 
-@pytest.mark.parametrize("norm", ["l2", "mse"])
+@in_turn(("norm",), ("l2",), ("mse",))
 def test_hidden_alignment_is_equation_8(variant, tokens, name, norm):
     """Compare with blocks tapped by hooks, since the last of transformers' hidden_states is after the final norm."""
     teacher = variant("qwen3")
@@ -110,7 +110,7 @@ def test_hidden_alignment_is_equation_8(variant, tokens, name, norm):
     torch.testing.assert_close(loss, torch.stack(distances).mean(), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("norm", ["l2", "mse"])
+@in_turn(("norm",), ("l2",), ("mse",))
 def test_mixers_may_be_aligned_to_what_attention_computes(variant, tokens, name, norm):
     teacher = variant("qwen3")
     stage = make(HiddenAlignStage, teacher, name, target="mixer", norm=norm)
@@ -135,7 +135,7 @@ def test_mixers_may_be_aligned_to_what_attention_computes(variant, tokens, name,
     assert next(teacher.layers(tokens)).mixed is None
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@in_turn(("temperature",), (1.0,), (2.0,))
 def test_distillation_is_equations_5_and_6(variant, tokens, name, temperature):
     teacher = variant("llama_untied")
     stage = make(KDStage, teacher, name, alpha=0.7, temperature=temperature)
@@ -223,6 +223,7 @@ def test_a_student_that_is_the_teacher_has_its_cross_entropy(any_teacher, tokens
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["gla", "mlstm"])  # below, products with the signs are those of each mixer's matrix
 def test_probe_is_an_unbiased_estimate(teacher, tokens, name):
     stage = make(MatrixMixingStage, teacher, name, estimator="probe", norm="mse", probes=32)
     exact = loss_of(make(MatrixMixingStage, teacher, name, estimator="exact", norm="mse"), tokens)
@@ -248,7 +249,7 @@ def test_probe_is_exact_where_its_signs_are_orthogonal(variant, tokens, name, sh
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("norm", "bf16"), [("frobenius", True), ("mse", False)])
+@in_turn(("norm", "bf16"), ("frobenius", False), ("frobenius", True), ("mse", False))
 def test_exact_matrices_a_sequence_at_a_time_are_those_of_all_at_once(teacher_folder, tokens, name, norm, bf16, monkeypatch):
     """Compare losses and gradients, which are made along with them, with autograd's of the whole batch."""
     teacher, found = Teacher(str(teacher_folder), torch.bfloat16 if bf16 else torch.float32), []
@@ -271,7 +272,7 @@ def test_exact_matrices_a_sequence_at_a_time_are_those_of_all_at_once(teacher_fo
         assert (gradient - plain).norm() < (1e-2 if bf16 else 1e-5) * plain.norm()
 
 
-@pytest.mark.parametrize("norm", ["frobenius", "mse"])
+@in_turn(("norm",), ("frobenius",), ("mse",))
 def test_gradient_of_the_probe_points_where_the_exact_one_does(teacher, tokens, name, norm):
     gradients = []
     for estimator in ("exact", "probe"):
@@ -290,11 +291,11 @@ def test_the_seed_makes_the_probe(teacher, tokens, name):
     assert torch.equal(torch.get_rng_state(), start)
 
 
-@pytest.mark.parametrize("estimator", ["exact", "probe"])
-def test_sequences_are_judged_one_by_one(teacher, tokens, name, estimator):
+def test_sequences_are_judged_one_by_one(teacher, tokens, name):
     """Check that a batch's loss is the mean of its rows', so that it does not depend on how many ranks share the batch."""
-    for stage in (make(MatrixMixingStage, teacher, name, estimator=estimator), make(HiddenAlignStage, teacher, name),
-                  make(KDStage, teacher, name)):  # fmt: skip
+    estimators = [(MatrixMixingStage, {"estimator": estimator}) for estimator in ("exact", "probe")]
+    for kind, options in [*estimators, (HiddenAlignStage, {}), (KDStage, {})]:
+        stage = make(kind, teacher, name, **options)
         rows = [loss_of(stage, row[None]) for row in tokens]
         assert loss_of(stage, tokens) == pytest.approx(sum(rows) / len(rows), rel=1e-4)
 
@@ -306,9 +307,8 @@ def names_of(stage: Stage) -> set[str]:
     return {key for key, parameter in stage.student.named_parameters() if parameter.requires_grad}
 
 
-@pytest.mark.parametrize("shape", ["llama", "qwen3"])
-def test_each_stage_trains_its_own_parameters(variant, name, shape):
-    teacher = variant(shape)
+def test_each_stage_trains_its_own_parameters(variant, name):
+    teacher = variant("qwen3")  # with norms of q and k
     student = StudentFactory(name).build(teacher, seed=0)
     everything = {key for key, _ in student.named_parameters()}
     attention = {key for key in everything if ".self_attn." in key}
@@ -361,17 +361,8 @@ TRAINED = {
 }
 
 
-# each mixer with one objective of matrices, whose gradients are compared above, and with each of the others
-PAIRS = [
-    (name, objective)
-    for index, name in enumerate(MIXERS)
-    for place, objective in enumerate(TRAINED)
-    if place > 2 or place == index % 3
-]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "objective"), PAIRS)
+@in_turn(("objective",), *((objective,) for objective in TRAINED))
 def test_training_lowers_the_loss(teacher, tokens, name, objective):
     kind, options = TRAINED[objective]
     stage = make(kind, teacher, name, **options)
@@ -432,7 +423,7 @@ def test_validation_reports_both_models(teacher, tokens, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layer", [0, 1])
+@in_turn(("layer",), (0,), (1,))
 @pytest.mark.parametrize("kind", STAGES.values(), ids=STAGES)
 def test_a_loss_that_is_not_finite_names_stage_and_layer(teacher, tokens, name, kind, layer):
     stage = make(kind, teacher, name)
