@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache
 
 from distill_pl.console import aligned, quiet, say
 from distill_pl.data.sources import counted
-from distill_pl.errors import AT_LEAST_1, SEED, InputError, Range, check_numbers
+from distill_pl.errors import AT_LEAST_1, ROWS, SEED, InputError, Range, check_numbers
 from distill_pl.measure.evaluate import check_writable, load, read_report, weights_path
 from distill_pl.measure.params import smollm_360m
 from distill_pl.mixers import MIXERS
@@ -36,7 +36,7 @@ from distill_pl.tokens import short
 RANDOM = "random"  # in place of a path: random weights
 GPU_DEFAULTS, CPU_DEFAULTS = ("1024,4096,16384,65536", 5), ("128,256,512,1024", 3)  # lengths and repeats
 DECODE = ("auto", "graph", "plain")
-RANGES = {"new_tokens": AT_LEAST_1, "batch_size": AT_LEAST_1, "repeats": AT_LEAST_1, "prefill_chunk": Range(0, 1e15),
+RANGES = {"new_tokens": AT_LEAST_1, "batch_size": ROWS, "repeats": AT_LEAST_1, "prefill_chunk": Range(0, 1e15),
           "seed": SEED}  # fmt: skip
 PREFILL_CHUNK = 2048  # tokens that a model whose state does not grow reads at once by default
 WIDTHS = {"prompt": 8, "prefill tokens/s": 16, "first token ms": 14, "decode": 6, "ms/token (min to max)": 24, "of limit": 8,

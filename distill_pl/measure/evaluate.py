@@ -21,7 +21,7 @@ from distill_pl.console import aligned, percent, perplexity, quiet, say
 from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.data.files import OR_SKIP
 from distill_pl.data.sources import TextSource, counted
-from distill_pl.errors import AT_LEAST_1, SEED, InputError, Range, check_numbers, one_line
+from distill_pl.errors import AT_LEAST_1, ROWS, SEED, InputError, Range, check_numbers, one_line
 from distill_pl.measure import long_text, paper, recall
 from distill_pl.measure.harness import check_tasks, prompt_tokenizer, run_tasks
 from distill_pl.run.card import add_results
@@ -123,7 +123,7 @@ def check_options(tasks: str = "", data: str | None = None, limit: int | None = 
     Raises InputError for an option out of range, and for a task that neither lm-eval nor this package knows or `data` lacks.
     """
     numbers = {"limit": limit, "batch_size": batch_size, "seed": seed}
-    check_numbers(numbers, {"limit": AT_LEAST_1, "batch_size": AT_LEAST_1, "seed": SEED})
+    check_numbers(numbers, {"limit": AT_LEAST_1, "batch_size": ROWS, "seed": SEED})
     groups = {"study": paper.TASKS, "recall": list(recall.TASKS)}
     words = filter(None, map(str.strip, tasks.split(",")))
     names = list(dict.fromkeys(task for word in words for task in groups.get(word, [word])))

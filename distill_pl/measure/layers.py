@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distill_pl.console import quiet, say
-from distill_pl.errors import AT_LEAST_1, SEED, InputError, check_numbers
+from distill_pl.errors import AT_LEAST_1, ROWS, SEED, InputError, check_numbers
 from distill_pl.losses import kl_divergence
 from distill_pl.measure import recall
 from distill_pl.measure.evaluate import TOKENS_IN_MEMORY, check_writable, haystack, held_out_chunks, is_run, load, weights_path
@@ -55,7 +55,7 @@ def layers(
     """
     quiet()
     check_numbers({"limit": limit, "batch_size": batch_size, "seed": seed},
-                  {"limit": AT_LEAST_1, "batch_size": AT_LEAST_1, "seed": SEED})  # fmt: skip
+                  {"limit": AT_LEAST_1, "batch_size": ROWS, "seed": SEED})  # fmt: skip
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if unknown := [name for name in names if name not in recall.TASKS]:
         raise InputError(f"tasks={unknown[0]} is no recall task: give some of {', '.join(recall.TASKS)}")

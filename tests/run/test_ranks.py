@@ -12,7 +12,7 @@ from helpers import STAGE_FOLDERS, STEP, die_at_replace, forkserver
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from distill_pl.cli import main
+from distill_pl.cli import main, of_the_machine
 from distill_pl.measure.report import scalars
 
 pytestmark = pytest.mark.slow
@@ -35,14 +35,19 @@ def run_rank(args: list[str], rank: int, ranks: int, port: int, files: int) -> N
     main([*args, f"--trainer.devices={ranks}"])
 
 
+def free_port() -> int:
+    """Return a TCP port of this machine that is free."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def launch(args: list[str], ranks: int, files: int = 0, kill: tuple[int, float] | None = None) -> bool:
     """Run `ranks` ranks until they end or one dies, then kill the others; return whether all ended well.
 
     files: rank 0 dies after its `files`-th os.replace. kill: a rank, and the seconds after which it is killed.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     children = [forkserver.Process(target=run_rank, args=(args, rank, ranks, port, files)) for rank in range(ranks)]
     for child in children:
         child.start()
@@ -141,3 +146,25 @@ def test_any_rank_may_be_killed_at_any_moment(whole_on_two_ranks, arguments, tmp
     for out in (tmp_path / f"killed{number}" for number in range(1, runs + 1)):
         assert all(torch.equal(x, expected[name]) for name, x in load_file(out / "student" / "model.safetensors").items())
         assert not [*out.rglob("*.new"), *out.rglob("*.ckpt")]
+
+
+def add_up(rank: int, port: int, pipe) -> None:
+    """Join a group of two processes; rank 1 ends at once, and rank 0, which waits for its sum, sends what is said of that."""
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.distributed.all_reduce(torch.ones(1))
+    if rank == 0:
+        try:
+            torch.distributed.all_reduce(torch.ones(1))
+        except Exception as error:
+            pipe.send(of_the_machine(error))
+    os._exit(0)
+
+
+def test_a_rank_whose_neighbour_has_ended_says_so_in_one_line():
+    ours, theirs = forkserver.Pipe()
+    port = free_port()
+    for rank in range(2):
+        forkserver.Process(target=add_up, args=(rank, port, theirs)).start()
+    assert ours.poll(60)
+    line = ours.recv()
+    assert line.startswith("another process of this run has ended") and "\n" not in line

@@ -101,6 +101,9 @@ def test_a_budget_of_null_is_none(arguments):
     [
         ("evaluate /nowhere --tasks piqa --limit 0", "limit 0 .* at least 1"),
         ("evaluate /nowhere --tasks piqa --batch_size 0", "batch_size 0 .* at least 1"),
+        ("evaluate /nowhere --tasks piqa --batch_size 1000000000000", "batch_size 1000000000000 .* at most 1000000"),
+        ("layers /nowhere --batch_size 10000000", "batch_size 10000000 is too large"),
+        ("bench gla --batch_size 10000000", "batch_size 10000000 is too large"),
         ("evaluate /nowhere --tasks piqa --seed -1", "seed -1 .* at least 0"),
         ("generate /nowhere --max_new_tokens 0", "max_new_tokens 0 .* at least 1"),
         ("generate /nowhere --temperature -1", "temperature -1.0 .* at least 0"),
