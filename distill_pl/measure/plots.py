@@ -6,8 +6,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
+from matplotlib.transforms import Bbox
 
 from distill_pl.measure import paper, recall
 from distill_pl.mixers import MIXERS
@@ -15,6 +17,8 @@ from distill_pl.run.folder import write_aside
 
 DASHES = ("-", "--", ":", "-.")
 MARKERS = "sD^v<>pdh*"
+# where a point's name may stand, in points from it, and which side of the name is there
+PLACES = [((x, y), side) for y in (6, -6, 12, -12, 18, -18, 24, -24) for x, side in ((2, "left"), (-2, "right"))]
 DISTANCES = {"matrix_mixing": "|A teacher - A student|, Eq. 7", "hidden_align": "|h teacher - h student|, Eq. 8"}
 
 
@@ -65,6 +69,21 @@ def label_logarithmic(axis: Any) -> None:
     """Label a logarithmic axis with plain numbers: powers of ten, and as many between them as have room."""
     axis.set_major_formatter(LogFormatter())
     axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))  # decades up to which some, and all, have a label
+
+
+def label_points(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
+    """Write the names of points (x, y, name) beside them, without one hiding another as long as there is a free place."""
+    FigureCanvasAgg(axes.figure).draw()  # places what the names must not hide, and can measure texts
+    taken = [Bbox.from_bounds(x - 3, y - 3, 6, 6) for x, y in axes.transData.transform([(x, y) for x, y, _ in points])]
+    for x, y, name in points:
+        texts = [axes.annotate(name, (x, y), place, textcoords="offset points", ha=side, va="center", fontsize="xx-small")
+                 for place, side in PLACES]  # fmt: skip
+        boxes = [text.get_window_extent() for text in texts]
+        fits = [box.count_overlaps(taken) == 0 and axes.bbox.count_contains(box.corners()) == 4 for box in boxes]
+        chosen = fits.index(True) if any(fits) else 0
+        taken.append(boxes[chosen])
+        for text in texts[:chosen] + texts[chosen + 1 :]:
+            text.remove()
 
 
 def draw_line(axes: Any, places: Sequence[float], values: Sequence[float], **style: Any) -> Any:

@@ -124,9 +124,9 @@ def summary(folder: Path) -> str:
     if lengths := sorted({int(key.split()[1]) for runs in rows.values() for values in runs.values() for key in values
                           if key.startswith("recall ")}):  # fmt: skip
         found = dict.fromkeys(["teacher", *sorted(rows, key=lambda name: -average(rows[name], "recall"))])
-        measures = ["MB of state", "recall", *(f"recall {length}" for length in lengths)]
-        said = ("Percent of the answers found, mean over tasks, by length of the prompt in tokens; size of the state of one "
-                f"sequence after {STATE_TOKENS:,} tokens, by a model in bf16.")  # fmt: skip
+        measures = ["M parameters", "MB of state", "recall", *(f"recall {length}" for length in lengths)]
+        said = ("Percent of the answers found, mean over tasks, by length of the prompt in tokens; parameters of the model; "
+                f"size of the state of one sequence after {STATE_TOKENS:,} tokens, by a model in bf16.")  # fmt: skip
         shown = draw_recall_of(of_teacher, results, folder / "recall.png")
         text += ["### Recall", said, table(found, teacher | rows, measures), *shown]
     judged = claims(rows)
@@ -153,6 +153,8 @@ def measured(result: dict[str, Any], model: str) -> dict[str, float]:
         by_length = [tasks[task]["by_length"] for task in recall.TASKS if task in tasks]
         shared = [length for length in by_length[0] if all(length in row for row in by_length)]
         values |= {f"recall {length}": 100 * mean(row[length] for row in by_length) for length in shared}
+    if model == "student" and "parameters" in result:
+        values["M parameters"] = result["parameters"] / 1e6
     if found := result.get("state_bytes", {}).get(model):
         values["MB of state"] = found / 1e6
     return values
@@ -219,15 +221,18 @@ def table(published: dict[str, Any], rows: Rows,
 
 
 def ranking(names: list[str], rows: Rows) -> str:
-    """Compare the ranking of rows with the paper's by Kendall's tau, in a sentence."""
+    """Compare the ranking of rows with the paper's by Kendall's tau, of means and by the seeds that all have, in a sentence."""
     from scipy.stats import kendalltau
 
-    parts = []
+    published, parts = [PUBLISHED[name][-1] for name in names], []
     for measure, sign in [("perplexity", -1), ("Avg.", 1)]:
-        values = {name: [run[measure] for run in rows[name].values() if measure in run] for name in names}
-        if all(values.values()):
-            tau = kendalltau([sign * mean(found) for found in values.values()], [PUBLISHED[name][-1] for name in names])
-            parts.append(f"{tau.statistic:.2f} by {measure} (p = {tau.pvalue:.2g})")
+        values = [values_of(rows, name, measure, lambda value, sign=sign: sign * value) for name in names]
+        if all(values):
+            tau = kendalltau([mean(found.values()) for found in values], published)
+            seeds = set.intersection(*(set(found) for found in values))
+            taus = [kendalltau([found[seed] for found in values], published).statistic for seed in seeds]
+            over_seeds = f", by seed {interval(taus)}" if len(taus) > 1 else ""
+            parts.append(f"{tau.statistic:.2f} by {measure} (p = {tau.pvalue:.2g}{over_seeds})")
     return f"Kendall's tau to the paper's ranking of these {len(names)}: {', '.join(parts)}."
 
 
@@ -292,7 +297,7 @@ def draw(rows: Rows, teacher: float | None, file: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    from distill_pl.measure.plots import label_logarithmic
+    from distill_pl.measure.plots import label_logarithmic, label_points
 
     found = {name: [values["perplexity"] for values in runs.values()] for name, runs in rows.items()}
     names = sorted(found, key=lambda name: -mean(found[name]))
@@ -306,17 +311,18 @@ def draw(rows: Rows, teacher: float | None, file: Path) -> None:
         left.errorbar(middle, place, xerr=spread, marker="o", markersize=4, capsize=2, color=color)
         for right in others if average is not None else ():
             right.errorbar(middle, average, xerr=spread, marker="o", markersize=4, color="C0")
-            right.annotate(name, (middle, average), fontsize="xx-small", xytext=(4, 2), textcoords="offset points")
     left.set_yticks(range(len(names)), names, fontsize="small")
     left.set(title="blue: students of the paper\norange: beyond it; line: teacher", ylim=(-1, len(names)))
-    for right in others:
-        right.set(title="against the paper's accuracies", ylabel="paper's average accuracy, %")
     for axes in (left, *others):
         axes.set(xscale="log", xlabel="held-out perplexity, mean and 95% interval")
         label_logarithmic(axes.xaxis)
         axes.grid(axis="x", which="both", alpha=0.3)
     if teacher is not None:
         left.axvline(teacher, color="black", linewidth=1)
+    for right in others:
+        right.set(title="against the paper's accuracies", ylabel="paper's average accuracy, %")
+        label_points(right, [(mean(found[name]), PUBLISHED[name][-1], name) for name in names
+                             if name in PUBLISHED and PUBLISHED[name][-1] is not None])  # fmt: skip
     write_aside(file, lambda aside: figure.savefig(aside, format="png", dpi=120))
 
 

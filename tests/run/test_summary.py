@@ -9,7 +9,7 @@ import pytest
 from helpers import refused
 
 from distill_pl.measure import paper
-from distill_pl.run.summary import CLAIMS, PUBLISHED, SPANS, Claim, half_width, interval, judge, summary
+from distill_pl.run.summary import CLAIMS, PUBLISHED, SPANS, Claim, half_width, interval, judge, ranking, summary
 
 
 def write(folder: Path, row: str, losses: list[float], accuracies: tuple = (), tokens: str = "30M") -> None:
@@ -162,3 +162,11 @@ def test_recall_by_length_is_of_the_lengths_that_all_tasks_have(tmp_path):
     file.write_text(json.dumps(result | {"evaluated": {"student": rows, "teacher": rows}}))
     text = summary(tmp_path)
     assert "| seeds | recall | recall 128 |" in text and "| gla | 1 | 10.0 | 20.0 |" in text
+
+
+def test_rankings_of_single_seeds_give_an_interval():
+    names = sorted(("gla", "gla_mm", "gla_qkv"), key=lambda name: PUBLISHED[name][-1])  # the paper's last comes first
+    rows = {name: {0: {"perplexity": 30 - place}, 1: {"perplexity": 30 + 2 * place}} for place, name in enumerate(names)}
+    assert ranking(names, rows).endswith(": -1.00 by perplexity (p = 0.33, by seed 0.00 ± 12.71).")  # t of 2 values: 1 and -1
+    of_one = {name: {1: runs[1]} for name, runs in rows.items()}
+    assert ranking(names, of_one).endswith(": -1.00 by perplexity (p = 0.33).")
