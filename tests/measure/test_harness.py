@@ -338,10 +338,12 @@ def test_check_rows_names_the_row_whose_answer_is_no_choice(model, tokenizer, tm
     assert run_tasks(model, tokenizer, [task], data=tmp_path, limit=1)[task]["n"] == 1
 
 
-def test_task_manager_makes_lm_eval_compile_a_template_once():
+def test_task_manager_makes_lm_eval_compile_a_template_once(monkeypatch):
     from lm_eval import utils
 
-    _task_manager()
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", object)  # which indexes for ten seconds
+    monkeypatch.setattr(utils.env, "from_string", utils.env.from_string)
+    _task_manager.__wrapped__()
     assert [utils.apply_template("{{ a }} of 3", {"a": a}) for a in (1, 2)] == ["1 of 3", "2 of 3"]
     before = utils.env.from_string.cache_info()
     utils.apply_template("{{ a }} of 3", {"a": 3})
