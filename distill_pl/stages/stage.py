@@ -1,6 +1,7 @@
 """The base class of the three stages: train a student with a frozen teacher on a loss that consists of named parts."""
 
 import math
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -74,7 +75,7 @@ class Stage(L.LightningModule):
             own, theirs = getattr(student.config, key), getattr(teacher.config, key)
             if own != theirs:
                 raise InputError(f"{self.name}: {key} is {own} in the student, {theirs} in the teacher: give its own teacher")
-        self.longest = teacher.longest if teacher else 0
+        self.longest = teacher.longest if teacher else sys.maxsize
         self.student = student
         self.other_lr = 1.0  # learning rate outside the mixers, as a factor of lr
         self.teacher = teacher  # not an nn.Module, so that neither DDP nor checkpoints include it
@@ -158,7 +159,12 @@ class Stage(L.LightningModule):
         return [parameter for mixer in self.student.mixers for parameter in mixer.parameters()]
 
     def configure_model(self) -> None:
-        """Set which parameters train, before DDP fixes which gradients it reduces; under FSDP, shard both models."""
+        """Set which parameters train, before DDP fixes which gradients it reduces; under FSDP, shard both models.
+
+        Raises InputError where there is no teacher.
+        """
+        if self.teacher is None:
+            raise InputError(f"{self.name}: teacher is None: give a Teacher, also where kd.alpha 0 leaves it without a say")
         if is_sharded(self.student):
             return  # Lightning calls this hook again for a validation after training
         trained = self.trained()
@@ -235,8 +241,9 @@ class Stage(L.LightningModule):
         self.validation = {key: metric.compute().item() for key, metric in self.metrics.items()}
         for metric in self.metrics.values():
             metric.reset()
-        # for callbacks such as EarlyStopping and ModelCheckpoint; distill_pl.run.monitor writes the curves
-        self.log_dict({f"validation/{key}": value for key, value in self.validation.items()}, logger=False)
+        # for callbacks such as EarlyStopping and ModelCheckpoint; distill_pl.run.monitor writes the curves. The values are of
+        # all ranks already: without sync_dist, Lightning warns that they might not be
+        self.log_dict({f"validation/{key}": value for key, value in self.validation.items()}, logger=False, sync_dist=True)
 
     def configure_optimizers(self):
         """Build AdamW and the learning-rate schedule over `trainer.max_steps` or, without it, `trainer.max_epochs`.

@@ -565,6 +565,8 @@ def test_models_of_transformers_are_no_student_and_no_teacher(teacher):
         KDStage(student, teacher.model)
     with pytest.raises(InputError, match="kd: student is a LlamaForCausalLM: give a Student"):
         KDStage(teacher.model, teacher)
+    with pytest.raises(InputError, match="kd: teacher is None: give a Teacher"):
+        trainer(max_steps=1).fit(KDStage(student, None, alpha=0), loader(teacher))
 
 
 # ---- a Trainer of one's own
