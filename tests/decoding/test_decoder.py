@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 from helpers import some_tokens
+from shared_fixtures import LAYOUTS
 from torch._dynamo.testing import CompileCounter
 from torch.utils._pytree import tree_leaves
 
@@ -14,6 +15,7 @@ from distill_pl.decoding.decoder import FixedSoftmax
 from distill_pl.decoding.row_layer import RowLayer
 from distill_pl.errors import InputError
 from distill_pl.measure.bench import decode, prefill
+from distill_pl.mixers import MIXERS
 from distill_pl.ops import softmax
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.transfer import as_transformer
@@ -21,7 +23,7 @@ from distill_pl.teacher import Teacher
 
 pytestmark = pytest.mark.slow
 
-STEPS = 12
+STEPS = 8
 
 
 def run_uncompiled(graph, inputs):
@@ -59,7 +61,8 @@ def check_decoder(teacher, chunk: int = 0, **student) -> None:
     assert all(torch.equal(x, weights[key]) for key, x in model.state_dict().items())
 
 
-def test_tokens_are_those_of_plain_decoding(teacher, name, layout):
+def test_tokens_are_those_of_plain_decoding(teacher, name_and_layout):
+    name, layout = name_and_layout
     check_decoder(teacher, mixer=name, **layout)
 
 
@@ -67,15 +70,20 @@ def test_tokens_of_a_hybrid_are_those_of_plain_decoding(teacher, name):
     check_decoder(teacher, mixer=name, softmax_layers=[1])
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 4}, {"softmax_layers": [1]}], ids=["alone", "window", "hybrid"])
 @pytest.mark.parametrize("chunk", [6, 32])
-def test_prompts_read_in_chunks_are_those_read_at_once(teacher, name, chunk, options):
+def test_prompts_read_in_chunks_are_those_read_at_once(teacher, name, chunk):
     """Prompts have 20 tokens, then 7: the first chunk is padded."""
-    if "window" in options and name in ("softmax", "hgrn2", "metala"):
-        pytest.skip("takes no window")
-    check_decoder(teacher, chunk, mixer=name, **options)
+    beside = chunk == 6 and "k" in MIXERS[name].copies and name != "softmax"
+    check_decoder(teacher, chunk, mixer=name, **({"window": 4} if beside else {}))
 
 
+@pytest.mark.parametrize("chunk", [6, 32])
+def test_prompts_of_a_hybrid_are_read_in_chunks_too(teacher, chunk):
+    check_decoder(teacher, chunk, mixer="gla", softmax_layers=[1])
+
+
+# each mixer in a layout other than its usual one
+@pytest.mark.parametrize("name_and_layout", [("gla", "grouped"), *LAYOUTS[1::2]], indirect=True, ids="-".join)
 def test_a_step_of_one_row_is_one_graph(teacher, name_and_layout):
     """The norms are in the products: every layer is a RowLayer."""
     pytest.importorskip("triton")
@@ -97,11 +105,16 @@ def test_one_compilation_serves_all_layers(teacher, save_model):
 
 
 def test_transformers_own_models(any_teacher):
-    pytest.importorskip("triton")
     prompt = some_tokens(any_teacher)
-    for backend, rows in [(None, 2), (run_uncompiled, 1)]:
-        decoder = Decoder(any_teacher.model, max_length=40, backend=backend)
-        assert torch.equal(decoded(decoder, prompt[:rows]), plain(any_teacher.model, prompt[:rows]))
+    assert torch.equal(decoded(Decoder(any_teacher.model, 40, backend=None), prompt), plain(any_teacher.model, prompt))
+
+
+@pytest.mark.parametrize("shape", ["llama_bias", "llama_scaled_rope", "qwen3"])
+def test_one_row_of_transformers_own_models(variant, shape):
+    pytest.importorskip("triton")
+    model, prompt = variant(shape).model, some_tokens(variant(shape), rows=1)
+    decoder = Decoder(model, max_length=40, backend=run_uncompiled)
+    assert torch.equal(decoded(decoder, prompt), plain(model, prompt))
 
 
 def test_fixed_softmax_is_called_as_softmax():

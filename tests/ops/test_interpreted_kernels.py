@@ -23,7 +23,7 @@ KERNELS = {name: (name, {}) for name in FAMILIES if name not in ("softmax", "win
     "gated_delta, channels": ("gated_delta, channels", {"length": 24}),
     "gated_delta, rank one": ("gated_delta, rank one", {"length": 24}),
     "channel_decay, fla's": ("channel_decay", {"key": 24}),
-    "channel_decay, pieces": ("channel_decay", {"length": 100, "border": 70, "value": 32}),
+    "channel_decay, pieces": ("channel_decay", {"length": 150, "border": 130, "heads": 1, "value": 32}),
     "channel_decay, strong pieces": ("channel_decay", {"length": 200, "border": 150, "heads": 1, "key": 32, "strong": True}),
     "channel_decay, pieces of logits": ("channel_decay, logits", {"length": 100, "border": 70, "heads": 1}),
     "scalar_decay, parts": ("scalar_decay", {"key": 80, "value": 72, "length": 70, "border": 64}),

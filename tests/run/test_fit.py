@@ -273,7 +273,7 @@ def test_damaged_files_are_named(begun, arguments, chunk_cache, tmp_path):
     places = random.Random(0)
     for path in (begun / SECOND_CHECKPOINT, begun / FIRST_WEIGHTS, chunks):
         saved = path.read_bytes()
-        for damage in ("cut", "flip", "flip", "flip"):
+        for damage in ("cut", "flip"):
             byte = places.randrange(len(saved) // 2, len(saved) - 2048)  # in no header, nor in the last, partial chunk
             path.write_bytes(saved[:byte] + (b"" if damage == "cut" else bytes([saved[byte] ^ 16]) + saved[byte + 1 :]))
             assert str(path) in refused(*arguments(**keys)), damage

@@ -14,8 +14,8 @@ SOAK = Path(__file__).parents[2] / "benchmarks" / "soak.py"
 @pytest.mark.slow
 def test_disk_is_flat(monkeypatch, capsys):
     monkeypatch.setattr(ModelCheckpoint, "_save_checkpoint", ModelCheckpoint._save_checkpoint)  # the script wraps it
-    monkeypatch.setattr(sys, "argv", [str(SOAK), "--checkpoints", "45", "--every", "15"])
+    monkeypatch.setattr(sys, "argv", [str(SOAK), "--checkpoints", "18", "--every", "6"])
     runpy.run_path(str(SOAK), run_name="__main__")
-    growth = re.findall(r"15 checkpoints: RSS .* disk ([+-][\d,]+) bytes", capsys.readouterr().out)
+    growth = re.findall(r"6 checkpoints: RSS .* disk ([+-][\d,]+) bytes", capsys.readouterr().out)
     assert len(growth) == 3  # TensorBoard's events take 340 bytes a step, a checkpoint some 200k
     assert all(int(size.replace(",", "")) < 100 * 1000 for size in growth), growth

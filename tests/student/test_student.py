@@ -23,7 +23,7 @@ from distill_pl.student.transfer import as_transformer
 from distill_pl.teacher import Teacher
 
 ATTENTION = ".self_attn."
-NEW_TOKENS = 8
+NEW_TOKENS = 5
 
 
 def build(teacher: Teacher, name: str, seed: int = 3, **options) -> Student:
