@@ -635,9 +635,12 @@ def test_a_bf16_teacher_and_autocast_change_little(teacher, teacher_folder, toke
     """Compute losses as a GPU run does: student's weights in fp32, teacher's in bf16, autocast around both."""
     half = Teacher(str(teacher_folder), torch.bfloat16)
     matrix_mixing = [(MatrixMixingStage, {"estimator": estimator}) for estimator in ("exact", "probe")]
+    student = StudentFactory(name, init="fresh").build(teacher, seed=0)
     for kind, options in [*matrix_mixing, (HiddenAlignStage, {}), (KDStage, {})]:
-        expected = loss_of(make(kind, teacher, name, **options), tokens)
-        stage = make(kind, half, name, **options)
+        exact, stage = (kind(student, model, **options) for model in (teacher, half))
+        expected = loss_of(exact, tokens)
+        student.zero_grad()
+        stage.configure_model()
         with torch.autocast("cpu", torch.bfloat16):
             loss, _ = stage.losses(tokens, seed=0)
         loss.backward()
