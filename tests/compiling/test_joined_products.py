@@ -10,6 +10,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import run_and_get_code
 
 from distill_pl.compiling.joined_products import JoinProducts, add_product, join_products
+from distill_pl.ops import window
 from distill_pl.student.factory import StudentFactory
 
 pytestmark = pytest.mark.slow
@@ -20,10 +21,12 @@ needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++")
 aten = torch.ops.aten
 
 
-def brief_mix(q, k, v, g, i=0.0, **unused) -> tuple[torch.Tensor, None]:
+def brief_mix(q, k, v, g=None, i=0.0, **unused) -> tuple[torch.Tensor, None]:
     """Stand for an op between the linears: hundreds of nodes, none of which is a product of theirs."""
-    gates = g.reshape(*v.shape[:3], -1).mean(-1) + i
-    return (gates.sigmoid() + (q * k).sum(-1).sigmoid())[..., None] * v, None
+    share = (q * k).sum(-1).sigmoid()
+    if g is not None:
+        share = share + (g.reshape(*v.shape[:3], -1).mean(-1) + i).sigmoid()
+    return share[..., None] * v, None
 
 
 # mlstm has biases and narrow gates, gla a gate of two matrices; a window beside it reads the same q, k and v
@@ -32,7 +35,8 @@ def test_join_products_leaves_a_layers_outputs_and_gradients(teacher, monkeypatc
     """Count products before and after `join_products`: a version of torch whose graphs look different fails here."""
     torch.compiler.reset()
     layer = StudentFactory(name, init="fresh", **options).build(teacher, seed=0).model.layers[0]
-    monkeypatch.setattr(layer.self_attn.op, "mix", brief_mix)
+    for op in (layer.self_attn.op, window):
+        monkeypatch.setattr(op, "mix", brief_mix)
     tokens = torch.randint(teacher.config.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(0))
     taps, counts = next(teacher.layers(tokens)), []
 

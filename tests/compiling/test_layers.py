@@ -39,11 +39,13 @@ def tokens(teacher) -> torch.Tensor:
     return torch.randint(teacher.config.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
-def test_a_teacher_is_one_graph(any_teacher, tokens, graphs, keep, monkeypatch):
-    plain = [layer.output for layer in any_teacher.layers(tokens)]
+@pytest.mark.parametrize("shape", ["llama_bias", "qwen2", "qwen3", "mistral"])
+def test_a_teacher_is_one_graph(variant, shape, tokens, graphs, keep, monkeypatch):
+    teacher = variant(shape)
+    plain = [layer.output for layer in teacher.layers(tokens)]
     run = torch.compile(run_layer, backend=keep, fullgraph=True, dynamic=False)
-    monkeypatch.setattr(any_teacher, "run_layer", run)
-    for layer, expected in zip(any_teacher.layers(tokens), plain, strict=True):
+    monkeypatch.setattr(teacher, "run_layer", run)
+    for layer, expected in zip(teacher.layers(tokens), plain, strict=True):
         torch.testing.assert_close(layer.output, expected)
     assert len(graphs) == 1 < len(plain)
 
