@@ -22,7 +22,7 @@ from op_inputs import (
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from distill_pl.ops import channel_decay, gated_delta, softmax
+from distill_pl.ops import channel_decay, gated_delta, mlstm, softmax
 
 KEY, VALUE = 8, 6  # of `make`
 LENGTHS = [1, 5, 64, 130]  # one token; less than a chunk, odd; a chunk; two chunks and a rest
@@ -141,6 +141,17 @@ def test_strong_gates_are_exact(family):
     expected = stepped(op, make(family, 130, torch.float64, strong=True))
     for run in (matrix_times_v, mixed, stepped):
         assert relative_error(run(op, make(family, 130, torch.float32, strong=True)), expected) < 1e-5, run.__name__
+
+
+def test_closed_input_gates_of_mlstm_write_nothing_until_they_open():
+    inputs = make("mlstm", 32, torch.float32)
+    inputs["i"], inputs["g"] = inputs["i"].clamp(max=0), torch.full_like(inputs["g"], -8.0)
+    inputs["i"][:, :24] = -200.0  # e^{-m} has no fp32 number here
+    leaves = [leaf.requires_grad_(True) for leaf in tensors_of(inputs).values()]
+    for run in (matrix_times_v, mixed, stepped):
+        y = run(mlstm, inputs)
+        assert (y[:, :24] == 0).all() and (y[:, 24:] != 0).all(), run.__name__
+        assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(y.square().sum(), leaves)), run.__name__
 
 
 def test_bf16_inputs_cost_their_rounding_only(family):
