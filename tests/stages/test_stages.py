@@ -606,7 +606,7 @@ def test_epochs_give_the_schedule_of_the_steps_that_they_have(teacher, kind):
     ({"max_steps": 1, "gradient_clip_val": 0.5}, "kd clips gradients itself: give it clip=0.5"),
     ({"max_steps": 1, "precision": "16-true"}, "kd: a student in float16 .* bf16-mixed"),
     ({"max_steps": 1, "plugins": MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))}, "16-mixed.* bf16-mixed"),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_a_trainer_that_a_stage_would_not_follow_is_refused(teacher, options, says):
     with pytest.raises(InputError, match=says):
         trainer(**options).fit(make(KDStage, teacher, "gla"), loader(teacher))
