@@ -106,10 +106,10 @@ def summary(folder: Path) -> str:
     if len({tuple(map(result["config"].get, MATERIAL)) for result in results}) > 1:  # then no teacher is that of all students
         of_teacher = {"held_out": {}, "evaluated": {"teacher": {}}}
     teacher: Rows = {"teacher": {0: measured(of_teacher, "teacher")}}
-    beyond = sorted(rows.keys() - PUBLISHED.keys(), key=lambda name: average(rows[name], "perplexity"))
+    beyond = sorted((average(rows[name], "perplexity"), name) for name in rows.keys() - PUBLISHED.keys())
     tables: dict[str, dict[str, Any]] = {
         "Table 3": paper.TABLE_3, "Table 2": paper.TABLE_2, "Appendix B": paper.APPENDIX_B,
-        "Beyond the paper": dict.fromkeys(beyond),
+        "Beyond the paper": dict.fromkeys(name for _, name in beyond),
     }  # fmt: skip
     draw(rows, teacher["teacher"][0].get("perplexity"), folder / "study.png")
     text = [overview(results), *guessing(of_teacher), "![held-out perplexity of each student](study.png)"]
