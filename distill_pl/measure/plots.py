@@ -17,6 +17,7 @@ from distill_pl.run.folder import write_aside
 
 DASHES = ("-", "--", ":", "-.")
 MARKERS = "sD^v<>pdh*"
+NAMED = 10  # students that have a name in a picture of many: as many as there are colours
 # where a point's name may stand, in points from it, and which side of the name is there
 PLACES = [((x, y), side) for y in (6, -6, 12, -12, 18, -18, 24, -24) for x, side in ((2, "left"), (-2, "right"))]
 DISTANCES = {"matrix_mixing": "|A teacher - A student|, Eq. 7", "hidden_align": "|h teacher - h student|, Eq. 8"}
@@ -165,27 +166,33 @@ def losses(trainings: list[Training]) -> Figure:
 def draw_recall(models: list[Model], file: Path) -> None:
     """Draw accuracy against the length of the prompt: a panel for each recall task and for their mean, a line for each model.
 
-    The chance level is dotted; models without a recall task are left out.
+    Of more than ten students, the ten of the highest mean have colours and names, the others grey lines. The chance level is
+    dotted; models without a recall task are left out.
     """
     models = [model for model in models if any(task in model.results for task in recall.TASKS)]
     tasks = [task for task in recall.TASKS if any(task in model.results for model in models)]
     names = [*tasks, "mean"] if len(tasks) > 1 else tasks
+    teachers = [model for model in models if model.mixer is None]
+    ordered = sorted((model for model in models if model.mixer), key=lambda model: -mean_accuracy(model))
+    named, others = [*teachers, *ordered[:NAMED]], ordered[NAMED:]
+    styles = line_styles([model.mixer for model in named]) + [{"color": "lightgrey", "zorder": 1}] * len(others)
     columns = min(4, len(names))
     lines = -(-len(names) // columns)
-    figure = beside_legend(2.8 * columns, 2.6 * lines + 0.4, [model.name for model in models])
+    labels = [model.name for model in named] + [f"{len(others)} others"] * len(others)
+    figure = beside_legend(2.8 * columns, 2.6 * lines + 0.4, labels[: len(named) + 1])
     panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
     for axes in panels[len(names) :]:
         axes.set_axis_off()
     handles = []
     lengths: set[int] = set()
-    for model, style in zip(models, line_styles([model.mixer for model in models]), strict=True):
+    for model, label, style in zip(named + others, labels, styles, strict=True):
         shares = {task: accuracies(model.results[task]) for task in tasks if task in model.results}
         if len(shares) == len(tasks):  # a mean over fewer tasks would be another mean
             common = set.intersection(*map(set, shares.values()))
             shares["mean"] = {length: mean(row[length] for row in shares.values()) for length in sorted(common)}
         for name, axes in zip(names, panels, strict=False):
             points = shares.get(name, {})
-            line = draw_line(axes, list(points), list(points.values()), label=model.name, linewidth=1.2, **style)
+            line = draw_line(axes, list(points), list(points.values()), label=label, linewidth=1.2, **style)
             lengths |= points.keys()
         handles.append(line)
     for name, axes in zip(names, panels, strict=False):
@@ -195,10 +202,15 @@ def draw_recall(models: list[Model], file: Path) -> None:
         if guessing:
             axes.axhline(100 * guessing[0], color="grey", linestyle=":", linewidth=0.8, zorder=0)
         length_axis(axes, sorted(lengths))
-    figure.legend(handles=handles, loc="outside right center", fontsize="small")
+    figure.legend(handles=handles[: len(named) + 1], loc="outside right center", fontsize="small")
     figure.supxlabel("length of the prompt, tokens", fontsize="medium")
     figure.supylabel("recalled, %; dotted: guessing", fontsize="medium")
     write_aside(file, lambda aside: figure.savefig(aside, format="png", dpi=120))
+
+
+def mean_accuracy(model: Model) -> float:
+    """Return the mean of a model's accuracies over its recall tasks."""
+    return mean(model.results[task]["acc"] for task in recall.TASKS if task in model.results)
 
 
 def accuracies(row: dict[str, Any]) -> dict[int, float]:

@@ -215,7 +215,8 @@ def expand(file: str, lines: dict[str, Any], own: dict[str, Any], out: Path, fir
                 raise InputError(f"study {file!r}: {key} [] leaves nothing of a group to run: give values, or delete the group")
         for seed, config, *values in itertools.product(map(int, seeds[:first]), configs, *over.values()):
             varied = dict(zip(over, values, strict=True))
-            words = [Path(config).stem if config else "", group.get("name", ""), *(f"{k}={text(v)}" for k, v in varied.items())]
+            values_of = (f"{key}={text(value).strip('[]')}" for key, value in varied.items())
+            words = [Path(config).stem if config else "", group.get("name", ""), *values_of]
             row = re.sub(r"[^\w.=-]+", "_", "_".join(filter(None, words)))
             keys = common | once(file, group.get("set", {}), varied) | own
             if not row:

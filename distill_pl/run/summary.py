@@ -123,12 +123,16 @@ def summary(folder: Path) -> str:
             text.append(ranking(names, rows))
     if lengths := sorted({int(key.split()[1]) for runs in rows.values() for values in runs.values() for key in values
                           if key.startswith("recall ")}):  # fmt: skip
-        found = dict.fromkeys(["teacher", *sorted(rows, key=lambda name: -average(rows[name], "recall"))])
+        mean_recall = {name: average(runs, "recall") for name, runs in rows.items()}
+        best = sorted((name for name in rows if mean_recall[name] > 0.05), key=lambda name: -mean_recall[name])
         measures = ["M parameters", "MB of state", "recall", *(f"recall {length}" for length in lengths)]
         said = ("Percent of the answers found, mean over tasks, by length of the prompt in tokens; parameters of the model; "
                 f"size of the state of one sequence after {STATE_TOKENS:,} tokens, by a model in bf16.")  # fmt: skip
-        shown = draw_recall_of(of_teacher, results, folder / "recall.png")
-        text += ["### Recall", said, table(found, teacher | rows, measures), *shown]
+        evaluated = sum(any("recall" in values for values in runs.values()) for runs in rows.values())
+        if evaluated > len(best):
+            said += f" Not shown: {counted(evaluated - len(best), 'student')} of less than 0.05%."
+        shown = draw_recall_of(of_teacher, results, best, folder / "recall.png")
+        text += ["### Recall", said, table(dict.fromkeys(["teacher", *best]), teacher | rows, measures), *shown]
     judged = claims(rows)
     if judged is None:
         return "\n\n".join(text)
@@ -160,17 +164,17 @@ def measured(result: dict[str, Any], model: str) -> dict[str, float]:
     return values
 
 
-def draw_recall_of(of_teacher: dict[str, Any], results: list[dict[str, Any]], file: Path) -> list[str]:
-    """Draw the recall of the teacher and of the students that have any, in percent, a run of each -> lines of Markdown."""
+def draw_recall_of(of_teacher: dict[str, Any], results: list[dict[str, Any]], rows: list[str], file: Path) -> list[str]:
+    """Draw the recall of the teacher and of the first run of each of `rows` -> lines of Markdown."""
     from distill_pl.measure.plots import Model, draw_recall
 
-    first = {result["row"]: result for result in reversed(results) if measured(result, "student").get("recall", 0) > 0.05}
-    students = [Model(row, result["config"].get("student.mixer", MIXER), result["evaluated"]["student"], {})
-                for row, result in sorted(first.items())]  # fmt: skip
+    first = {result["row"]: result for result in reversed(results)}
+    students = [Model(row, first[row]["config"].get("student.mixer", MIXER), first[row]["evaluated"]["student"], {})
+                for row in rows]  # fmt: skip
     if not students:
         return []
     draw_recall([Model("teacher", None, of_teacher["evaluated"]["teacher"], {}), *students], file)
-    return ["![recall against length, of the students that have any](recall.png)"]
+    return ["![recall against length, of these students](recall.png)"]
 
 
 def changed_keys(results: list[dict[str, Any]]) -> dict[str, str]:

@@ -186,7 +186,7 @@ def test_pictures_of_few_points_and_of_many_runs_show_them_all(tmp_path, monkeyp
     name = "gla_qkv_mm_h2h_hidden_align.target=mixer_student.init=qkv_s{}"
     scalars = {"train/loss": ([128], [2.0]), "align/layer_00": ([128], [2.0])}
     draw_training([Training("hidden_align", Path(name.format(seed)), "gla", scalars) for seed in range(4)], tmp_path)
-    results = {"mqar": {"by_length": {"512": 0.5}, "chance": 0.1}, "text": {"by_position": {"1": 5.0}}}
+    results = {"mqar": {"acc": 0.5, "by_length": {"512": 0.5}, "chance": 0.1}, "text": {"by_position": {"1": 5.0}}}
     models = [Model(name.format(seed), "gla", results, {}) for seed in range(24)]
     draw_recall(models, tmp_path / "recall.png")
     draw_positions(models, tmp_path / "positions.png")

@@ -42,7 +42,7 @@ def test_runs_are_all_combinations_seed_by_seed(file):
     runs = listed(file, {"seeds": [0, 7], "common": {"kd.lr": 5, "kd": {"alpha": 0.5}}, "runs": groups})
     assert len(runs) == len({run.config.out for run in runs.values()}) == 2 * 2 * 4
     assert [run.seed for run in runs.values()] == [0] * 8 + [7] * 8
-    run = runs["mlstm_qkv_kd.lr=2e-3_student.softmax_layers=_1_2__s7"]
+    run = runs["mlstm_qkv_kd.lr=2e-3_student.softmax_layers=1_2_s7"]
     assert (run.config.student.mixer, run.config.seed, run.config.kd.lr, run.config.kd.alpha) == ("mlstm", 7, 2e-3, 0.5)
     assert run.config.student.softmax_layers == [1, 2] and run.row == run.name.removesuffix("_s7")
 
@@ -85,7 +85,7 @@ def test_the_papers_study_has_every_row_of_its_tables():
     assert lines.pop("evaluate")["tasks"] == "study,recall" and lines["seeds"] == ["0", "1", "2"]
     runs = expand("study", lines, {}, Path("out"), 1)
     assert {run.row for run in runs} >= {*paper.TABLE_2, *paper.TABLE_3, *paper.APPENDIX_B}
-    for run in (run for run in runs if not run.row.endswith("_best")):  # the experiment itself at another scale
+    for run in (run for run in runs if "_best" not in run.row):  # the experiment itself at another scale
         assert {"tokens", "kd.lr"} <= run.changed.keys() and run.config.tokens == 30_000_000
         assert run.config.matrix_mixing.tokens == (2_400_000 if "_mm" in run.row else 0)
         assert run.config.hidden_align.tokens == (2_400_000 if "_h2h" in run.row else 0)

@@ -119,7 +119,13 @@ def test_recall_is_shown_by_length_and_guessing_is_named(tmp_path):
     assert line(recall, "student") == ["student", "seeds", "MB of state", "recall", "recall 512", "recall 2048"]
     assert line(recall, "teacher")[2:] == ["", "75.0", "100.0", "50.0"]
     assert line(recall, "kda_qkv") == ["kda_qkv", "1", "2.0", "37.5", "50.0", "25.0"]
-    assert "claims" not in text
+    assert "claims" not in text and "Not shown" not in text
+    forgetful = {task: row | {"acc": 0.0, "by_length": {"512": 0.0, "2048": 0.0}}
+                 for task, row in result["evaluated"]["student"].items() if "by_length" in row}  # fmt: skip
+    result |= {"name": "gla_s0", "row": "gla", "evaluated": result["evaluated"] | {"student": forgetful}}
+    (tmp_path / "gla_s0.json").write_text(json.dumps(result))
+    recall = summary(tmp_path).partition("### Recall")[2]
+    assert "Not shown: 1 student of less than 0.05%." in recall and "| gla |" not in recall and "| kda_qkv |" in recall
 
 
 def test_bad_results_are_one_line(tmp_path):
