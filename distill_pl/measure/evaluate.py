@@ -39,7 +39,7 @@ from distill_pl.teacher import load_model
 from distill_pl.tokenizer import special_tokens
 
 HAYSTACK_DOCUMENTS = 2000  # of a dataset given for recall tasks
-TOKENS_IN_MEMORY = {"cpu": 2048, "cuda": 16384}  # of long rows read together, for each of batch_size
+TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 4096}  # of long rows read together, for each of batch_size
 Results = dict[str, dict[str, Any]]  # by task, and "held-out": a measure's name -> its value
 
 
@@ -67,7 +67,7 @@ def evaluate(
         data: folder of <task>.jsonl files in the hub's columns; without it lm-eval downloads its data from the hub.
         limit: score only this many first questions of each task; of recall tasks, of each length, and of `text` so many rows
             (default of both: 25).
-        batch_size: sequences in a forward pass; for recall tasks and `text`, so many times 2048 tokens (on a GPU 16384).
+        batch_size: sequences in a forward pass; for recall tasks and `text`, so many times 2048 tokens (on a GPU 4096).
         lengths: lengths of the prompts of recall tasks, in tokens; the largest is also that of the rows of `text`.
         text: local file, folder or hub dataset on which to measure perplexity, by position too, and in which recall tasks hide
             numbers; by default these use the held-out text of a run.
@@ -173,13 +173,13 @@ def measure(path: str, file: Path, tasks: list[str], texts: dict | None, data: s
         source = held_out_text(texts)
         if report["results"].get("held-out", {}).get("source") != source:
             keep({"held-out": {"perplexity": held_out_perplexity(network, tokenizer, texts, batch_size)}}, source)
-    in_memory = batch_size * TOKENS_IN_MEMORY[network.device.type]
+    tokens_at_once = batch_size * TOKENS_AT_ONCE[network.device.type]
     if questions.text is not None:
         tokens = long_text.rows(documents(questions.text), tokenizer, network.config, questions.lengths[-1], questions.number)
         source = sha256(tokens.numpy().tobytes()).hexdigest()
         if report["results"].get("text", {}).get("source") != source:
             length = tokens.shape[1]
-            at_once = min(in_memory // length, batch_size * long_text.SEGMENT // min(length, long_text.SEGMENT))
+            at_once = min(tokens_at_once // length, batch_size * long_text.SEGMENT // min(length, long_text.SEGMENT))
             keep({"text": long_text.summary(long_text.losses(network, tokens, max(1, at_once)))}, source)
         by_position = report["results"]["text"]["by_position"].items()
         said = f"{path}  perplexity by position in {counted(len(tokens), 'row')} of {tokens.shape[1]} tokens: "
@@ -195,7 +195,7 @@ def measure(path: str, file: Path, tasks: list[str], texts: dict | None, data: s
         if report["results"].get(task, {}).get("source") == source:
             say(f"{path}  {task}: measured before")
         elif task in recall.TASKS:
-            scores = {length: recall.score(network, tokenizer, row, in_memory) for length, row in items.items()}
+            scores = {length: recall.score(network, tokenizer, row, tokens_at_once) for length, row in items.items()}
             keep({task: recall.summary(items, scores)}, source)
             by_length = report["results"][task]["by_length"].items()
             say(f"{path}  {task}: " + ", ".join(f"{accuracy:.0%} of {length}" for length, accuracy in by_length))

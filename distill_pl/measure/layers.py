@@ -15,7 +15,7 @@ from distill_pl.console import quiet, say
 from distill_pl.errors import AT_LEAST_1, ROWS, SEED, InputError, check_numbers
 from distill_pl.losses import kl_divergence
 from distill_pl.measure import recall
-from distill_pl.measure.evaluate import TOKENS_IN_MEMORY, check_writable, haystack, held_out_chunks, is_run, load, weights_path
+from distill_pl.measure.evaluate import TOKENS_AT_ONCE, check_writable, haystack, held_out_chunks, is_run, load, weights_path
 from distill_pl.mixers import Softmax
 from distill_pl.run.folder import check_teacher_of, read_config, teacher_of, write_aside
 from distill_pl.run.values import parse_lengths
@@ -50,7 +50,7 @@ def layers(
         tasks: names of recall tasks, see `distill-pl evaluate --help`; recall is their mean accuracy.
         lengths: lengths of the prompts of recall tasks, in tokens.
         limit: number of questions of each task and length.
-        batch_size: sequences in a forward pass; for recall tasks, so many times 2048 tokens (on a GPU 16384).
+        batch_size: sequences in a forward pass; for recall tasks, so many times 2048 tokens (on a GPU 4096).
         seed: seed of the questions.
     """
     quiet()
@@ -81,13 +81,13 @@ def layers(
     source = recall.make_source(tokenizer, haystack(student, tokenizer, data, None))
     items = [recall.make_items(task, source, length, questions) for task in names for length in questions.lengths]
     chunks = held_out_chunks(student, tokenizer, data)
-    in_memory = batch_size * TOKENS_IN_MEMORY[student.device.type]
+    tokens_at_once = batch_size * TOKENS_AT_ONCE[student.device.type]
     rows: list[dict[str, Any]] = []
     say("layer put back      KL  recall" if names else "layer put back      KL")
     for layer in [None, *others]:
         with put_back(student, original, layer):
             rows.append({"layer": layer, "kl": held_out_divergence(student, original, chunks, batch_size)})
-            scores = [score for row in items for score in recall.score(student, tokenizer, row, in_memory)]
+            scores = [score for row in items for score in recall.score(student, tokenizer, row, tokens_at_once)]
         rows[-1] |= {"recall": mean(scores), "recall_stderr": pstdev(scores) / sqrt(len(scores))} if scores else {}
         recalled = f"  {rows[-1]['recall']:6.1%}" if scores else ""
         say(f"{AS_IT_IS if layer is None else layer:>14}  {rows[-1]['kl']:6.4f}{recalled}")

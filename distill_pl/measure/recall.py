@@ -19,7 +19,6 @@ and draws each answer from equally likely candidates:
     copy                       the words of the prompt, for each of 14 in turn: 0 to all purposes
 """
 
-import inspect
 import math
 import random
 import re
@@ -51,7 +50,6 @@ DISTRACTORS, VALUES = 3, 4  # other keys in niah_multikey, numbers of the key in
 COPIED = 16  # words of copy
 LEAD = r"[\s:\"']*"  # what may stand before an answer
 NUMBERS = range(10**6, 10**7)
-SEGMENT = 8192  # tokens of all rows in one forward pass: bounds the memory of long prompts
 
 
 class Item(NamedTuple):
@@ -234,11 +232,9 @@ def fingerprint(items: dict[int, list[Item]]) -> str:
 def score(model: PreTrainedModel, tokenizer: Any, items: list[Item], tokens_at_once: int) -> list[float]:
     """Score items of one length -> for each the share of its answers that the model gives. Leaves the model as it was.
 
-    tokens_at_once: of all prompts of a batch together. Raises InputError for prompts of more than SEGMENT tokens and a model
-    that carries no `past_key_values` from one segment to the next.
+    tokens_at_once: of all prompts in one forward pass; a longer prompt is read in segments. Raises InputError for prompts of
+    several segments and a model that carries no `past_key_values` from one to the next.
     """
-    if "past_key_values" not in inspect.signature(model.forward).parameters:  # then a batch is read in one forward pass
-        tokens_at_once = min(tokens_at_once, SEGMENT)
     scores: list[float] = []
     rows = max(1, tokens_at_once // len(items[0].prompt))
     for batch in (items[start : start + rows] for start in range(0, len(items), rows)):
@@ -246,22 +242,19 @@ def score(model: PreTrainedModel, tokenizer: Any, items: list[Item], tokens_at_o
         if batch[0].expected:
             places = torch.tensor([place for place, _ in batch[0].expected])  # the same in all items of a length
             expected = torch.tensor([[token for _, token in item.expected] for item in batch])
-            scores += (likeliest(model, prompts, places) == expected).double().mean(1).tolist()
+            scores += (likeliest(model, prompts, places, tokens_at_once) == expected).double().mean(1).tolist()
             continue
         longest = max(len(tokenizer.encode(" " + ", ".join(item.answers), add_special_tokens=False)) for item in batch)
         answers = [item.answers for item in batch]
-        scores += map(said, answers, continuations(model, tokenizer, prompts, answers, longest + 4))
+        scores += map(said, answers, continuations(model, tokenizer, prompts, answers, longest + 4, tokens_at_once))
     return scores
 
 
-def segment(prompts: Tensor) -> int:
-    """Return how many tokens of each of the prompts [B, T] are read in one forward pass."""
-    return max(64, SEGMENT // len(prompts))
+def likeliest(model: PreTrainedModel, prompts: Tensor, places: Tensor, size: int) -> Tensor:
+    """Find the likeliest token after each of the ascending positions `places` [P] of prompts [B, T] -> [B, P], on the CPU.
 
-
-def likeliest(model: PreTrainedModel, prompts: Tensor, places: Tensor) -> Tensor:
-    """Find the likeliest token after each of the ascending positions `places` [P] of prompts [B, T] -> [B, P], on the CPU."""
-    size = segment(prompts)
+    size: tokens of each prompt in one forward pass.
+    """
     segments = places.split(torch.bincount(places // size, minlength=math.ceil(prompts.shape[1] / size)).tolist())
     outputs = read(model, prompts, size, places=places)
     found = [output.logits[:, : len(kept)].argmax(-1).cpu() for output, kept in zip(outputs, segments, strict=True)]
@@ -269,17 +262,18 @@ def likeliest(model: PreTrainedModel, prompts: Tensor, places: Tensor) -> Tensor
 
 
 def continuations(model: PreTrainedModel, tokenizer: Any, prompts: Tensor, answers: Sequence[Sequence[str]],
-                  new_tokens: int) -> list[str]:  # fmt: skip
+                  new_tokens: int, size: int) -> list[str]:  # fmt: skip
     """Continue prompts [B, T] of one length greedily, by at most `new_tokens` tokens or up to the end of the text.
 
-    All rows stop as soon as nothing that follows can change their scores, given the right `answers` of each.
+    All rows stop as soon as nothing that follows can change their scores, given the right `answers` of each. size: tokens of
+    each prompt in one forward pass.
     """
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     unread, new, cache = prompts, prompts[:, :0], None
     for _ in range(new_tokens):
         last = torch.tensor([unread.shape[1] - 1])
-        for output in read(model, unread, segment(prompts), cache, last):
+        for output in read(model, unread, size, cache, last):
             cache = getattr(output, "past_key_values", None)
         token = output.logits[:, -1:].argmax(-1)
         new = torch.cat([new, token], 1)

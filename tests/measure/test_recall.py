@@ -185,44 +185,40 @@ UNKNOWN = ["no such text"]  # an answer of two, which is never settled
 
 
 @pytest.mark.parametrize("mixer", ["softmax", "gla"])
-def test_prompts_are_continued_as_by_generate_in_segments_too(teacher, mixer, monkeypatch):
+def test_prompts_are_continued_as_by_generate_in_segments_too(teacher, mixer):
     student = StudentFactory(mixer).build(teacher, 0).eval()
     prompts = torch.randint(1, teacher.config.vocab_size, (2, 150), generator=torch.Generator().manual_seed(0))
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(prompts)}
     ids = student.generate(prompts, **options)[:, prompts.shape[1] :]
     expected = [teacher.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
     models = [student] if mixer == "gla" else [student, teacher.model]
-    for size in (recall.SEGMENT, 128):
-        monkeypatch.setattr(recall, "SEGMENT", size)
+    for size in (150, 64):
         for model in models:
-            assert continuations(model, teacher.tokenizer, prompts, [UNKNOWN * 2] * 2, 8) == expected
+            assert continuations(model, teacher.tokenizer, prompts, [UNKNOWN * 2] * 2, 8, size) == expected
     without_cache = lambda ids, use_cache, logits_to_keep: SimpleNamespace(  # noqa: E731
         logits=student(ids, use_cache=False).logits
     )
     without_cache.device, without_cache.generation_config = "cpu", student.generation_config
-    monkeypatch.setattr(recall, "SEGMENT", 2**15)
-    assert continuations(without_cache, teacher.tokenizer, prompts, [UNKNOWN * 2] * 2, 8) == expected
+    assert continuations(without_cache, teacher.tokenizer, prompts, [UNKNOWN * 2] * 2, 8, 2**15) == expected
 
 
 @pytest.mark.parametrize("task", ["niah_single_1", "mqar"])
-def test_a_model_that_hands_on_no_state_reads_prompts_whole(source, known_words, task, monkeypatch):
+def test_a_model_that_hands_on_no_state_reads_prompts_whole(source, known_words, task):
     torch.manual_seed(0)
     model = MambaForCausalLM(MambaConfig(vocab_size=len(known_words), hidden_size=16, num_hidden_layers=1, state_size=4)).eval()
     read = []
     model.register_forward_pre_hook(lambda module, args: read.append(args[0].shape))
     items = make_items(task, source, LENGTH, QUESTIONS)
-    monkeypatch.setattr(recall, "SEGMENT", 2 * LENGTH)
-    assert len(score(model, known_words, items, tokens_at_once=5 * LENGTH)) == 5
+    assert len(score(model, known_words, items, tokens_at_once=2 * LENGTH)) == 5
     assert all(rows <= 2 and length >= LENGTH for rows, length in read)
-    monkeypatch.setattr(recall, "SEGMENT", LENGTH - 1)
     with pytest.raises(InputError, match="rows of 256 tokens: a mamba carries no past_key_values .* at most 255"):
-        score(model, known_words, items, tokens_at_once=5 * LENGTH)
+        score(model, known_words, items, tokens_at_once=LENGTH - 1)
 
 
 def test_rows_stop_together_once_their_scores_are_settled(teacher):
     prompts = torch.randint(1, teacher.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
-    whole = continuations(teacher.model, teacher.tokenizer, prompts, [UNKNOWN * 2] * 2, 30)
-    stopped = continuations(teacher.model, teacher.tokenizer, prompts, [UNKNOWN] * 2, 30)
+    whole = continuations(teacher.model, teacher.tokenizer, prompts, [UNKNOWN * 2] * 2, 30, 40)
+    stopped = continuations(teacher.model, teacher.tokenizer, prompts, [UNKNOWN] * 2, 30, 40)
     assert all(text.startswith(begun) and len(begun) < len(text) / 3 for text, begun in zip(whole, stopped, strict=True))
 
 
@@ -238,7 +234,7 @@ def test_the_copied_softmax_student_scores_what_its_teacher_scores(known_words, 
     prompts = torch.randint(3, len(known_words), (6, 40))
     with torch.no_grad():
         likeliest = model(prompts).logits.argmax(-1).tolist()
-    words = [text.split()[0] for text in continuations(model, known_words, prompts, [UNKNOWN * 2] * 6, 8)]
+    words = [text.split()[0] for text in continuations(model, known_words, prompts, [UNKNOWN * 2] * 6, 8, 40)]
     written, chosen = [], []
     for index, (row, word, best) in enumerate(zip(prompts.tolist(), words, likeliest, strict=True)):
         written.append(Item(row, 0, (word if index % 2 else f"{word}x",)))
@@ -246,6 +242,7 @@ def test_the_copied_softmax_student_scores_what_its_teacher_scores(known_words, 
     for items in (written, chosen):
         scores = score(teacher.model, known_words, items, tokens_at_once=100)
         assert 0.2 < mean(scores) < 0.8 and score(student, known_words, items, tokens_at_once=100) == scores
+        assert score(student, known_words, items, tokens_at_once=16) == scores  # each in three segments
 
 
 def test_evaluate_measures_recall_once(known_words, tmp_path, monkeypatch, capsys):
