@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 from weakref import WeakSet
@@ -83,6 +84,8 @@ class StudentFactory:
         check_arguments("student", StudentFactory.__init__, locals(), self.ranges)
         if mixer not in MIXERS:
             raise InputError(f"student.mixer {mixer!r} is unknown: choose one of {', '.join(MIXERS)}")
+        if isinstance(softmax_layers, str) or not all(isinstance(layer, Integral) for layer in softmax_layers):
+            raise InputError(f"student.softmax_layers {softmax_layers!r} is no list of layers: give their numbers, e.g. [3, 7]")
         if backend == "fla" and not (use_fla("auto", torch.device("cuda")) and torch.cuda.is_available()):
             raise InputError("student.backend fla needs a GPU and fla-core: pip install distill_pl[gpu], or choose torch")
         if window is None and sinks is not None and mixer != "swa":
@@ -166,8 +169,10 @@ class StudentFactory:
         """Build a student of `teacher` with fp32 weights on the CPU; equal seeds draw equal weights.
 
         Prints which mixers are not those of `start_from`. Raises InputError for a teacher that is not supported, see
-        `check_teacher`, and for a `start_from` that does not fit it.
+        `check_teacher`, or no Teacher, and for a `start_from` that does not fit it.
         """
+        if not isinstance(teacher, Teacher):
+            raise InputError(f"build: teacher is a {type(teacher).__name__}: give a Teacher of this package, Teacher(path)")
         check_teacher(teacher)
         student = self.assemble(teacher, seed)
         if self.start is not None:

@@ -663,3 +663,9 @@ def test_a_hybrid_generates_with_a_cache_as_without(teacher, name):
 def test_a_hybrid_of_layers_that_do_not_exist_is_refused(teacher):
     with pytest.raises(InputError, match=r"softmax_layers \[2\] do not exist.*0 to 1"):
         build(teacher, "gla", softmax_layers=[0, 2])
+    for wrong in ("0", ["0"], [0.5]):
+        with pytest.raises(InputError, match=r"softmax_layers .* is no list of layers"):
+            build(teacher, "gla", softmax_layers=wrong)
+    for model in (teacher.path, teacher.model):
+        with pytest.raises(InputError, match=f"build: teacher is a {type(model).__name__}: give a Teacher of this package"):
+            StudentFactory("gla").build(model, 0)
