@@ -371,7 +371,7 @@ def carry_out(runs: dict[str, Run], out: Path, results: Path, options: dict[str,
     """Carry out runs, by the names they are printed with -> how many failed. Prints a line as each begins and ends.
 
     A run that is being evaluated, which hardly occupies a GPU, leaves its place to one that trains; there may be `parallel` of
-    either. deadline: of time.monotonic(). At it, and on Ctrl-C or SIGTERM, the running ones are stopped so that they can be
+    either. One that runs out of memory beside others begins again after those that wait. deadline: of time.monotonic(). At it, and on Ctrl-C or SIGTERM, the running ones are stopped so that they can be
     resumed.
     """
     waiting, failed, finished, elsewhere = list(runs), 0, 0, 0
@@ -381,6 +381,7 @@ def carry_out(runs: dict[str, Run], out: Path, results: Path, options: dict[str,
     running: dict[str, tuple[Iterator[Step], float]] = {}
     processes: dict[str, subprocess.Popen] = {}
     measuring: set[str] = set()
+    repeated: set[str] = set()
     signals: list[int] = []  # an exception could come between the start of a process and its place in `processes`
     before = {number: signal.signal(number, lambda number, _: signals.append(number)) for number in STOPPED_BY}
     try:
@@ -399,7 +400,12 @@ def carry_out(runs: dict[str, Run], out: Path, results: Path, options: dict[str,
                 except Timeout:
                     outcome, elsewhere = "left to another study, which carries it out", elsewhere + 1
                 except (Failed, InputError, OSError) as error:
-                    outcome, failed = f"failed: {error}", failed + 1
+                    if "memory" in str(error) and len(running) > 1 and name not in repeated:  # which the others may have filled
+                        outcome = f"failed and will begin again: {error}"
+                        waiting.append(name)
+                        repeated.add(name)
+                    else:
+                        outcome, failed = f"failed: {error}", failed + 1
                 if not trains and name in training:
                     places.append(training.pop(name))
                 if outcome:
