@@ -371,8 +371,8 @@ def carry_out(runs: dict[str, Run], out: Path, results: Path, options: dict[str,
     """Carry out runs, by the names they are printed with -> how many failed. Prints a line as each begins and ends.
 
     A run that is being evaluated, which hardly occupies a GPU, leaves its place to one that trains; there may be `parallel` of
-    either. One that runs out of memory beside others begins again after those that wait. deadline: of time.monotonic(). At it, and on Ctrl-C or SIGTERM, the running ones are stopped so that they can be
-    resumed.
+    either. One that runs out of memory beside others begins again after those that wait. deadline: of time.monotonic(). At it,
+    and on Ctrl-C or SIGTERM, the running ones are stopped so that they can be resumed.
     """
     waiting, failed, finished, elsewhere = list(runs), 0, 0, 0
     width = max(map(len, runs), default=0)
