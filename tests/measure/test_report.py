@@ -197,6 +197,9 @@ def test_pictures_of_few_points_and_of_many_runs_show_them_all(tmp_path, monkeyp
         (legend,) = figure.legends
         assert figure.bbox.y0 <= legend.get_window_extent().y0 and legend.get_window_extent().y1 <= figure.bbox.y1, picture
         assert figure.axes[0].bbox.width > 200
+        assert len(figure.axes[0].lines) >= len(models if picture != "losses" else range(4))
+    named = [text.get_text() for text in figures["recall"].legends[0].get_texts()]
+    assert named == [*(name.format(seed) for seed in range(10)), "14 others"]
     for largest in (3.1, 10, 100, 1e5):  # on a logarithmic axis
         draw_training([Training("kd", Path("a"), "gla", {"train/loss": ([1, 2], [largest, 3.0])})], tmp_path)
         FigureCanvasAgg(figures["losses"]).draw()
