@@ -26,7 +26,7 @@ from distill_pl.decoding.row_layer import RowLayer, RowProducts, is_llama_layer
 from distill_pl.errors import InputError
 from distill_pl.mixers import Softmax
 from distill_pl.mixers.mixer import Position
-from distill_pl.student.cache import MixerState
+from distill_pl.student.cache import CACHE, MixerState
 from distill_pl.student.factory import StudentFactory, check_teacher
 from distill_pl.student.modeling import Student
 
@@ -111,7 +111,7 @@ def layer_step(layer: nn.Module, hidden: tuple[Tensor, ...], rope: Position | No
     """
     memory = MixerState()
     memory.op, memory.tails = state[0], {name: torch.cat(tokens, 1) for name, tokens in state[1].items()}
-    output = layer(*hidden, position_embeddings=rope, past_key_values=OneLayerCache([memory]), **mask)
+    output = layer(*hidden, position_embeddings=rope, **{CACHE: OneLayerCache([memory])}, **mask)
     for buffer, new in zip(tree_leaves(state), tree_leaves(state_of(memory)), strict=True):
         if new is not buffer:
             buffer.copy_(new)
@@ -173,8 +173,8 @@ class Decoder:
             return self.token.clone()
         cache: Any = None
         for piece in prompt.split(self.chunk or length, dim=1):
-            output = self.model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1, return_dict=True)
-            cache = output.past_key_values
+            output = self.model(piece, **{CACHE: cache}, use_cache=True, logits_to_keep=1, return_dict=True)
+            cache = output[CACHE]
         if not self.states:
             self._prepare(cache, batch)
         self._load(cache, length)
@@ -240,7 +240,7 @@ class Decoder:
         length = prompt.shape[1]
         if not self.states:  # a padded token changes no state, so the states after it are the initial ones
             padded = {"attention_mask": torch.zeros_like(prompt[:, :1]), "use_cache": True, "return_dict": True}
-            cache = self.model(prompt[:, :1], **padded).past_key_values
+            cache = self.model(prompt[:, :1], **padded)[CACHE]
             self._prepare(cache, len(prompt))
             self.beginning = [state_of(memory) for memory in cache.layers]
             self._prepare_reading()

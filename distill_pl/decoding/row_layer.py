@@ -90,13 +90,16 @@ class RowLayer(nn.Module):
         self.down = RowProducts([layer.mlp.down_proj])
 
     def forward(self, update: Tensor, hidden: Tensor, position_embeddings: Position | None,
-                past_key_values: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Run the layer on hidden + update, both [1, 1, D] -> this layer's update and the hidden state to which it is added."""
+                **cache: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Run the layer on hidden + update, both [1, 1, D] -> this layer's update and the hidden state to which it is added.
+
+        cache: the mixer's, under the name that transformers' layers give it.
+        """
         if self.products is None:
             hidden = hidden + update
             row = self.norm(hidden)
         else:
             row, hidden = self.products(update, hidden)
-        update, _ = self.mixer(row, position_embeddings=position_embeddings, past_key_values=past_key_values)
+        update, _ = self.mixer(row, position_embeddings=position_embeddings, **cache)
         row, hidden = self.up(update, hidden)
         return self.down(row), hidden

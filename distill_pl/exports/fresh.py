@@ -28,11 +28,11 @@ def expectation(model: Any) -> dict[str, Any]:
     prompt = torch.randint(vocabulary, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     found = answer(model, prompt)
     logits: list[Any] = []
-    cache = None
+    known: dict[str, Any] = {}  # the cache, under the name that the model gives it
     with torch.no_grad():
         for token in prompt.split(1, dim=1):
-            output = model(token, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(token, **known, use_cache=True)
+            known = {name: output[name] for name in ("cache", "past_key_values") if name in output}
             logits.append(output.logits)
     return {"prompt": prompt, "rounding": difference(torch.cat(logits, 1), found["logits"]), **found}
 

@@ -28,7 +28,7 @@ from distill_pl.measure.params import smollm_360m
 from distill_pl.mixers import MIXERS
 from distill_pl.run.folder import write_aside
 from distill_pl.run.values import parse_lengths
-from distill_pl.student.cache import state_bytes
+from distill_pl.student.cache import CACHE, state_bytes
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.modeling import Student, StudentConfig
 from distill_pl.tokens import short
@@ -271,8 +271,8 @@ def prefill(network: PreTrainedModel, prompt: Tensor, chunk: int = 0) -> tuple[T
     """Read a prompt [B, T] at once, or in chunks of `chunk` tokens if not 0 -> the likeliest next token [B, 1], the cache."""
     cache: Any = None
     for tokens in prompt.split(chunk or prompt.shape[1], dim=1):
-        output = network(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
+        output = network(tokens, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+        cache = output[CACHE]
     return output.logits[:, -1:].argmax(-1), cache
 
 
@@ -281,7 +281,7 @@ def decode(network: PreTrainedModel, token: Tensor, cache: Cache, steps: int) ->
     """Decode `steps` tokens greedily after `token` [B, 1] -> [B, steps], without waiting for the GPU in between."""
     tokens = []
     for _ in range(steps):
-        token = network(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        token = network(token, **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
         tokens.append(token)
     return torch.cat(tokens, 1)
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from distill_pl.console import perplexity
 from distill_pl.errors import InputError
+from distill_pl.student.cache import CACHE
 from distill_pl.tokenizer import around_documents, end_of_text, special_tokens, text_encoder
 
 SEGMENT = 2048  # tokens of each row in one forward pass
@@ -40,24 +41,24 @@ def rows(documents: Iterable[str], tokenizer: Any, config: PreTrainedConfig, len
 def read(model: PreTrainedModel, tokens: Tensor, size: int, cache: Any = None, places: Tensor | None = None) -> Iterator[Any]:
     """Read tokens [B, T] in segments of `size` tokens, the state carried from one to the next -> the output of each.
 
-    cache: the `past_key_values` after earlier tokens, which are updated. places: ascending positions in T, [P]; an output has
+    cache: the model's cache after earlier tokens, which is updated. places: ascending positions in T, [P]; an output has
     logits [B, P of its segment, vocab] of these, [B, 1, vocab] where it has none, and by default [B, T of its segment, vocab].
-    Raises InputError for several segments and a model without `past_key_values`.
+    Raises InputError for several segments and a model without a cache.
     """
     several = tokens.shape[1] > size
     for start in range(0, tokens.shape[1], size):
         segment = tokens[:, start : start + size].to(model.device)
-        options: dict[str, Any] = {"use_cache": True} | ({} if cache is None else {"past_key_values": cache})
+        options: dict[str, Any] = {"use_cache": True} | ({} if cache is None else {CACHE: cache})
         if places is not None:
             kept = (places[(places >= start) & (places < start + size)] - start).to(model.device)
             options["logits_to_keep"] = kept if len(kept) else 1
         output = model(segment, **options)
         if places is not None and output.logits.shape[1] not in (1, len(kept)):  # of a model that knows no logits_to_keep
             output.logits = output.logits[:, kept]
-        cache = getattr(output, "past_key_values", None)
+        cache = getattr(output, CACHE, None)
         if several and cache is None:
             raise InputError(
-                f"rows of {tokens.shape[1]} tokens: a {model.config.model_type} carries no past_key_values from segment to "
+                f"rows of {tokens.shape[1]} tokens: a {model.config.model_type} carries no cache from segment to "
                 f"segment: give lengths of at most {size}"
             )
         yield output
@@ -68,7 +69,7 @@ def losses(model: PreTrainedModel, tokens: Tensor, rows_at_once: int) -> Tensor:
     """Compute the mean cross-entropy of the token at each position from those before it: tokens [N, T] -> [T - 1], nats.
 
     Rows are read in segments and the state is carried from one to the next: the memory of a student does not grow with T.
-    Raises InputError for rows of several segments and a model without `past_key_values`.
+    Raises InputError for rows of several segments and a model without a cache.
     """
     total = torch.zeros(tokens.shape[1] - 1, dtype=torch.float64)
     for batch in tokens.split(rows_at_once):

@@ -34,6 +34,7 @@ from transformers import PreTrainedModel
 
 from distill_pl.errors import InputError
 from distill_pl.measure.long_text import read
+from distill_pl.student.cache import CACHE
 from distill_pl.tokenizer import special_tokens
 
 FILLER = ["The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again."]
@@ -233,7 +234,7 @@ def score(model: PreTrainedModel, tokenizer: Any, items: list[Item], tokens_at_o
     """Score items of one length -> for each the share of its answers that the model gives. Leaves the model as it was.
 
     tokens_at_once: of all prompts in one forward pass; a longer prompt is read in segments. Raises InputError for prompts of
-    several segments and a model that carries no `past_key_values` from one to the next.
+    several segments and a model that carries no cache from one to the next.
     """
     scores: list[float] = []
     rows = max(1, tokens_at_once // len(items[0].prompt))
@@ -274,7 +275,7 @@ def continuations(model: PreTrainedModel, tokenizer: Any, prompts: Tensor, answe
     for _ in range(new_tokens):
         last = torch.tensor([unread.shape[1] - 1])
         for output in read(model, unread, size, cache, last):
-            cache = getattr(output, "past_key_values", None)
+            cache = getattr(output, CACHE, None)
         token = output.logits[:, -1:].argmax(-1)
         new = torch.cat([new, token], 1)
         rows = [list(takewhile(lambda token: token not in ends, row)) for row in new.tolist()]
@@ -282,7 +283,7 @@ def continuations(model: PreTrainedModel, tokenizer: Any, prompts: Tensor, answe
         ended = (len(row) < new.shape[1] for row in rows)
         if all(end or settled(*pair) for end, *pair in zip(ended, answers, texts, strict=True)):
             break
-        unread = torch.cat([prompts, new], 1) if cache is None else token  # without past_key_values, all is read again
+        unread = torch.cat([prompts, new], 1) if cache is None else token  # without a cache, all is read again
     return texts
 
 

@@ -250,12 +250,14 @@ class SequenceMixer(nn.Module):
         return self.combined(products, dims=1)
 
     def forward(self, hidden_states: Tensor, position_embeddings: Position, attention_mask: Tensor | None = None,
-                past_key_values=None, **unused) -> tuple[Tensor, None]:  # fmt: skip
+                past_key_values=None, cache=None, **unused) -> tuple[Tensor, None]:  # fmt: skip
         """Mix hidden_states [B, T, D] -> [B, T, D] and None: the interface of an attention module in transformers.
 
-        attention_mask bool [B, T] is False where padded; past_key_values is a StudentCache, which is read and updated.
+        attention_mask bool [B, T] is False where padded; cache, or past_key_values before transformers 5.24, is a StudentCache,
+        which is read and updated.
         """
-        memory = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        cache = past_key_values if cache is None else cache
+        memory = None if cache is None else cache.layers[self.layer_idx]
         branches, read_by_output = self.branches(hidden_states, position_embeddings, attention_mask, memory)
         if memory is None:
             parts = [op.mix(**inputs._asdict())[0] for op, inputs in branches]

@@ -4,9 +4,15 @@ transformers' DynamicCache takes the number of tokens from the shape of its keys
 this cache count tokens.
 """
 
+from dataclasses import fields
+
 from torch import LongTensor, Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# what models, their layers and their outputs call a cache: `cache` from transformers 5.24 on
+CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
 class MixerState(CacheLayerMixin):

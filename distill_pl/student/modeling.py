@@ -30,7 +30,7 @@ from transformers.utils import can_return_tuple
 from distill_pl.errors import InputError
 from distill_pl.mixers import MIXERS, SequenceMixer
 from distill_pl.mixers.mixer import Position, RMSNorm
-from distill_pl.student.cache import StudentCache
+from distill_pl.student.cache import CACHE, StudentCache
 from distill_pl.teacher import embedding_scale, logits_scale, rope_tables, scaled
 
 DECODER_PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
@@ -44,7 +44,7 @@ class StudentConfig(PreTrainedConfig):
     """The configuration of a student: the teacher's, the mixer that replaces its attention, and the mixer's sizes."""
 
     model_type = "distill_pl"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
 
     teacher: dict | None = None  # the teacher's config.json
     mixer: str = "gla"
@@ -181,7 +181,7 @@ class Student(PreTrainedModel, GenerationMixin):
         for layer in self.model.layers:
             if record is not None:
                 record.append(hidden)
-            hidden = layer(hidden, attention_mask=attention_mask, position_embeddings=position, past_key_values=cache)
+            hidden = layer(hidden, attention_mask=attention_mask, position_embeddings=position, **{CACHE: cache})
         return self.model.norm(hidden)
 
     def matrices(self, layer_inputs: list[Tensor], attention_mask: Tensor | None, position_ids: Tensor) -> tuple[Tensor, ...]:
@@ -197,7 +197,8 @@ class Student(PreTrainedModel, GenerationMixin):
                 position_ids: Tensor | None = None, past_key_values: StudentCache | None = None,
                 inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
                 logits_to_keep: int | Tensor = 0, output_hidden_states: bool | None = None,
-                output_attentions: bool | None = None, **kwargs: Any) -> CausalLMOutputWithPast:  # fmt: skip
+                output_attentions: bool | None = None, cache: StudentCache | None = None,
+                **kwargs: Any) -> CausalLMOutputWithPast:  # fmt: skip
         """Compute logits [B, T, vocab] and, if labels are given, the loss, by the interface of transformers' causal models.
 
         Args:
@@ -205,7 +206,7 @@ class Student(PreTrainedModel, GenerationMixin):
             attention_mask: [B, S], where S counts the tokens in the cache and these T; 0 where padded (on the left when
                 generating).
             position_ids: [B, T] or [1, T], for RoPE; by default they count the tokens that are not padded.
-            past_key_values: the cache of an earlier call, which is read and updated.
+            past_key_values: the cache of an earlier call, which is read and updated; the same as `cache`.
             inputs_embeds: [B, T, D], in place of input_ids.
             labels: [B, T], not shifted; -100 is ignored.
             use_cache: whether to return a cache; by default `config.use_cache`, but not in training.
@@ -213,6 +214,7 @@ class Student(PreTrainedModel, GenerationMixin):
             output_hidden_states: whether to return the embeddings, the output of each layer but the last, and that of the
                 final norm: tensors [B, T, D].
             output_attentions: whether to return each layer's mixing matrix, fp32 [B, H, T, T].
+            cache: the name of past_key_values from transformers 5.24 on.
             kwargs: passed to `loss_function`, such as num_items_in_batch.
 
         Raises:
@@ -222,15 +224,16 @@ class Student(PreTrainedModel, GenerationMixin):
         output_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        check_shapes(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, len(self.model.layers))
+        cache = past_key_values if cache is None else cache
+        check_shapes(input_ids, inputs_embeds, attention_mask, position_ids, cache, len(self.model.layers))
         check_one_sequence(attention_mask, position_ids, kwargs)
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        seen = 0 if cache is None else cache.get_seq_length()
         if output_attentions and seen:
             raise InputError(f"output_attentions: the states of {seen} earlier tokens hold no matrix: give use_cache=False")
-        if past_key_values is not None and self.training and self.model.layers[0].gradient_checkpointing:
-            raise InputError("past_key_values: gradient checkpointing would drop them: call gradient_checkpointing_disable()")
-        if use_cache and past_key_values is None:
-            past_key_values = StudentCache(len(self.model.layers))
+        if cache is not None and self.training and self.model.layers[0].gradient_checkpointing:
+            raise InputError(f"{CACHE}: gradient checkpointing would drop them: call gradient_checkpointing_disable()")
+        if use_cache and cache is None:
+            cache = StudentCache(len(self.model.layers))
         inputs: Any = input_ids if inputs_embeds is None else inputs_embeds
         length = inputs.shape[1]
         if position_ids is None:
@@ -240,15 +243,15 @@ class Student(PreTrainedModel, GenerationMixin):
                 position_ids = torch.arange(seen, seen + length, device=inputs.device)[None]
         mask = None if attention_mask is None else attention_mask[:, -length:].bool()
         record: list[Tensor] | None = [] if output_hidden_states or output_attentions else None
-        hidden = self.hidden_states(input_ids, mask, position_ids, past_key_values, inputs_embeds, record)
+        hidden = self.hidden_states(input_ids, mask, position_ids, cache, inputs_embeds, record)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, keep])
         return CausalLMOutputWithPast(
             loss=None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs),
             logits=logits,
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=(*record, hidden) if record and output_hidden_states else None,
             attentions=self.matrices(record, mask, position_ids) if record and output_attentions else None,
+            **{CACHE: cache if use_cache else None},
         )
 
     def generate(self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any) -> Any:
@@ -275,8 +278,12 @@ class Student(PreTrainedModel, GenerationMixin):
         if embeds and config.prefill_chunk_size is not None:
             raise InputError(f"prefill_chunk_size {config.prefill_chunk_size}: leave it out, inputs_embeds are read at once")
         # transformers reads embeddings once and needs a cache after that
-        if (config.use_cache is not False or embeds) and kwargs.get("past_key_values") is None:
-            kwargs["past_key_values"] = StudentCache(len(self.model.layers))
+        before, now = (kwargs.pop(name, None) for name in ("past_key_values", "cache"))
+        cache = before if now is None else now
+        if (config.use_cache is not False or embeds) and cache is None:
+            cache = StudentCache(len(self.model.layers))
+        if cache is not None:
+            kwargs[CACHE] = cache
         return super().generate(inputs, generation_config, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
@@ -302,7 +309,7 @@ def check_shapes(input_ids: Tensor | None, inputs_embeds: Tensor | None, attenti
     if shape[1] == 0:
         raise InputError(f"{name} {shape} hold no new token: with a cache, generate takes all tokens, or a mask of all tokens")
     if cache is not None and not (isinstance(cache, StudentCache) and len(cache.layers) == layers):
-        raise InputError(f"past_key_values {type(cache).__name__}: give a StudentCache that this model returned, or none")
+        raise InputError(f"{CACHE} {type(cache).__name__}: give a StudentCache that this model returned, or none")
     seen = 0 if cache is None else cache.get_seq_length()
     expected = [shape[0], seen + shape[1]]
     if attention_mask is not None and list(attention_mask.shape) != expected:

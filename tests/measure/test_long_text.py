@@ -50,5 +50,5 @@ def test_a_model_that_hands_on_no_state_reads_one_segment_alone(teacher, monkeyp
     model.device, model.config = "cpu", SimpleNamespace(model_type="mamba")
     torch.testing.assert_close(long_text.losses(model, tokens, rows_at_once=1), whole)
     monkeypatch.setattr(long_text, "SEGMENT", 16)
-    with pytest.raises(InputError, match="rows of 19 tokens: a mamba carries no past_key_values .* at most 16"):
+    with pytest.raises(InputError, match="rows of 19 tokens: a mamba carries no cache .* at most 16"):
         long_text.losses(model, tokens, rows_at_once=1)

@@ -12,7 +12,7 @@ import torch
 from helpers import refused
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
-from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, OpenAIGPTConfig, OpenAIGPTLMHeadModel, PreTrainedTokenizerFast
 
 from distill_pl.cli import main
 from distill_pl.errors import InputError
@@ -30,6 +30,7 @@ from distill_pl.measure.recall import (
     settled,
     summary,
 )
+from distill_pl.student.cache import CACHE
 from distill_pl.student.factory import StudentFactory
 from distill_pl.teacher import Teacher
 
@@ -74,18 +75,19 @@ class PerfectMemory:
     def __call__(self, *args, **options):
         return self.forward(*args, **options)
 
-    def forward(self, tokens, use_cache, logits_to_keep, past_key_values=None):
-        if past_key_values is None:  # tokens still to be said
+    def forward(self, tokens, use_cache, logits_to_keep, **cache):
+        unsaid = cache.get(CACHE)
+        if unsaid is None:  # tokens still to be said
             answers = ["" if len(logits_to_keep) > 1 else self.answer(row) for row in tokens.tolist()]
-            past_key_values = [self.tokenizer.encode(f" {text}", add_special_tokens=False) + [1] for text in answers]
+            unsaid = [self.tokenizer.encode(f" {text}", add_special_tokens=False) + [1] for text in answers]
         logits = torch.zeros(len(tokens), len(logits_to_keep), len(self.tokenizer))
-        for row, unsaid in enumerate(past_key_values):
+        for row, words in enumerate(unsaid):
             if len(logits_to_keep) == 1:
-                logits[row, 0, unsaid.pop(0)] = 1
+                logits[row, 0, words.pop(0)] = 1
             else:
                 for index, place in enumerate(logits_to_keep.tolist()):
                     logits[row, index, self.value(tokens[row, : place + 1].tolist())] = 1
-        return SimpleNamespace(logits=logits, past_key_values=past_key_values)
+        return SimpleNamespace(logits=logits, **{CACHE: unsaid})
 
     def answer(self, prompt: list[int]) -> str:
         text = self.tokenizer.decode(prompt)
@@ -205,13 +207,14 @@ def test_prompts_are_continued_as_by_generate_in_segments_too(teacher, mixer):
 @pytest.mark.parametrize("task", ["niah_single_1", "mqar"])
 def test_a_model_that_hands_on_no_state_reads_prompts_whole(source, known_words, task):
     torch.manual_seed(0)
-    model = MambaForCausalLM(MambaConfig(vocab_size=len(known_words), hidden_size=16, num_hidden_layers=1, state_size=4)).eval()
+    sizes = {"n_positions": 2 * LENGTH, "n_embd": 16, "n_layer": 1, "n_head": 1}
+    model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=len(known_words), **sizes)).eval()
     read = []
     model.register_forward_pre_hook(lambda module, args: read.append(args[0].shape))
     items = make_items(task, source, LENGTH, QUESTIONS)
     assert len(score(model, known_words, items, tokens_at_once=2 * LENGTH)) == 5
     assert all(rows <= 2 and length >= LENGTH for rows, length in read)
-    with pytest.raises(InputError, match="rows of 256 tokens: a mamba carries no past_key_values .* at most 255"):
+    with pytest.raises(InputError, match="rows of 256 tokens: a openai-gpt carries no cache .* at most 255"):
         score(model, known_words, items, tokens_at_once=LENGTH - 1)
 
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaFo
 from distill_pl.errors import InputError
 from distill_pl.mixers import MIXERS
 from distill_pl.stages import KDStage
-from distill_pl.student.cache import StudentCache
+from distill_pl.student.cache import CACHE, StudentCache
 from distill_pl.student.factory import StudentFactory, check_teacher
 from distill_pl.student.modeling import Student, StudentConfig
 from distill_pl.student.transfer import as_transformer
@@ -331,8 +331,8 @@ NOT_TAKEN = {  # what a student cannot compute rightly -> (arguments of a call, 
     "positions": ({"position_ids": torch.arange(9)[None], "filled": 6}, r"position_ids \[1, 9\]: give \[2, 3\]"),
     "packed": ({"position_ids": torch.tensor([[0, 1, 0]])}, "position_ids start again within a row"),
     "packed for flash attention": ({"cu_seq_lens_q": torch.tensor([0, 1, 3])}, "position_ids start again within a row"),
-    "keys and values": ({"past_key_values": DynamicCache()}, "past_key_values DynamicCache: give a StudentCache"),
-    "cache of more layers": ({"past_key_values": StudentCache(3)}, "past_key_values StudentCache: .*this model"),
+    "keys and values": ({"past_key_values": DynamicCache()}, f"{CACHE} DynamicCache: give a StudentCache"),
+    "cache of more layers": ({"past_key_values": StudentCache(3)}, f"{CACHE} StudentCache: .*this model"),
     "attentions of the past": ({"output_attentions": True, "filled": 6}, "output_attentions: the states of 6 earlier tokens"),
     "one dimension": ({"input_ids": torch.ones(3).long()}, r"input_ids \[3\]: give \[B, T\]"),
     "no token": ({"input_ids": torch.ones(2, 0).long()}, r"input_ids \[2, 0\] hold no new token"),
@@ -537,7 +537,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(teacher, name, reentran
     student(tokens, labels=tokens).loss.backward()
     assert len(recomputed) == 2
     assert all(relative_error(x.grad, expected[key]) < 1e-5 for key, x in student.named_parameters())
-    with pytest.raises(InputError, match="past_key_values: gradient checkpointing"):
+    with pytest.raises(InputError, match=f"{CACHE}: gradient checkpointing"):
         student(tokens, past_key_values=StudentCache(2))
 
 
@@ -598,7 +598,7 @@ def test_cache_rows_follow_the_beams(teacher, name):
         assert relative_error(got, expected) < 1e-5
     cache = student(tokens).past_key_values
     cache.reorder_cache(torch.tensor([2, 2, 0]))
-    got = logits_of(student, following[:1].expand(3, 1), past_key_values=cache)
+    got = logits_of(student, following[:1].expand(3, 1), cache=cache)
     history = torch.cat([tokens[[2, 2, 0]], following[:1].expand(3, 1)], 1)
     assert relative_error(got, logits_of(student, history)[:, -1:]) < 1e-5
     cache.reset()
