@@ -50,6 +50,7 @@ GROUP_KEYS: dict[str, type | tuple] = {"config": (str, list), "name": str, "set"
 SECONDS_BETWEEN_LOOKS, SECONDS_TO_STOP = 0.2, 60.0
 NAMED = ("teacher", "data.dataset", "tokens")  # keys that results name, changed or not
 NOT_OF_A_RUN = {"seed", "out", "config", "dry_run", "print_config", "help"}  # keys of fit
+NO_MEMORY = ("out of memory", "memory is full")  # of what a command prints, where the runs beside it may have filled it
 NAME_BYTES = 200  # of a run: file systems take 255 with what is appended
 STOPPED_BY = (signal.SIGINT, signal.SIGTERM)
 
@@ -400,7 +401,8 @@ def carry_out(runs: dict[str, Run], out: Path, results: Path, options: dict[str,
                 except Timeout:
                     outcome, elsewhere = "left to another study, which carries it out", elsewhere + 1
                 except (Failed, InputError, OSError) as error:
-                    if "memory" in str(error) and len(running) > 1 and name not in repeated:  # which the others may have filled
+                    is_full = any(words in str(error) for words in NO_MEMORY)
+                    if is_full and len(running) > 1 and name not in repeated:
                         outcome = f"failed and will begin again: {error}"
                         waiting.append(name)
                         repeated.add(name)
