@@ -47,16 +47,17 @@ class Model(NamedTuple):
 
 
 def line_styles(mixers: Sequence[str | None]) -> list[dict[str, Any]]:
-    """Choose how each of several models is drawn: a colour for each mixer, a dash style for each of its models.
+    """Choose how each of several models is drawn: a colour for each mixer, for its models dash styles and, if more, markers.
 
-    Teachers, of mixer None, are black and have markers.
+    Teachers, of mixer None, are black and have round markers.
     """
     present = [mixer for mixer in MIXERS if mixer in mixers]
     styles: list[dict[str, Any]] = []
     for index, mixer in enumerate(mixers):
-        dash = DASHES[mixers[:index].count(mixer) % len(DASHES)]
+        row, dash = divmod(mixers[:index].count(mixer), len(DASHES))
         color = "black" if mixer is None else f"C{present.index(mixer)}"
-        styles.append({"color": color, "linestyle": dash, "marker": "o" if mixer is None else None, "markersize": 3})
+        marker = "o" if mixer is None else [None, *MARKERS][row % (1 + len(MARKERS))]
+        styles.append({"color": color, "linestyle": DASHES[dash], "marker": marker, "markersize": 3})
     return styles
 
 

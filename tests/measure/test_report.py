@@ -14,7 +14,7 @@ from scipy.stats import t
 
 from distill_pl.console import perplexity
 from distill_pl.errors import InputError
-from distill_pl.measure import paper
+from distill_pl.measure import paper, plots
 from distill_pl.measure.plots import DISTANCES, Model, Training, draw_positions, draw_recall, draw_training, label_points
 from distill_pl.measure.report import baseline, held_out, report
 from distill_pl.mixers import MIXERS
@@ -209,6 +209,11 @@ def test_pictures_of_few_points_and_of_many_runs_show_them_all(tmp_path, monkeyp
         assert len(inside) > 1 and min(b - a for a, b in pairwise(inside)) > shown[0].height
     FigureCanvasAgg(maps := figures["hidden_align"]).draw()
     assert all(axes.title.get_window_extent().width < 1.1 * axes.bbox.width for axes in maps.axes if axes.get_title())
+
+
+def test_lines_of_one_mixer_all_look_different():
+    styles = plots.line_styles(["gla"] * 12 + ["kda", None])
+    assert len({tuple(style.values()) for style in styles}) == 14
 
 
 def test_stages_are_those_of_a_run():
