@@ -450,6 +450,8 @@ def steps(run: Run, out: Path, results: Path, options: dict[str, Any] | None, en
     with disk_refused(log):
         log.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(log.with_name(f"{run.name}.lock"), timeout=0):
+        if is_done(run, results, options):  # by another study, since this one began
+            return read_report(results / f"{run.name}.json")["held_out"]["student"]
         for process in command(["fit", *run.args], log, environment):
             yield process, True
         if options is not None:

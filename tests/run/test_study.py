@@ -205,7 +205,8 @@ def start_and_wait(pipe) -> None:
 def test_two_studies_at_once_carry_out_no_run_twice(file, monkeypatch, capsys):
     commands = []
     monkeypatch.setattr(study, "command", lambda args, *rest: iter(commands.append(args) or ()))
-    monkeypatch.setattr(study, "summarise", lambda *args: {"held_out": {"student": 2.5}})
+    result = {"held_out": {"student": 2.5}}
+    monkeypatch.setattr(study, "summarise", lambda run, options: result | {"config": run.changed, "evaluate": options})
     runs, out = listed(file, RUNS), file.parent
     (out / "logs").mkdir()
     with FileLock(out / "logs" / "gla_s0.lock"):  # as another study does while it carries out this run
@@ -215,6 +216,7 @@ def test_two_studies_at_once_carry_out_no_run_twice(file, monkeypatch, capsys):
     assert len(commands) == 1 and [file.stem for file in (out / "results").iterdir()] == ["gla_qkv_mm_h2h_s0"]
     assert study.carry_out(runs, out, out / "results", None, parallel=2, deadline=math.inf) == 0
     assert "2 finished, 0 failed, 0 left" in capsys.readouterr().out
+    assert len(commands) == 2  # the run that is done since was not carried out again
 
 
 @pytest.mark.parametrize(("says", "times"), [("kd: the GPU's memory is full", 2), ("no text (see /memory/gla_s0.log)", 1)])
