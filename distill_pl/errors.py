@@ -21,9 +21,14 @@ class Diverged(Exception):
     exit_code = 1
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """Format an error of another library as `Type: message`, on one line of at most 300 characters."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, of at most 200 characters, or the error's type where it has no text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 class Range(NamedTuple):

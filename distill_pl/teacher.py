@@ -23,7 +23,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from distill_pl.errors import InputError, one_line
+from distill_pl.errors import InputError, first_line, one_line
 
 TAP = "distill_pl_tap"
 
@@ -97,7 +97,7 @@ class Teacher:
                 raise InputError(f"teacher {path!r}: its config.json cannot be used ({one_line(error)}): mend it") from error
             raise InputError(
                 f"teacher {path!r} is no model folder and could not be had from the hub: give a folder with config.json, "
-                f"or check the id and the network ({_first_line(error)})"
+                f"or check the id and the network ({first_line(error)})"
             ) from error
         if quantisation := getattr(self.config, "quantization_config", None):
             method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
@@ -109,7 +109,7 @@ class Teacher:
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except Exception as error:  # transformers has no common error for damaged tokenizer files
             raise InputError(
-                f"teacher {path!r} has no usable tokenizer: put tokenizer.json beside its weights ({_first_line(error)})"
+                f"teacher {path!r} has no usable tokenizer: put tokenizer.json beside its weights ({first_line(error)})"
             ) from error
         if not getattr(self.tokenizer, "is_fast", False) or len(self.tokenizer) == 0:
             raise InputError(f"teacher {path!r} has no usable tokenizer: put tokenizer.json beside its weights")
@@ -126,7 +126,7 @@ class Teacher:
             raise
         except Exception as error:  # architectures raise errors of any kind, also for missing libraries
             raise InputError(
-                f"teacher {path!r} is not a supported decoder, or its weights are missing ({_first_line(error)}): "
+                f"teacher {path!r} is not a supported decoder, or its weights are missing ({first_line(error)}): "
                 "give a Llama-like causal language model"
             ) from error
         self.model: PreTrainedModel = model.eval().requires_grad_(False)
@@ -303,8 +303,3 @@ def _description(layer: torch.nn.Module) -> list:
         (name, type(module), {k: v for k, v in vars(module).items() if isinstance(v, plain) and k != "layer_idx"})
         for name, module in layer.named_modules()
     ]
-
-
-def _first_line(error: Exception) -> str:
-    """Return the first line of an error's text, shortened, or the error's type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache
 
 from distill_pl.console import aligned, quiet, say
 from distill_pl.data.sources import counted
-from distill_pl.errors import AT_LEAST_1, ROWS, SEED, InputError, Range, check_numbers
+from distill_pl.errors import AT_LEAST_1, ROWS, SEED, InputError, Range, check_numbers, first_line
 from distill_pl.measure.evaluate import check_writable, load, read_report, weights_path
 from distill_pl.measure.params import smollm_360m
 from distill_pl.mixers import MIXERS
@@ -148,7 +148,7 @@ def locate(model: str, positions: int) -> str:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"model {model!r} cannot be read ({str(error).strip().splitlines()[0][:200]}): give a run folder, a Hugging Face "
+            f"model {model!r} cannot be read ({first_line(error)}): give a run folder, a Hugging Face "
             f"model folder, a hub id, or a mixer: {', '.join(MIXERS)}"
         ) from error
     limit = getattr(config, "max_position_embeddings", None)

@@ -21,7 +21,7 @@ from distill_pl.console import aligned, percent, perplexity, quiet, say
 from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.data.files import OR_SKIP
 from distill_pl.data.sources import TextSource, counted
-from distill_pl.errors import AT_LEAST_1, ROWS, SEED, InputError, Range, check_numbers, one_line
+from distill_pl.errors import AT_LEAST_1, ROWS, SEED, InputError, Range, check_numbers, first_line, one_line
 from distill_pl.measure import long_text, paper, recall
 from distill_pl.measure.harness import check_tasks, prompt_tokenizer, run_tasks
 from distill_pl.run.card import add_results
@@ -367,9 +367,8 @@ def load(path: str) -> tuple[PreTrainedModel, Any]:
 
 
 def _not_loaded(path: str, error: Exception) -> InputError:
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     remedy = "give a run folder, a Hugging Face model folder with its tokenizer, or a hub id"
-    return InputError(f"model {path!r} cannot be loaded ({text}): {remedy}")
+    return InputError(f"model {path!r} cannot be loaded ({first_line(error)}): {remedy}")
 
 
 @torch.no_grad()

@@ -225,8 +225,7 @@ def _load(name: str, data: str | Path | None, cache: str) -> dict[str, dict]:
         raise InputError(f"tasks={name}: its code cannot be imported ({one_line(error)}): install what is missing") from error
     except Exception as error:  # datasets, huggingface_hub and a task's own code raise errors of no common type
         reason = error.__cause__ or error  # datasets says of a line that is no JSON only that something is wrong
-        text = " ".join(f"{type(reason).__name__}: {reason}".split())[:200]
-        raise InputError(f"tasks={name}: its rows cannot be loaded ({text}); {remedy}") from error
+        raise InputError(f"tasks={name}: its rows cannot be loaded ({one_line(reason)}); {remedy}") from error
 
 
 def _stock_task(name: str) -> dict[str, Any] | None:

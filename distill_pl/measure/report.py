@@ -12,6 +12,7 @@ from distill_pl.measure.evaluate import measured_so_far
 from distill_pl.measure.params import appendix_a
 from distill_pl.mixers import MIXERS
 from distill_pl.run.folder import differing, flat, read_config, read_metrics, write_aside
+from distill_pl.stages import STAGES
 from distill_pl.tokens import Tokens
 
 SEEDS = ("seed", "data.shuffle")  # of the new weights, and of the order of the text
@@ -286,7 +287,7 @@ def pictures(runs: list[Run], folder: Path) -> list[str]:
     from distill_pl.measure.plots import Training, draw_training
 
     trainings = []
-    for stage in paper.STAGES:
+    for stage in STAGES:
         for run in runs:
             for path in run.folder.glob(f"*_{stage}"):
                 trainings.append(Training(stage, run.folder, run.config["student"]["mixer"], scalars(path)))

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from distill_pl import __version__
 from distill_pl.console import markdown, percent, perplexity
+from distill_pl.errors import one_line
 from distill_pl.measure import paper
 from distill_pl.run.folder import StageRun, plain, read_metrics, write_aside
 from distill_pl.student.modeling import Student
@@ -102,7 +103,7 @@ def licence_of(teacher: str) -> tuple[str | None, str]:
         else:
             licence = getattr(model_info(teacher, timeout=10).card_data, "license", None)
     except Exception as error:  # the errors of the hub's network library change between versions, and none is worth a run
-        return None, f"{unknown} ({' '.join(str(error).split())[:120]})."
+        return None, f"{unknown} ({one_line(error)})."
     if not licence:
         return None, f"{unknown} (its card names none)."
     return licence, f"The weights derive from `{teacher}`, whose licence, {licence}, applies to them too."

@@ -64,7 +64,7 @@ def check_export(config: Namespace, plans: list[StageRun], student: Student, tea
 
     Raises InputError where a file cannot be written, as for a generation config that transformers refuses.
     """
-    home = Path(tempfile.tempdir or "/tmp", "student")
+    home = Path(tempfile.gettempdir(), "student")
     try:
         with disk_refused(home), tempfile.TemporaryDirectory(prefix="distill_pl-") as name:
             write_small_files(config, Path(name), plans, student, teacher)

@@ -110,6 +110,8 @@ def fit(config: Namespace) -> None:
     if compiled:
         from distill_pl.compiling import compile_stage
     with sole_user(out, probe.global_rank):
+        if not probe.global_rank and next_stage(plans) != first:
+            raise InputError(f"out {config.out!r} was trained on by another process meanwhile: give the same command again")
         write_fingerprints(out, {**fingerprints, "tokens_read": (skipped + chunks) * config.data.sequence_length})
         write_config(config)
 

@@ -30,7 +30,7 @@ from safetensors.torch import load_model, save_model
 from transformers import AutoConfig, PreTrainedModel
 
 from distill_pl.console import is_first_rank
-from distill_pl.errors import InputError, one_line
+from distill_pl.errors import InputError, first_line, one_line
 from distill_pl.student.modeling import Student
 from distill_pl.teacher import Teacher
 from distill_pl.tokens import Tokens
@@ -79,9 +79,9 @@ def disk_refused(path: Path) -> Iterator[None]:
         # torch and safetensors raise their own errors on a full disk, tokenizers one without a type
         if not isinstance(error, OSError | RuntimeError | SafetensorError) and type(error) is not Exception:
             raise
-        home, text = existing_folder(path.parent), (str(error).splitlines() or [type(error).__name__])[0][:200]
+        home = existing_folder(path.parent)
         raise InputError(
-            f"cannot write {path} ({text}; {disk_usage(home).free / 1e6:.0f} MB are free there): free "
+            f"cannot write {path} ({first_line(error)}; {disk_usage(home).free / 1e6:.0f} MB are free there): free "
             "some space or permit writing; what was there before is intact, run the same command again to go on"
         ) from error
 
@@ -197,8 +197,7 @@ def read_config(out: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(file.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        text = " ".join(str(error).split())[:160]
-        raise InputError(f"{file} is damaged or no plain YAML ({text}): mend it, or choose another folder") from error
+        raise InputError(f"{file} is damaged or no YAML ({one_line(error)}): mend it, or choose another folder") from error
     found = config | flat(config) if isinstance(config, dict) else {}
     if wrong := [key for key, kind in READ.items() if not isinstance(found.get(key), kind)]:
         value = found.get(wrong[0])
@@ -219,7 +218,7 @@ def teacher_of(out: Path) -> str:
     except OSError as error:
         raise InputError(
             f"{out} was distilled from {teacher!r}, where no model is, seen from the current folder "
-            f"({str(error).splitlines()[0]}): put it back, or write its new place into {out / 'config.yaml'}"
+            f"({first_line(error)}): put it back, or write its new place into {out / 'config.yaml'}"
         ) from error
     return teacher
 

@@ -371,9 +371,9 @@ def carry_out(runs: dict[str, Run], out: Path, results: Path, options: dict[str,
               deadline: float) -> int:  # fmt: skip
     """Carry out runs, by the names they are printed with -> how many failed. Prints a line as each begins and ends.
 
-    A run that is being evaluated, which hardly occupies a GPU, leaves its place to one that trains; there may be `parallel` of
-    either. One that runs out of memory beside others begins again after those that wait. deadline: of time.monotonic(). At it,
-    and on Ctrl-C or SIGTERM, the running ones are stopped so that they can be resumed.
+    A run that is being evaluated, which hardly occupies a GPU, leaves its place to one that trains: at most `parallel` runs
+    train, and at most twice as many run. One that runs out of memory beside others begins again when all others have ended.
+    deadline: of time.monotonic(). At it, and on Ctrl-C or SIGTERM, the running ones are stopped so that they can be resumed.
     """
     waiting, failed, finished, elsewhere = list(runs), 0, 0, 0
     width = max(map(len, runs), default=0)
@@ -387,7 +387,7 @@ def carry_out(runs: dict[str, Run], out: Path, results: Path, options: dict[str,
     before = {number: signal.signal(number, lambda number, _: signals.append(number)) for number in STOPPED_BY}
     try:
         while (waiting or running) and time.monotonic() < deadline and not signals:
-            while waiting and places and len(running) < 2 * parallel:
+            while waiting and places and len(running) < 2 * parallel and not (running and waiting[0] in repeated):
                 name = waiting.pop(0)
                 training[name] = places.pop(0)
                 say(f"{name:<{width}}   begins")
@@ -461,7 +461,8 @@ def steps(run: Run, out: Path, results: Path, options: dict[str, Any] | None, en
                 yield process, False
             if known is not None and not own.exists():  # evaluate measures nothing twice, and checks what it finds
                 own.parent.mkdir(exist_ok=True)
-                shutil.copy(known.with_name(own.name), own)
+                measured = known.with_name(own.name)
+                write_aside(own, lambda aside: shutil.copy(measured, aside))
             measuring.add(run.name)
             try:
                 for process in command(["evaluate", str(folder), *options_of(options)], log, environment):
@@ -519,8 +520,9 @@ def summarise(run: Run, options: dict[str, Any] | None) -> dict[str, Any]:
         if "train/tokens_per_second" in logged:
             speeds[stage.name] = median(logged["train/tokens_per_second"][1])
     held_out = {"student": perplexity(metrics["student_ce"])}
-    if stages[-1].name == "kd" and config.kd.alpha:
-        held_out["kl"] = (metrics["loss"] - config.kd.ce * metrics["student_ce"]) / config.kd.alpha
+    kd = config.kd
+    if stages[-1].name == "kd" and kd.alpha and (kd.divergence, kd.temperature, kd.top_k) == ("forward", 1, None):  # Eq. 6
+        held_out["kl"] = (metrics["loss"] - kd.ce * metrics["student_ce"]) / kd.alpha
     if "teacher_ce" in metrics:
         held_out["teacher"] = perplexity(metrics["teacher_ce"])
     with safe_open(stages[-1].weights, framework="pt") as weights:

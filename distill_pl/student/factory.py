@@ -267,7 +267,7 @@ def check_teacher(teacher: Teacher) -> None:
     try:
         reason = _obstacle(teacher.model) or _difference(shallow_copy(teacher))
     except Exception as error:  # architectures fail in ways of their own
-        raise InputError(f"{message}: {type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
+        raise InputError(f"{message}: {one_line(error)}") from error
     if reason:
         raise InputError(f"{message}: {reason}")
     CHECKED.add(teacher.model)

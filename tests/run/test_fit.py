@@ -492,6 +492,13 @@ def test_second_run_on_the_same_folder_is_refused(begun, arguments, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_that_another_process_finishes_meanwhile_is_not_trained_again(begun, finished, arguments, monkeypatch):
+    monkeypatch.setattr("distill_pl.run.fit.describe", lambda *args: shutil.copytree(finished, begun, dirs_exist_ok=True))
+    assert "was trained on by another process meanwhile: give the same command again" in refused(*arguments())
+    assert_same(begun, finished)
+
+
+@pytest.mark.slow
 def test_clock_and_hostname_may_change(begun, finished, arguments, monkeypatch):
     now, ticks = time.time, time.monotonic
     monkeypatch.setattr(time, "time", lambda: now() - 1e7)

@@ -238,6 +238,25 @@ def test_a_run_without_memory_beside_others_begins_again(file, monkeypatch, caps
     assert "1 finished, 1 failed, 0 left" in printed
 
 
+def test_a_run_without_memory_begins_again_when_all_others_have_ended(file, monkeypatch, capsys):
+    alive = []
+
+    def command(args, *_):
+        alive.append(args)
+        for _ in range(3):
+            yield None
+            if any(arg.endswith("gla_s0") for arg in args) and len(alive) > 1:
+                alive.remove(args)
+                raise study.Failed("the GPU's memory is full")
+        alive.remove(args)
+
+    monkeypatch.setattr(study, "command", command)
+    monkeypatch.setattr(study, "summarise", lambda *args: {"held_out": {"student": 2.5}})
+    runs = listed(file, {"runs": [{"config": ["gla", "gla_qkv", "mlstm"]}]})
+    assert study.carry_out(runs, file.parent, file.parent, None, parallel=3, deadline=math.inf) == 0
+    assert "3 finished, 0 failed, 0 left" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
 def test_runs_end_with_a_study_that_is_killed():
