@@ -36,7 +36,7 @@ class Layer(NamedTuple):
     query: Tensor  # [B, T, H, K] after RoPE and q/k norms
     key: Tensor  # [B, T, kv_heads, K] after RoPE and q/k norms, kv heads not repeated
     scale: float
-    position: tuple[Tensor, Tensor]  # RoPE's (cos, sin) of this layer
+    position: tuple[Tensor, Tensor]  # RoPE's (cos, sin) of this layer, each [B or 1, T, K]
     mixed: Tensor | None = None  # [B, T, D]: attention's output, after o_proj; None unless requested
 
 

@@ -34,9 +34,9 @@ LOAD = 'AutoModelForCausalLM.from_pretrained("path/to/this/folder"'
 def export(run: str, to: Literal["transformers", "fla", "remote"] = "transformers", out: str | None = None) -> None:
     """Write a student as a folder that programs without this package load, with the same logits; refuse what is not exact.
 
-    The folder is loaded again in a process that cannot import this package, in fp32: its logits of a prompt must be
-    the student's to 1e-5 of the largest, or to ten times the student's own rounding, and 50 greedily generated tokens must be
-    the same. docs/serving.md lists what has an exact counterpart.
+    The folder is loaded again in fp32, in a process that cannot import this package, unless `to` is `remote`: its logits of a
+    prompt must be the student's to 1e-5 of the largest, or to ten times the student's own rounding, and 50 greedily generated
+    tokens must be the same. docs/serving.md lists what has an exact counterpart.
 
     Args:
         run: run folder of `distill-pl fit`, or folder of a student that it exported.

@@ -58,7 +58,7 @@ def as_fla(student: Student) -> PreTrainedModel:
         )
     })  # fmt: skip
     if importlib.util.find_spec("fla") is None or importlib.util.find_spec("fla.models") is None:
-        raise InputError("export --to fla needs flash-linear-attention: pip install 'distill_pl[bench]'")
+        raise InputError("export --to fla needs flash-linear-attention: pip install -e '.[bench]'")
     importlib.import_module("fla.models")  # registers its classes
     mixer: Any = student.mixers[0]
     settings = {

@@ -65,9 +65,9 @@ def evaluate(
             the paper's six benchmarks, `recall` for the tasks of finding again what was read: niah_single_1, niah_single_2,
             niah_multikey, niah_multivalue, mqar, induction and copy.
         data: folder of <task>.jsonl files in the hub's columns; without it lm-eval downloads its data from the hub.
-        limit: score only this many first questions of each task; of recall tasks, of each length, and of `text` so many rows
-            (default of both: 25).
-        batch_size: sequences in a forward pass; for recall tasks and `text`, so many times 2048 tokens (on a GPU 4096).
+        limit: number of questions of each task (for recall tasks: of each length), and of rows of `text`. Default: all; for
+            recall tasks and `text` 25.
+        batch_size: sequences in a forward pass; of recall tasks and `text`, batch_size x 2048 tokens (x 4096 on a GPU).
         lengths: lengths of the prompts of recall tasks, in tokens; the largest is also that of the rows of `text`.
         text: local file, folder or hub dataset on which to measure perplexity, by position too, and in which recall tasks hide
             numbers; by default these use the held-out text of a run.

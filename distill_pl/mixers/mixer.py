@@ -18,7 +18,7 @@ from distill_pl.ops import promoted, window
 if TYPE_CHECKING:
     from distill_pl.student.cache import MixerState
 
-Tables = tuple[Tensor, Tensor]  # cos and sin of RoPE, [B, T, K], or narrower where RoPE rotates only the first channels
+Tables = tuple[Tensor, Tensor]  # cos and sin of RoPE, [B or 1, T, K], or narrower where RoPE rotates only the first channels
 Position = Tables | dict[str, Tables]  # a dict by type of layer where types differ in RoPE
 # Initial logit of the op's share of a head beside window attention: a share of about 1/8. The window, with the teacher's own q,
 # k and v, is the better start, but the share also scales the op's gradients; this is the largest share that hardly raises the
@@ -52,7 +52,7 @@ class JointRMSNorm(RMSNorm):
 
 
 def rotate(x: Tensor, tables: Tables) -> Tensor:
-    """Rotate queries or keys x [B, T, H, K] by RoPE as Llama does; tables are cos and sin [B, T, K].
+    """Rotate queries or keys x [B, T, H, K] by RoPE as Llama does; tables are cos and sin [B or 1, T, K].
 
     Where the tables have fewer channels than x, the others stay as they are (StableLM).
     """

@@ -128,6 +128,9 @@ def summary(folder: Path) -> str:
         measures = ["M parameters", "MB of state", "recall", *(f"recall {length}" for length in lengths)]
         said = ("Percent of the answers found, mean over tasks, by length of the prompt in tokens; parameters of the model; "
                 f"size of the state of one sequence after {STATE_TOKENS:,} tokens, by a model in bf16.")  # fmt: skip
+        if chances := [row["chance"] for row in of_teacher["evaluated"]["teacher"].values() if "chance" in row]:
+            said += (f" Guessing among the numbers and words of the prompt would score {100 * mean(chances):.1f}; models that "
+                     "recall nothing score less, since they write others.")  # fmt: skip
         evaluated = sum(any("recall" in values for values in runs.values()) for runs in rows.values())
         if evaluated > len(best):
             said += f" Not shown: {counted(evaluated - len(best), 'student')} of less than 0.05%."
@@ -138,9 +141,9 @@ def summary(folder: Path) -> str:
         return "\n\n".join(text)
     signs = (
         "A + says that the student that the claim names first is better. Similar, close and little mean up to "
-        f"{LITTLE['nats']} nats or {LITTLE['points']} points. Of a claim about several students, the one that speaks for it "
-        "least is shown. Intervals are not corrected for the number of claims. Section 5.3, speed and memory, is for "
-        "`distill-pl bench`."
+        f"{LITTLE['nats']} nats or {LITTLE['points']} points. Where a claim compares several students, the comparison least "
+        "favourable to it is shown. Intervals are not corrected for the number of claims. Section 5.3, speed and memory, is "
+        "for `distill-pl bench`."
     )
     return "\n\n".join([*text, "### The paper's claims", signs, judged])
 

@@ -41,7 +41,8 @@ class StudentFactory:
             `expanded` has one for each query head, initialised as copies. Default: grouped for softmax and swa, expanded for
             the others. Leave it out with shape paper, which has numbers of its own.
         rope: whether q and k are rotated by the teacher's rotary position embedding. Default: as in the mixer's own paper,
-            true for softmax, retnet and swa. `distill-pl export` finds no exact counterpart of other students with it.
+            true for softmax, retnet and swa. With RoPE, students of other mixers have no exact counterpart for
+            `distill-pl export`.
         softmax_layers: layers, counted from 0, that keep the teacher's softmax attention and its weights: a hybrid model,
             whose cache grows with the sequence.
         window: number of last tokens, the token itself included, that sliding-window attention reads. For the mixer swa the
@@ -87,7 +88,7 @@ class StudentFactory:
         if isinstance(softmax_layers, str) or not all(isinstance(layer, Integral) for layer in softmax_layers):
             raise InputError(f"student.softmax_layers {softmax_layers!r} is no list of layers: give their numbers, e.g. [3, 7]")
         if backend == "fla" and not (use_fla("auto", torch.device("cuda")) and torch.cuda.is_available()):
-            raise InputError("student.backend fla needs a GPU and fla-core: pip install distill_pl[gpu], or choose torch")
+            raise InputError("student.backend fla needs a GPU and fla-core: pip install -e '.[gpu]', or choose torch")
         if window is None and sinks is not None and mixer != "swa":
             raise InputError(f"student.sinks {sinks} without a window: give student.window, e.g. {WINDOW}, or choose mixer swa")
         if window is not None and mixer != "swa":

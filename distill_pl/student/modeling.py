@@ -161,7 +161,10 @@ class Student(PreTrainedModel, GenerationMixin):
         return [layer.self_attn for layer in self.model.layers]
 
     def position(self, hidden: Tensor, position_ids: Tensor | None = None) -> Position:
-        """Compute RoPE's cos and sin [B, T, K] for hidden [B, T, D] at position_ids [B, T], by default 0 to T - 1."""
+        """Compute RoPE's cos and sin, each [B or 1, T, K], for hidden [B, T, D].
+
+        position_ids: [B or 1, T], by default 0 to T - 1.
+        """
         if position_ids is None:
             position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
         return rope_tables(self.model.rotary_emb, hidden, position_ids)
