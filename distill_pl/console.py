@@ -21,7 +21,7 @@ def is_first_rank() -> bool:
 def say(text: str) -> None:
     """Print `text` on rank 0 and flush, so that it appears in a log file at once."""
     if is_first_rank():
-        print(text, flush=True)
+        print(text.encode(errors="backslashreplace").decode(), flush=True)  # names of files may be no UTF-8
 
 
 def quiet() -> None:

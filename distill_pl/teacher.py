@@ -213,7 +213,8 @@ def load_model(path: str, name: str, remedy: str, **options) -> Any:
     """Load a causal language model from a folder or the hub without running code that comes with it, in modules or pickles.
 
     `options` go to `from_pretrained`. Raises InputError for damaged weights and for pickles that are not plain tensors, for
-    which transformers' own message would recommend unsafe loading; and for missing weights, with the model's name and a remedy.
+    which transformers' own message would recommend unsafe loading; and, with the model's name, for missing weights, with a
+    remedy, and for weights that the architecture of its config.json does not have.
     """
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -228,6 +229,10 @@ def load_model(path: str, name: str, remedy: str, **options) -> Any:
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):  # transformers would draw them at random
         raise InputError(f"{name} lacks {len(missing)} of its weights ({missing[0]}, ...): {remedy}")
+    if extra := sorted(loading["unexpected_keys"]):  # transformers would leave them out
+        raise InputError(
+            f"{name} has {len(extra)} weights that are none of the model of its config.json ({extra[0]}, ...): mend config.json"
+        )
     return model
 
 

@@ -87,6 +87,14 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     return encoder
 
 
+def keeps_all_characters(encoder: Tokenizer) -> bool:
+    """Return whether a tokenizer encodes a character that no vocabulary holds, by bytes or an unknown token, or refuses it."""
+    try:
+        return len(encoder.encode("\U0010fffd", add_special_tokens=False).ids) > 0
+    except Exception:  # the Rust library has no error of its own; with a text that has such a character, packing ends with it
+        return True
+
+
 def _hidden(special: set[str], fields: dict) -> dict:
     """Rename special tokens in the fields of a tokenizer.json, ids unchanged, to names that occur in no text.
 

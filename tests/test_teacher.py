@@ -193,6 +193,18 @@ def test_a_folder_without_one_of_its_weights_is_refused(folder):
     assert "model.layers.1.mlp.up_proj.weight" in refusal(folder)
 
 
+def test_weights_that_the_architecture_has_no_place_for_are_refused(folder):
+    """transformers itself leaves them out."""
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # older versions of transformers saved these
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    Teacher(str(folder))
+    change_config(folder, num_hidden_layers=1)
+    line = refusal(folder)
+    assert "has 9 weights that are none of the model of its config.json (model.layers.1." in line and "mend config.json" in line
+
+
 @pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "fp8"])
 def test_a_quantised_teacher_is_refused_with_or_without_its_library(folder, method):
     change_config(folder, quantization_config={"quant_method": method})

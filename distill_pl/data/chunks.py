@@ -19,7 +19,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from importlib.metadata import version
@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 
 from distill_pl.data.sources import TextSource, counted
 from distill_pl.errors import InputError, one_line
-from distill_pl.tokenizer import around_documents, text_encoder
+from distill_pl.tokenizer import around_documents, keeps_all_characters, text_encoder
 from distill_pl.tokens import short
 
 FORMAT = 3  # part of the key: raise it when the same text would be packed differently
@@ -135,6 +135,7 @@ class Chunks:
             f"{share} {counted(rows, 'row')} of {files}: {counted(documents, 'document')}, {short(tokens)} tokens",
             f"held out: {held_out} of its validation split" if own_split else f"held out: the first {held_out}",
             f"skipped: {counted(bad_rows, 'unreadable row')}" if bad_rows else "",
+            "" if keeps_all_characters(self._encoder) else "characters that the tokenizer does not know are dropped",
             f"left out: {left_out}" if left_out else "",
         ]
         return "; ".join(filter(None, parts))
@@ -166,7 +167,7 @@ class Chunks:
         readable, identity = self.source.identity()
         what = {"format": FORMAT, "source": identity, "validation_chunks": self.validation_chunks, **self._packing}
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-        return self.cache / f"{re.sub(r'[^A-Za-z0-9_.]+', '-', readable).strip('-.')}-{key}"
+        return self.cache / f"{re.sub(r'[^A-Za-z0-9_.]+', '-', readable)[:100].strip('-.')}-{key}"
 
     @cached_property
     def _packing(self) -> dict:
@@ -227,9 +228,18 @@ class Chunks:
             for batch in self._batches(stream):
                 ready, ahead = ahead, (worker.submit(encode, batch.documents, add_special_tokens=False), batch)
                 if ready:
-                    yield ready[0].result(), ready[1]
+                    yield self._result(ready[0]), ready[1]
             if ahead:
-                yield ahead[0].result(), ahead[1]
+                yield self._result(ahead[0]), ahead[1]
+
+    def _result(self, encoding: Future) -> list:
+        """Wait for a batch's encodings. Raises InputError where the tokenizer cannot encode it."""
+        try:
+            return encoding.result()
+        except Exception as error:  # the Rust library has no error of its own
+            raise InputError(
+                f"tokenizer {self.tokenizer.name_or_path!r} cannot encode the text ({one_line(error)}): give it an unk_token"
+            ) from error
 
     def _done(self, need: dict[str, int]) -> bool:
         """Return whether each file has the tokens it needs, or train.bin all tokens of the dataset."""
@@ -327,7 +337,9 @@ class Chunks:
             recorded = {self.folder / f"{name}.bin": sidecar["tokens"][name] * self._dtype.itemsize for name in FILES}
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except OSError as error:
+            raise InputError(f"{path} is unreadable ({one_line(error)}): permit it, or choose another data.cache") from error
+        except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is unreadable ({one_line(error)}): {remedy}") from error
         for file, recorded_bytes in recorded.items():
             if (size := file.stat().st_size if file.exists() else 0) < recorded_bytes:

@@ -281,5 +281,5 @@ def _kind(file: str | Path) -> str | None:
 
 
 def _suffix(file: str | Path) -> str:
-    file = Path(file)
+    file = Path(Path(file).name.lower())
     return Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix

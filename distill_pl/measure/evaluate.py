@@ -157,7 +157,7 @@ def measure(path: str, file: Path, tasks: list[str], texts: dict | None, data: s
     """
     network, tokenizer = load(path)
     if file.name.startswith("teacher"):
-        check_teacher_of(file.parent.parent, path, network)
+        check_teacher_of(file.parent.parent, path, fingerprint(network, torch.bfloat16))
     report = options | {"model": path, "weights": fingerprint(network), "torch": torch.__version__, "results": {}}
     report |= {"device": network.device.type, "dtype": str(network.dtype), "transformers": version("transformers")}
     earlier = read_report(file)

@@ -17,7 +17,7 @@ from distill_pl.losses import kl_divergence
 from distill_pl.measure import recall
 from distill_pl.measure.evaluate import TOKENS_AT_ONCE, check_writable, haystack, held_out_chunks, is_run, load, weights_path
 from distill_pl.mixers import Softmax
-from distill_pl.run.folder import check_teacher_of, read_config, teacher_of, write_aside
+from distill_pl.run.folder import check_teacher_of, fingerprint, read_config, teacher_of, write_aside
 from distill_pl.run.values import parse_lengths
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.modeling import Student
@@ -75,7 +75,7 @@ def layers(
         kept = f", {len(before)} of which are softmax attention already" if before else ""
         raise InputError(f"keep {keep} is no number of layers from {len(before) + 1} to {len(student.mixers)}{kept}")
     teacher = Teacher(origin, student.dtype)
-    check_teacher_of(Path(run), origin, teacher.model)
+    check_teacher_of(Path(run), origin, fingerprint(teacher.model, torch.bfloat16))
     original = StudentFactory("softmax").assemble(teacher, seed=0).eval()
     original.to(student.device, student.dtype)  # type: ignore[arg-type]
     source = recall.make_source(tokenizer, haystack(student, tokenizer, data, None))

@@ -18,6 +18,7 @@ from distill_pl.run.folder import (
     check_room,
     check_run_folder,
     check_stage_files,
+    check_teacher_of,
     disk_refused,
     fingerprint,
     load_student,
@@ -92,6 +93,9 @@ def fit(config: Namespace) -> None:
         data.open(teacher.tokenizer, teacher.config)
     student = factory.build(teacher, config.seed)
     if factory.start is not None:
+        start = Path(config.student.start_from)
+        for run in (start, start.parent):  # the run, or the folder of its student
+            check_teacher_of(run, config.teacher, fingerprints["teacher"])
         fingerprints["start"] = fingerprint(factory.start)
     stages = [STAGES[stage_run.name](student, teacher, **config[stage_run.name]) for stage_run in plans]
     check_room(out, plans, sum(p.numel() for p in student.parameters()))

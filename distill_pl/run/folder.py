@@ -324,15 +324,18 @@ def check_fingerprints(config: Namespace, found: dict[str, str]) -> None:
         )
 
 
-def check_teacher_of(out: Path, path: str, model: PreTrainedModel) -> None:
-    """Raise InputError unless `model`, loaded from `path`, is the teacher of the run in `out`, as far as that is recorded."""
+def check_teacher_of(out: Path, path: str, found: str) -> None:
+    """Raise InputError unless the run in `out`, as far as that is recorded, is of the teacher with the fingerprint `found`.
+
+    path: of that teacher.
+    """
     file = out / FINGERPRINTS
     try:
-        recorded = json.loads(file.read_text())["teacher"] if file.is_file() else None
+        recorded = json.loads(file.read_text())["teacher"] if file.is_file() else found
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file} is damaged ({one_line(error)}): restore it, or delete it to trust {path!r}") from error
-    if recorded not in (None, fingerprint(model, torch.bfloat16)):
-        raise InputError(f"teacher {path!r} is not the one that {out} was distilled from: put that one back")
+    if recorded != found:
+        raise InputError(f"teacher {path!r} is not the one that {out} was distilled from: give that one")
 
 
 def tokens_read(config: Namespace) -> int:

@@ -1,6 +1,9 @@
 """Check the values of `distill-pl`'s keys before any work: each number within its range, each precision one that trains."""
 
+import importlib.util
 import os
+from fnmatch import fnmatch
+from glob import escape, has_magic
 from pathlib import Path
 from typing import Any
 
@@ -67,19 +70,30 @@ def check_values(config: Namespace) -> None:
         )
     if config.trainer.strategy not in STRATEGIES:  # others train in processes whose result is lost, or save other checkpoints
         raise InputError(f"trainer.strategy {config.trainer.strategy} is not supported: choose one of {', '.join(STRATEGIES)}")
+    if "wandb" in (config.trainer.logger or []) and importlib.util.find_spec("wandb") is None:
+        raise InputError("trainer.logger wandb needs the wandb package: pip install wandb, or leave it out")
 
 
 def check_places(config: Namespace) -> None:
-    """Raise InputError where the run or its cache would be in the folder of the text: a second start would read it as text."""
-    text = Path(os.path.realpath(config.data.dataset))
+    """Raise InputError where the run or its cache would be among the text's files: a second start would read it as text."""
     for key in ("out", "data.cache"):
-        place = Path(os.path.realpath(os.path.expanduser(config[key])))
-        inside = text.is_dir() and place.is_relative_to(text)
-        if inside and not any(part.startswith(".") for part in place.relative_to(text).parts):  # what is hidden is not read
+        if is_among(config.data.dataset, os.path.realpath(os.path.expanduser(config[key]))):
             raise InputError(
                 f"{key} {config[key]!r} is inside data.dataset {config.data.dataset!r}, whose files are read as text: choose "
                 f"another {key}"
             )
+
+
+def is_among(dataset: str, place: str) -> bool:
+    """Return whether files below the folder `place` would belong to a dataset, which may be a folder or a glob."""
+    text = os.path.realpath(dataset)
+    pattern, names = Path(escape(text), "**").parts if os.path.isdir(text) else Path(text).parts, Path(place).parts
+    for index, (name, part) in enumerate(zip(names, pattern, strict=False)):
+        if part == "**":
+            return not any(rest.startswith(".") for rest in names[index:])  # what is hidden is not read
+        if not fnmatch(name, part) or (name.startswith(".") and not part.startswith(".")):
+            return False
+    return has_magic("".join(pattern[len(names) : len(names) + 1]))
 
 
 def check_validation(config: Namespace, batches: int) -> None:

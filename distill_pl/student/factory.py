@@ -169,8 +169,8 @@ class StudentFactory:
     def build(self, teacher: Teacher, seed: int) -> Student:
         """Build a student of `teacher` with fp32 weights on the CPU; equal seeds draw equal weights.
 
-        Prints which mixers are not those of `start_from`. Raises InputError for a teacher that is not supported, see
-        `check_teacher`, or no Teacher, and for a `start_from` that does not fit it.
+        Prints which mixers are not those of `start_from`, and which of their settings differ. Raises InputError for a teacher
+        that is not supported, see `check_teacher`, or no Teacher, and for a `start_from` that does not fit it.
         """
         if not isinstance(teacher, Teacher):
             raise InputError(f"build: teacher is a {type(teacher).__name__}: give a Teacher of this package, Teacher(path)")
@@ -185,6 +185,12 @@ class StudentFactory:
             if anew := copy_student(self.start, student):
                 layers = "all layers" if len(anew) == len(student.mixers) else f"layers {', '.join(map(str, anew))}"
                 say(f"start    {self.start_from}, but for the mixers of {layers}, which are of another kind or size there")
+            if isinstance(self.start, Student):
+                pairs = [pair for pair in zip(self.start.mixers, student.mixers, strict=True) if type(pair[0]) is type(pair[1])]
+                for key in ("rope", "window", "sinks"):
+                    values = {(getattr(there, key), getattr(here, key)) for there, here in pairs}
+                    for there, here in sorted(values - {(value, value) for value, _ in values}, key=str):
+                        say(f"start    {self.start_from} has student.{key} {there}, this run {here}")
         return student
 
     def assemble(self, teacher: Teacher, seed: int) -> Student:

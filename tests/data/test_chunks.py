@@ -487,6 +487,40 @@ def test_damage_is_found_before_any_work(tokenizer, tmp_path):
         chunks.check()
 
 
+def test_a_cache_that_may_not_be_read_is_one_line(tokenizer, tmp_path, monkeypatch):
+    chunks = make(write_dataset(tmp_path / "data", "jsonl"), tokenizer, tmp_path / "cache")
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(InputError, match=r"sidecar.json is unreadable .*: permit it, or choose another data.cache"):
+        chunks.check()
+
+
+def test_a_long_name_of_a_file_is_cut_in_the_cache(tokenizer, tmp_path):
+    file = tmp_path / f"{'x' * 244}.jsonl"
+    file.write_text('{"text": "a b c"}\n' * 200)
+    chunks = make(file, tokenizer, tmp_path / "cache")
+    chunks.prepare(2)
+    assert len(chunks.folder.name) < 130
+
+
+@pytest.mark.parametrize("kind", [models.WordLevel, models.BPE])
+def test_characters_that_a_tokenizer_does_not_know(tmp_path, monkeypatch, kind):
+    rust = Tokenizer(kind({"a": 0, "</s>": 1}, **({"merges": []} if kind is models.BPE else {})))
+    rust.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    (tmp_path / "data.jsonl").write_text('{"text": "a a a a"}\n' * 100 + '{"text": "a \u2603"}\n' * 100)
+    chunks = make(tmp_path / "data.jsonl", PreTrainedTokenizerFast(tokenizer_object=rust, eos_token="</s>"), tmp_path / "cache")
+    monkeypatch.setattr(chunks_module, "around_documents", lambda tokenizer, end: ([], [end]))  # which probes other letters
+    if kind is models.BPE:
+        chunks.prepare(100)
+        assert "characters that the tokenizer does not know are dropped" in chunks.describe()
+    else:
+        with pytest.raises(InputError, match="cannot encode the text .*: give it an unk_token"):
+            chunks.prepare(100)
+
+
 def test_a_full_disk_is_one_line_and_resumable(tokenizer, tmp_path, monkeypatch):
     dataset = write_dataset(tmp_path / "data", "parquet")
     chunks, whole = (make(dataset, tokenizer, tmp_path / name) for name in ("full", "whole"))

@@ -59,7 +59,9 @@ def test_the_names_of_many_files_are_not_all_listed(tmp_path):
     assert read(tmp_path)[1] == "0.md, 1.md, 2.md and 6 more (no data)"
 
 
-@pytest.mark.parametrize("large, small", [("wiki.jsonl", "train.jsonl"), ("big.csv", "small.jsonl"), ("a.tsv.gz", "a.json.gz")])
+@pytest.mark.parametrize("large, small", [
+    ("wiki.jsonl", "train.jsonl"), ("big.csv", "small.jsonl"), ("a.tsv.gz", "a.json.gz"), ("B.CSV", "a.txt"),
+])  # fmt: skip
 def test_most_of_a_folder_is_not_left_out(large, small, tmp_path):
     write(tmp_path, [large], 9 * '{"text": "a"}\n')
     write(tmp_path, [small])

@@ -18,7 +18,7 @@ from distill_pl.cli import main
 from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.errors import InputError
 from distill_pl.run.trainer import precision
-from distill_pl.run.values import RANGES
+from distill_pl.run.values import RANGES, is_among
 from distill_pl.stages import STAGES
 from distill_pl.student.factory import StudentFactory
 
@@ -142,6 +142,24 @@ def test_a_run_writes_nothing_into_the_folder_of_its_text(arguments, corpus, key
     assert re.search(f"{key} .* is inside data.dataset .*: choose another {key}", refused(*arguments(**{key: corpus / place})))
     assert sorted(corpus.rglob("*")) == before
     assert "is inside" not in refused(*arguments(**{key: corpus / ".hidden" / place, "teacher": "/nowhere"}))
+
+
+@pytest.mark.parametrize(("dataset", "place", "among"), [
+    ("data/**/*.txt", "data/run", True), ("data/*/*.txt", "data/run", True), ("data/*.txt", "data", True),
+    ("data/*.txt", "data/run", False), ("data/s*/*.txt", "data/run", False), ("data/**", ".", False), ("*.txt", "run", False),
+    ("data/**/*.txt", "data/a/.run", False), ("data/*/*.txt", "data/.run", False), ("x.txt", ".", False),
+    ("a[1]", "a[1]/x", True), ("a[1]", "a1/x", False),
+])  # fmt: skip
+def test_what_a_glob_reaches(tmp_path, monkeypatch, dataset, place, among):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("data", "a[1]"):
+        (tmp_path / folder).mkdir()
+    assert is_among(dataset, str(tmp_path / place)) == among
+
+
+def test_a_missing_package_is_named_before_any_work(arguments, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "pip install wandb" in refused(*arguments(**{"trainer.logger": "[wandb]", "teacher": "/nowhere"}))
 
 
 def test_a_list_of_models_has_no_empty_path():

@@ -147,6 +147,13 @@ def test_a_start_names_the_layers_that_begin_anew(teacher, tmp_path, capsys):
         assert says in printed and bool(says) == bool(printed)
 
 
+def test_a_start_names_the_settings_that_differ(teacher, tmp_path, capsys):
+    path = exported(StudentFactory("gla", rope=True, window=8, softmax_layers=[1]).build(teacher, 0), tmp_path / "gla")
+    StudentFactory("gla", window=4, softmax_layers=[1], start_from=path).build(teacher, 0)
+    said = [f"start    {path} has student.{there}" for there in ("rope True, this run False", "window 8, this run 4")]
+    assert capsys.readouterr().out.splitlines() == said
+
+
 @pytest.mark.parametrize("damage", ["model.safetensors", "config.json", "a weight"])
 def test_a_start_with_holes_is_refused(teacher, tmp_path, damage):
     student = StudentFactory("gla").build(teacher, 0)
