@@ -52,6 +52,8 @@ def export(run: str, to: Literal["transformers", "fla", "remote"] = "transformer
     source, target = Path(weights_path(run)), Path(out)
     if not (source / "config.json").is_file():
         raise InputError(f"run {run!r} is no finished run and no model folder: give either")
+    if target.exists() and target.samefile("."):
+        raise InputError(f"out {out!r} is the current folder: give a folder in it")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise InputError(f"out {out!r} exists already: give a folder that does not, or delete it")
     if to == "fla" and not torch.cuda.is_available():

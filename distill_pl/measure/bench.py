@@ -9,6 +9,7 @@ import math
 import platform
 import time
 from collections.abc import Iterator
+from hashlib import sha256
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,14 +24,14 @@ from transformers.cache_utils import Cache
 from distill_pl.console import aligned, quiet, say
 from distill_pl.data.sources import counted
 from distill_pl.errors import AT_LEAST_1, ROWS, SEED, InputError, Range, check_numbers, first_line
-from distill_pl.measure.evaluate import check_writable, load, read_report, weights_path
+from distill_pl.measure.evaluate import check_positions, check_writable, load, read_report, weights_path
 from distill_pl.measure.params import smollm_360m
 from distill_pl.mixers import MIXERS
 from distill_pl.run.folder import write_aside
 from distill_pl.run.values import parse_lengths
 from distill_pl.student.cache import CACHE, state_bytes
 from distill_pl.student.factory import StudentFactory
-from distill_pl.student.modeling import Student, StudentConfig
+from distill_pl.student.modeling import Student
 from distill_pl.tokens import short
 
 RANDOM = "random"  # in place of a path: random weights
@@ -151,9 +152,7 @@ def locate(model: str, positions: int) -> str:
             f"model {model!r} cannot be read ({first_line(error)}): give a run folder, a Hugging Face "
             f"model folder, a hub id, or a mixer: {', '.join(MIXERS)}"
         ) from error
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit and limit < positions and not isinstance(config, StudentConfig) and not hasattr(config, "rope_parameters"):
-        raise InputError(f"model {model!r} has a table of {limit} positions, {positions} are asked for: give shorter lengths")
+    check_positions(model, config, positions)
     return path
 
 
@@ -189,8 +188,11 @@ def model_rows(model: str, source: str, lengths: list[int], settings: dict[str, 
     source: as `locate` returns it. lengths: ascending.
     """
     network, positions = None, lengths[-1] + settings["new_tokens"]
+    described = Path(source, "config.json")  # by which times depend on a model
+    kind = sha256(described.read_bytes()).hexdigest()[:16] if described.is_file() else None
     for length in lengths:
-        row = next((row for row in known if (row["model"], row["weights"], row["length"]) == (model, source, length)), None)
+        asked = {"model": model, "weights": source, "kind": kind, "length": length}
+        row = next((row for row in known if {key: row.get(key) for key in asked} == asked), None)
         if row is None:
             warm_up = 1
             if network is None:
@@ -199,9 +201,10 @@ def model_rows(model: str, source: str, lengths: list[int], settings: dict[str, 
                 mode = decode_mode(model, network, settings["decode"], positions)
                 chunk = prefill_chunk(network, settings["prefill_chunk"])
                 warm_up = settings["new_tokens"]
-            row = {"model": model, "weights": source, "length": length, "softmax": not isinstance(network, Student),
-                   "weights_bytes": network.get_memory_footprint(), "decode": mode, "prefill_chunk": chunk,
-                   "bandwidth": bandwidth()}  # fmt: skip
+            row = asked | {
+                "softmax": not isinstance(network, Student), "weights_bytes": network.get_memory_footprint(), "decode": mode,
+                "prefill_chunk": chunk, "bandwidth": bandwidth(),
+            }  # fmt: skip
             try:
                 row |= measure(network, length, settings | {"decode": mode, "prefill_chunk": chunk}, warm_up)
                 row |= limit(network, row)

@@ -24,21 +24,24 @@ from distill_pl.data.sources import TextSource, counted
 from distill_pl.errors import AT_LEAST_1, ROWS, SEED, InputError, Range, check_numbers, first_line, one_line
 from distill_pl.measure import long_text, paper, recall
 from distill_pl.measure.harness import check_tasks, prompt_tokenizer, run_tasks
-from distill_pl.run.card import add_results
+from distill_pl.run.card import add_results, read_card
 from distill_pl.run.folder import (
     WHAT_IS_READ,
     check_teacher_of,
     disk_refused,
     fingerprint,
     read_config,
+    read_fingerprints,
     teacher_of,
     write_aside,
 )
 from distill_pl.run.values import parse_lengths
+from distill_pl.student.modeling import StudentConfig
 from distill_pl.teacher import load_model
 from distill_pl.tokenizer import special_tokens
 
 HAYSTACK_DOCUMENTS = 2000  # of a dataset given for recall tasks
+ANSWER = 64  # tokens that follow a prompt of a recall task, at most
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 4096}  # of long rows read together, for each of batch_size
 Results = dict[str, dict[str, Any]]  # by task, and "held-out": a measure's name -> its value
 
@@ -56,7 +59,7 @@ def evaluate(
     """Measure models: perplexity on held-out text, zero-shot accuracy on lm-eval tasks (paper, section 4.2), and recall.
 
     Prints a table and writes JSON to RUN/eval/ for a run folder, to eval/ for any other model. A result in that JSON is reused
-    as long as weights, questions, limit, seed and lm-eval are the same.
+    as long as weights, questions, limit, seed, dtype and lm-eval are the same.
 
     Args:
         models: run folders of `distill-pl fit`, whose teacher and held-out text are measured as well; or model folders or
@@ -77,9 +80,11 @@ def evaluate(
     runs = {model: read_config(Path(model)) for model in models if is_run(model)}
     for model in models:
         if not tasks.strip(", ") and text is None and model not in runs:
-            raise InputError(f"model {model!r} is no run folder, whose held-out text could be used: give --tasks or --text")
+            what = "run folder" if Path(model).exists() else "folder here, and a model of the hub has no held-out text"
+            raise InputError(f"model {model!r} is no {what}: give a run folder, or --tasks or --text")
+    if data is not None and not Path(data).is_dir():
+        raise InputError(f"data {data!r} is no folder: give one of <task>.jsonl files, or leave it out")
     names, questions = check_options(tasks, data, limit, batch_size, lengths, text, seed)
-    options = {"limit": limit, "seed": seed, "lm_eval": version("lm_eval")}
     suffix = ending(limit)
     jobs: dict[str, list[tuple[str, str, Path]]] = {}  # what to measure for each of `models`: name, weights, file of results
     teachers: dict[tuple[str, str], str] = {}  # of a teacher and the text of its perplexity -> name of its row
@@ -91,6 +96,7 @@ def evaluate(
             name = teachers.setdefault((teacher, its_text), name)
             jobs[model] = [(name, teacher, folder / f"teacher{suffix}"), (model, path, folder / f"student{suffix}")]
             check_writable(Path(path) / "README.md")
+            read_card(Path(path))
         else:
             place = os.path.normpath(model)
             place = os.path.abspath(model) if place.startswith(".") else place  # a dot in front would hide the file
@@ -102,10 +108,10 @@ def evaluate(
     results: dict[str, Results] = {}
     known: dict[str, Results] = {}  # by the path of the weights
     for model in models:
-        texts = runs.get(model, {}).get("data")
+        run = Path(model) if model in runs else None
         for name, path, file in jobs[model]:
             before = known.get(path, {}) | results.get(name, {})
-            known[path] = results[name] = measure(path, file, names, texts, data, batch_size, options, questions, before)
+            known[path] = results[name] = measure(path, file, names, run, data, batch_size, limit, questions, before)
         if model in runs:
             add_results(Path(path), measured_so_far(Path(model) / "eval", "student"))
     printed = table(results, {model: jobs[model][0][0] for model in runs})
@@ -134,50 +140,62 @@ def check_options(tasks: str = "", data: str | None = None, limit: int | None = 
 
 
 def check_questions(path: str, tasks: list[str], questions: recall.Questions, has_text: bool) -> None:
-    """Raise InputError, before weights are read, where the tokenizer at `path` or `text` does not suffice for the questions.
+    """Raise InputError, before weights are read, where the tokenizer or the positions at `path`, or `text`, do not suffice.
 
     has_text: whether there will be a text in which recall tasks hide numbers.
     """
     tokenizer = load_tokenizer(path)
     prompt_tokenizer(tokenizer)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if questions.text is not None or set(tasks) & set(recall.TASKS):
+        check_positions(path, config, questions.lengths[-1] + ANSWER)
     if questions.text is not None:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         long_text.rows(documents(questions.text), tokenizer, config, questions.lengths[-1], 1)
     source = recall.make_source(tokenizer, " ".join(recall.FILLER) if has_text else "")
     for task in (task for task in tasks if task in recall.TASKS):
         recall.make_items(task, source, questions.lengths[0], questions)
 
 
-def measure(path: str, file: Path, tasks: list[str], texts: dict | None, data: str | None, batch_size: int,
-            options: dict, questions: recall.Questions, known: Results) -> Results:  # fmt: skip
+def measure(path: str, file: Path, tasks: list[str], run: Path | None, data: str | None, batch_size: int,
+            limit: int | None, questions: recall.Questions, known: Results) -> Results:  # fmt: skip
     """Measure the model at `path` -> results by task; `file` is brought up to date after each task.
 
-    Nothing that `file` holds and that still applies is measured again, nor what this call has measured already, `known`.
-    texts: a run's data keys, for perplexity on its held-out text; data: folder of jsonl files, or None for the hub.
+    Nothing that `file` holds and that still applies is measured again, nor what this call has measured already, `known`; what
+    `file` holds of these weights stays. run: run folder, for perplexity on its held-out text. data: folder of jsonl files, or
+    None for the hub.
     """
     network, tokenizer = load(path)
+    weights = fingerprint(network, torch.bfloat16)  # the same on machines that load them in fp32
     if file.name.startswith("teacher"):
-        check_teacher_of(file.parent.parent, path, fingerprint(network, torch.bfloat16))
-    report = options | {"model": path, "weights": fingerprint(network), "torch": torch.__version__, "results": {}}
-    report |= {"device": network.device.type, "dtype": str(network.dtype), "transformers": version("transformers")}
+        check_teacher_of(file.parent.parent, path, weights)
+    settings = {"seed": questions.seed, "lm_eval": version("lm_eval"), "dtype": str(network.dtype)}
+    report: dict[str, Any] = {
+        "model": path, "limit": limit, "weights": weights, "device": network.device.type, "torch": torch.__version__,
+        "transformers": version("transformers"), "results": {},
+    }  # fmt: skip
     earlier = read_report(file)
-    if all(earlier.get(key) == report[key] for key in (*options, "weights", "dtype")):
-        report["results"] = earlier["results"]
+    if earlier.get("weights") == weights or (earlier and earlier.get("weights") == fingerprint(network)):  # earlier versions'
+        of_all = {key: earlier.get(key) for key in settings}  # as in files of earlier versions
+        report["results"] = {task: {"settings": of_all} | row for task, row in earlier["results"].items()}
     report["results"] |= known
 
     def keep(measured: Results, source: str) -> None:
-        report["results"] |= {task: row | {"source": source} for task, row in measured.items()}
+        report["results"] |= {task: row | {"source": source, "settings": settings} for task, row in measured.items()}
         write_aside(file, lambda aside: aside.write_text(json.dumps(report, indent=2)))
 
-    if texts is not None:
-        source = held_out_text(texts)
-        if report["results"].get("held-out", {}).get("source") != source:
-            keep({"held-out": {"perplexity": held_out_perplexity(network, tokenizer, texts, batch_size)}}, source)
+    def is_known(task: str, source: str) -> bool:
+        row = report["results"].get(task, {})
+        return (row.get("source"), row.get("settings")) == (source, settings)
+
+    if run is not None:
+        source = held_out_text(read_config(run)["data"])
+        if not is_known("held-out", source):
+            keep({"held-out": {"perplexity": held_out_perplexity(network, tokenizer, run, batch_size)}}, source)
     tokens_at_once = batch_size * TOKENS_AT_ONCE[network.device.type]
     if questions.text is not None:
         tokens = long_text.rows(documents(questions.text), tokenizer, network.config, questions.lengths[-1], questions.number)
         source = sha256(tokens.numpy().tobytes()).hexdigest()
-        if report["results"].get("text", {}).get("source") != source:
+        if not is_known("text", source):
             length = tokens.shape[1]
             at_once = min(tokens_at_once // length, batch_size * long_text.SEGMENT // min(length, long_text.SEGMENT))
             keep({"text": long_text.summary(long_text.losses(network, tokens, max(1, at_once)))}, source)
@@ -187,12 +205,12 @@ def measure(path: str, file: Path, tasks: list[str], texts: dict | None, data: s
     material = None
     for task in tasks:
         if task in recall.TASKS:
-            material = material or recall.make_source(tokenizer, haystack(network, tokenizer, texts, questions.text))
+            material = material or recall.make_source(tokenizer, haystack(network, tokenizer, run, questions.text))
             items = {length: recall.make_items(task, material, length, questions) for length in questions.lengths}
             source = recall.fingerprint(items)
         else:
             source = "hub" if data is None else sha256(Path(data, f"{task}.jsonl").read_bytes()).hexdigest()
-        if report["results"].get(task, {}).get("source") == source:
+        if is_known(task, source):
             say(f"{path}  {task}: measured before")
         elif task in recall.TASKS:
             scores = {length: recall.score(network, tokenizer, row, tokens_at_once) for length, row in items.items()}
@@ -201,9 +219,9 @@ def measure(path: str, file: Path, tasks: list[str], texts: dict | None, data: s
             say(f"{path}  {task}: " + ", ".join(f"{accuracy:.0%} of {length}" for length, accuracy in by_length))
         else:
             say(f"{path}  {task}")
-            keep(run_tasks(network, tokenizer, [task], data=data, limit=options["limit"], batch_size=batch_size,
-                           seed=options["seed"]), source)  # fmt: skip
-    if known:  # another run's folder may have them, but not this one's
+            keep(run_tasks(network, tokenizer, [task], data=data, limit=limit, batch_size=batch_size,
+                           seed=questions.seed), source)  # fmt: skip
+    if known or earlier.get("weights") != weights:  # another run's folder may have them, but not this one's
         keep({}, "")
     asked = ["held-out", *["text"] * (questions.text is not None), *tasks]
     return {task: row for task, row in report["results"].items() if task in asked}
@@ -225,13 +243,15 @@ def generate(
         model: run folder of `distill-pl fit`, model folder or hub id.
         prompt: the beginning of the text.
         max_new_tokens: how many tokens to add, at most.
-        temperature: 0 takes the likeliest token; any other value samples at that temperature.
+        temperature: 0 takes the likeliest token; any other value samples at that temperature, from the 50 likeliest tokens
+            unless the model's generation_config.json says otherwise.
         beams: number of beams in beam search; 1 searches without beams.
         seed: seed of the sampling.
     """
     quiet()
     numbers = {"max_new_tokens": max_new_tokens, "temperature": temperature, "beams": beams, "seed": seed}
-    ranges = {"max_new_tokens": AT_LEAST_1, "temperature": Range(0, 1e30), "beams": Range(1, 1024), "seed": SEED}
+    warmth = Range(1e-3, 1e30) if temperature else Range(0)
+    ranges = {"max_new_tokens": AT_LEAST_1, "temperature": warmth, "beams": Range(1, 1024), "seed": SEED}
     check_numbers(numbers, ranges)
     path = weights_path(model)
     ids = encode_prompt(load_tokenizer(path), prompt)
@@ -361,7 +381,11 @@ def load(path: str) -> tuple[PreTrainedModel, Any]:
     if largest >= rows:
         raise InputError(f"model {path!r}: its tokenizer has ids up to {largest}, its embedding {rows} rows: give its own")
     model = model.to("cuda" if gpu else "cpu").eval()
-    if reads_ahead(model):
+    try:
+        ahead = reads_ahead(model)
+    except Exception as error:  # kernels of other libraries fail in ways of their own
+        raise InputError(f"model {path!r} cannot be computed on this machine ({one_line(error)}): try another") from error
+    if ahead:
         raise InputError(f"model {path!r}: its logits depend on later tokens ({model.config.model_type}): give a causal model")
     return model, tokenizer
 
@@ -380,6 +404,13 @@ def reads_ahead(model: PreTrainedModel) -> bool:
     return bool((logits[0] - logits[1]).abs().max() > (1e-4 if model.dtype == torch.float32 else 0.05) * logits.abs().max())
 
 
+def check_positions(model: str, config: Any, positions: int) -> None:
+    """Raise InputError where a model such as GPT-2, by its configuration, has a table of fewer than `positions` positions."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and limit < positions and not isinstance(config, StudentConfig) and not hasattr(config, "rope_parameters"):
+        raise InputError(f"model {model!r} has a table of {limit} positions, {positions} are asked for: give shorter lengths")
+
+
 def learned_positions(model: PreTrainedModel) -> int | None:
     """Return for how many positions a model such as GPT-2 has embeddings; None where any number is computed."""
     limit = getattr(model.config, "max_position_embeddings", None)
@@ -396,11 +427,12 @@ def held_out_text(data: dict[str, Any]) -> str:
     return f"{data['dataset']}, {data['validation_tokens']} tokens in chunks of {data['sequence_length']}{changed}"
 
 
-def held_out_chunks(model: PreTrainedModel, tokenizer, data: dict[str, Any]) -> torch.Tensor:
-    """Read the chunks [N, T] of a run's text that no stage trained on. data: the run's data keys.
+def held_out_chunks(model: PreTrainedModel, tokenizer, run: Path) -> torch.Tensor:
+    """Read the chunks [N, T] of a run's text that no stage trained on.
 
-    Raises InputError where they are no longer packed.
+    Raises InputError where they are no longer packed, or no longer those that the run held out.
     """
+    data = read_config(run)["data"]
     try:
         module = ChunkDataModule(**data)
     except TypeError as error:  # keys of another version
@@ -415,6 +447,8 @@ def held_out_chunks(model: PreTrainedModel, tokenizer, data: dict[str, Any]) -> 
     chunks = torch.from_numpy(packed.validation.astype("int64"))
     if len(chunks) == 0:
         raise InputError(f"the packed text of {data['dataset']!r} is no longer in {module.cache}: run distill-pl fit again")
+    if read_fingerprints(run).get("held_out", found := packed.fingerprint(0)) != found:
+        raise InputError(f"the text {data['dataset']!r} is no longer the one that {run} held out a part of: put that one back")
     return chunks
 
 
@@ -428,16 +462,16 @@ def documents(text: str) -> Iterator[str]:
         raise InputError(f"text: {line.removeprefix('data.dataset ')}") from error
 
 
-def haystack(model: PreTrainedModel, tokenizer, data: dict[str, Any] | None, text: str | None) -> str:
+def haystack(model: PreTrainedModel, tokenizer, run: Path | None, text: str | None) -> str:
     """Read the text that recall tasks hide numbers in: the head of the dataset `text`, else a run's held-out text, or ""."""
     if text is not None:
         return " ".join(islice(documents(text), HAYSTACK_DOCUMENTS))
-    return "" if data is None else tokenizer.decode(held_out_chunks(model, tokenizer, data).flatten(), skip_special_tokens=True)
+    return "" if run is None else tokenizer.decode(held_out_chunks(model, tokenizer, run).flatten(), skip_special_tokens=True)
 
 
-def held_out_perplexity(model: PreTrainedModel, tokenizer, data: dict[str, Any], batch_size: int) -> float:
-    """Compute perplexity on the chunks of a run's text that no stage trained on. data: the run's data keys."""
-    chunks = held_out_chunks(model, tokenizer, data)
+def held_out_perplexity(model: PreTrainedModel, tokenizer, run: Path, batch_size: int) -> float:
+    """Compute perplexity on the chunks of a run's text that no stage trained on."""
+    chunks = held_out_chunks(model, tokenizer, run)
     return perplexity(long_text.losses(model, chunks, batch_size).mean().item())
 
 
@@ -471,7 +505,7 @@ def table(results: dict[str, Results], teachers: dict[str, str]) -> str:
         covered = {task for column in columns for task in paper.COLUMNS.get(column, ())}
         for task, row in measured.items():
             if task not in covered | {"held-out"}:
-                metric = next(key for key in ("acc", *row) if key in row and key not in ("n", "version", "source"))
+                metric = next(key for key in ("acc", *row) if key in row and key not in ("n", "version", "source", "settings"))
                 name, *filters = metric.split(",")  # of what a model wrote, as in exact_match,strict-match
                 is_share = name.endswith("acc") or name == "exact_match"
                 error = row.get(",".join([f"{name}_stderr", *filters]), math.nan)

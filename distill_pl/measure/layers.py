@@ -17,7 +17,7 @@ from distill_pl.losses import kl_divergence
 from distill_pl.measure import recall
 from distill_pl.measure.evaluate import TOKENS_AT_ONCE, check_writable, haystack, held_out_chunks, is_run, load, weights_path
 from distill_pl.mixers import Softmax
-from distill_pl.run.folder import check_teacher_of, fingerprint, read_config, teacher_of, write_aside
+from distill_pl.run.folder import check_teacher_of, fingerprint, teacher_of, write_aside
 from distill_pl.run.values import parse_lengths
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.modeling import Student
@@ -62,7 +62,7 @@ def layers(
     questions = recall.Questions(parse_lengths(lengths), limit, None, seed)
     if not is_run(run):
         raise InputError(f"run {run!r} is no run folder of distill-pl fit: give one that is finished")
-    path, data, file = weights_path(run), read_config(Path(run))["data"], Path(run) / "eval" / "layers.json"
+    path, file = weights_path(run), Path(run) / "eval" / "layers.json"
     origin = teacher_of(Path(run))
     check_writable(file)
     model, tokenizer = load(path)
@@ -78,9 +78,9 @@ def layers(
     check_teacher_of(Path(run), origin, fingerprint(teacher.model, torch.bfloat16))
     original = StudentFactory("softmax").assemble(teacher, seed=0).eval()
     original.to(student.device, student.dtype)  # type: ignore[arg-type]
-    source = recall.make_source(tokenizer, haystack(student, tokenizer, data, None))
+    source = recall.make_source(tokenizer, haystack(student, tokenizer, Path(run), None))
     items = [recall.make_items(task, source, length, questions) for task in names for length in questions.lengths]
-    chunks = held_out_chunks(student, tokenizer, data)
+    chunks = held_out_chunks(student, tokenizer, Path(run))
     tokens_at_once = batch_size * TOKENS_AT_ONCE[student.device.type]
     rows: list[dict[str, Any]] = []
     say("layer put back      KL  recall" if names else "layer put back      KL")

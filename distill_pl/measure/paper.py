@@ -4,6 +4,7 @@ import math
 from statistics import mean
 
 TABLE_1 = ("softmax", "mlstm", "gla", "hgrn2", "retnet", "mamba2", "metala", "delta_net", "rebased", "hedgehog")  # mixers
+STAGES = ("matrix_mixing", "hidden_align", "kd")  # in order; the keys of distill_pl.stages.STAGES, which needs Lightning
 
 # column of the paper's tables -> the lm-eval tasks it averages
 COLUMNS = {

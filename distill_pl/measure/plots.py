@@ -11,10 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
 from matplotlib.transforms import Bbox
 
-from distill_pl.measure import recall
+from distill_pl.measure import paper, recall
 from distill_pl.mixers import MIXERS
 from distill_pl.run.folder import write_aside
-from distill_pl.stages import STAGES
 
 DASHES = ("-", "--", ":", "-.")
 MARKERS = "sD^v<>pdh*"
@@ -148,7 +147,7 @@ def draw_training(trainings: list[Training], folder: Path) -> list[str]:
 
 def losses(trainings: list[Training]) -> Figure:
     """Plot training loss against tokens: a panel for each stage, a colour for each mixer, a dash style for each of its runs."""
-    stages = [stage for stage in STAGES if any(training.stage == stage for training in trainings)]
+    stages = [stage for stage in paper.STAGES if any(training.stage == stage for training in trainings)]
     mixers = {training.run: training.mixer for training in trainings}
     runs = sorted(mixers)
     styles = dict(zip(runs, line_styles([mixers[run] for run in runs]), strict=True))

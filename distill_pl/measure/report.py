@@ -12,7 +12,6 @@ from distill_pl.measure.evaluate import measured_so_far
 from distill_pl.measure.params import appendix_a
 from distill_pl.mixers import MIXERS
 from distill_pl.run.folder import differing, flat, read_config, read_metrics, write_aside
-from distill_pl.stages import STAGES
 from distill_pl.tokens import Tokens
 
 SEEDS = ("seed", "data.shuffle")  # of the new weights, and of the order of the text
@@ -121,9 +120,11 @@ def find_runs(folder: Path) -> list[Run]:
 
 
 def held_out(run: Path) -> dict[str, float]:
-    """Read the held-out losses after the last finished stage of a run, in nats per token; empty if no stage is finished."""
-    last = sorted(run.glob("*_*/student.safetensors"))[-1:]
-    return read_metrics(last[0]) if last else {}
+    """Read the held-out losses after the last finished stage of a run, in nats per token; empty where they are not known."""
+    weights = [folder / "student.safetensors" for folder in sorted(run.glob("[0-9]_*"))]
+    if not (run / "student").is_dir():  # of a finished run, only the last stage counts, whose weights may have been deleted
+        weights = [file for file in weights if file.is_file()]
+    return read_metrics(weights[-1]) if weights and weights[-1].is_file() else {}
 
 
 def teacher_row(runs: list[Run]) -> list[Run]:
@@ -133,7 +134,9 @@ def teacher_row(runs: list[Run]) -> list[Run]:
     """
     if len({run.config["teacher"] for run in runs}) > 1:
         return []
-    results = next((found for run in runs if (found := measured_so_far(run.folder / "eval", "teacher"))), {})
+    results: dict[str, Any] = {}
+    for run in reversed(runs):
+        results |= measured_so_far(run.folder / "eval", "teacher")
     losses = [loss for run in runs if (loss := held_out(run.folder).get("teacher_ce")) is not None]
     of_one_text = losses and max(losses) - min(losses) < 0.01  # more than the rounding of other machines
     return [Run(runs[0].folder, runs[0].config, results, True, losses[0] if of_one_text else None)] if results or losses else []
@@ -142,11 +145,17 @@ def teacher_row(runs: list[Run]) -> list[Run]:
 def grouped(runs: list[Run]) -> dict[str, list[Run]]:
     """Group runs that differ in their seeds alone, of new weights and of the order of the text, by experiment.
 
-    Of several groups of one experiment, the first has its name, and others are named by what they change, as in
-    `gla_qkv (kd.lr 0.001)`: they belong to no row of the paper's.
+    Finished runs of one configuration and seed count once. Of several groups of one experiment, the first has its name, and
+    others are named by what they change, as in `gla_qkv (kd.lr 0.001)`: they belong to no row of the paper's.
     """
     rows: dict[str, list[Run]] = {}
+    counted: list[Run] = []
     for run in runs:
+        same = next((other for other in counted if not set(differing(other.config, run.config)) - {"out"}), None)
+        if run.finished and same is not None:
+            say(f"{run.folder} has the configuration of {same.folder}, seed included, and is not counted")
+            continue
+        counted += [run] * run.finished
         first = rows.setdefault(run.experiment, [run])[0]
         if run is first:
             continue
@@ -287,7 +296,7 @@ def pictures(runs: list[Run], folder: Path) -> list[str]:
     from distill_pl.measure.plots import Training, draw_training
 
     trainings = []
-    for stage in STAGES:
+    for stage in paper.STAGES:
         for run in runs:
             for path in run.folder.glob(f"*_{stage}"):
                 trainings.append(Training(stage, run.folder, run.config["student"]["mixer"], scalars(path)))

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from distill_pl import __version__
 from distill_pl.console import markdown, percent, perplexity
-from distill_pl.errors import one_line
+from distill_pl.errors import InputError, one_line
 from distill_pl.measure import paper
 from distill_pl.run.folder import StageRun, plain, read_metrics, write_aside
 from distill_pl.student.modeling import Student
@@ -109,16 +109,24 @@ def licence_of(teacher: str) -> tuple[str | None, str]:
     return licence, f"The weights derive from `{teacher}`, whose licence, {licence}, applies to them too."
 
 
+def read_card(student: Path) -> ModelCard | None:
+    """Read an exported student's card, None where it has none. Raises InputError where its front matter is no YAML."""
+    file = student / "README.md"
+    try:
+        return ModelCard(file.read_text()) if file.is_file() else None
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"{file} cannot be read ({one_line(error)}): mend its front matter, or delete the file") from error
+
+
 def add_results(student: Path, results: dict[str, dict[str, Any]]) -> None:
     """Write what `evaluate` measured, by task, into an exported student's card; the rest of the card stays.
 
     lm-eval's results as the paper's columns, and those of recall tasks by the length of the prompt.
     """
-    file = student / "README.md"
     columns, recalled = paper.columns(results), {task: row for task, row in results.items() if "by_length" in row}
-    if not (columns or recalled) or not file.is_file():
+    card = read_card(student)
+    if not (columns or recalled) or card is None:
         return
-    card = ModelCard(file.read_text())
     tables = []
     if columns:
         rows = [["tasks", "zero-shot accuracy, %"]]
@@ -135,11 +143,11 @@ def add_results(student: Path, results: dict[str, dict[str, Any]]) -> None:
     written = RESULTS.format("\n\n".join(tables))
     card.text = re.sub(f"{before}.*{after}", lambda _: written, card.text, flags=re.DOTALL)
     data: Any = card.data
-    data.model_name = student.resolve().parent.name
+    data.model_name = data.model_name or student.resolve().parent.name
     kind: Any = {"task_type": "text-generation", "metric_type": "acc"}
-    data.eval_results = [
+    data.eval_results = [result for result in data.eval_results or [] if result.dataset_type not in results] + [
         EvalResult(dataset_type=task, dataset_name=task, metric_value=row["acc"], **kind)
         for task, row in results.items()
         if "acc" in row and task not in recalled
-    ]
-    write_aside(file, lambda aside: aside.write_text(f"---\n{data.to_yaml()}\n---\n{card.text}"))
+    ] or None
+    write_aside(student / "README.md", lambda aside: aside.write_text(f"---\n{data.to_yaml()}\n---\n{card.text}"))

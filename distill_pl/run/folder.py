@@ -324,17 +324,25 @@ def check_fingerprints(config: Namespace, found: dict[str, str]) -> None:
         )
 
 
+def read_fingerprints(out: Path) -> dict[str, Any]:
+    """Read what a run was about when it began; {} where that is not recorded. Raises InputError for a damaged file."""
+    file = out / FINGERPRINTS
+    try:
+        recorded = json.loads(file.read_text()) if file.is_file() else {"teacher": None}
+        return {key: value for key, value in recorded.items() if recorded["teacher"]}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{file} is damaged ({one_line(error)}): restore it, or delete it to trust that the run's teacher and text are "
+            "still the same"
+        ) from error
+
+
 def check_teacher_of(out: Path, path: str, found: str) -> None:
     """Raise InputError unless the run in `out`, as far as that is recorded, is of the teacher with the fingerprint `found`.
 
     path: of that teacher.
     """
-    file = out / FINGERPRINTS
-    try:
-        recorded = json.loads(file.read_text())["teacher"] if file.is_file() else found
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} is damaged ({one_line(error)}): restore it, or delete it to trust {path!r}") from error
-    if recorded != found:
+    if read_fingerprints(out).get("teacher", found) != found:
         raise InputError(f"teacher {path!r} is not the one that {out} was distilled from: give that one")
 
 

@@ -124,6 +124,8 @@ def study(
     deadline = math.inf if time_limit is None else time.monotonic() + 60 * time_limit
     lines = read(file)
     if show == "summary":
+        if only != "*" or index is not None:
+            raise InputError("show summary is of all results in the folder: leave out only and index")
         say(summary(folder))
         return
     if data is not None:
@@ -530,7 +532,7 @@ def summarise(run: Run, options: dict[str, Any] | None) -> dict[str, Any]:
     evaluated = {}
     for model in ("student", "teacher"):
         results = read_report(Path(config.out) / "eval" / f"{model}{ending((options or {}).get('limit'))}").get("results", {})
-        evaluated[model] = {task: {key: value for key, value in row.items() if key not in ("source", "version")}
+        evaluated[model] = {task: {key: value for key, value in row.items() if key not in ("source", "version", "settings")}
                             for task, row in results.items()}  # fmt: skip
     models = {"student": str(Path(config.out) / "student"), "teacher": config.teacher}
     return rounded({

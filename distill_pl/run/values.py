@@ -55,7 +55,7 @@ def parse_lengths(lengths: str) -> list[int]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise InputError(f"lengths {lengths!r} are not whole positive numbers: write e.g. 1024,4096")
     numbers = sorted({int(part) for part in parts})
-    check_numbers({"length": numbers[-1]}, {"length": AT_LEAST_1})
+    check_numbers({"length": numbers[-1]}, {"length": Range(1, 1e7)})
     return numbers
 
 

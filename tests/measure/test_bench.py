@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -158,6 +159,13 @@ def test_what_was_measured_is_kept(here, monkeypatch, capsys, no_picture):
     with pytest.raises(InputError, match=r"other settings \(new_tokens 2, now 3; seed 0, now 1\): give another --out"):
         bench(["gla"], **QUICK | {"new_tokens": 3, "seed": 1})
     assert (here / "bench" / "bench.json").read_bytes() == before
+
+
+def test_another_model_in_the_same_place_is_measured_anew(here, teacher_folder, save_model, no_picture, capsys):
+    for folder, known in [(teacher_folder, 0), (teacher_folder, 1), (save_model("llama", mlp_bias=True), 0)]:
+        shutil.copytree(folder, here / "model", dirs_exist_ok=True)
+        bench([str(here / "model")], **QUICK | {"lengths": "8"})
+        assert capsys.readouterr().out.count("measured before") == known
 
 
 def test_rows_of_either_way_to_decode(teacher, name):

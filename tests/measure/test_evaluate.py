@@ -20,6 +20,7 @@ from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.errors import InputError
 from distill_pl.measure import paper, recall
 from distill_pl.measure.evaluate import encode_prompt, evaluate, generate, held_out_text, recovery, table
+from distill_pl.run.folder import fingerprint
 from distill_pl.teacher import Teacher
 from distill_pl.tokenizer import special_tokens
 
@@ -87,6 +88,11 @@ def test_each_run_has_its_teachers_results_and_perplexity_of_its_own_text(run, t
     config["data"] |= {"dataset": str(text), "cache": str(tmp_path)}
     (copies[1] / "config.yaml").write_text(yaml.safe_dump(config))
     ChunkDataModule(**config["data"]).open(Teacher(config["teacher"]).tokenizer).prepare(1)
+    with pytest.raises(InputError, match=f"{text}' is no longer the one that {copies[1]} held out a part of: put"):
+        evaluate([str(copies[1])])
+    recorded = json.loads((run / "fingerprints.json").read_text())
+    del recorded["held_out"]  # as in runs of earlier versions
+    (copies[1] / "fingerprints.json").write_text(json.dumps(recorded))
     evaluate([*map(str, copies)], text=str(text), lengths="16", limit=2)
     for name in ("teacher", "student"):
         a, b, c = (json.loads((copy / "eval" / f"{name}.limit2.json").read_text())["results"] for copy in copies)
@@ -161,7 +167,7 @@ def test_generate_continues_the_prompt(run, monkeypatch, capsys, keys):
 def test_refusals(run, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="cannot be loaded"):
         generate("/nowhere")
-    with pytest.raises(InputError, match="give --tasks"):
+    with pytest.raises(InputError, match="no folder here, .*: give a run folder, or --tasks or --text"):
         evaluate(["/nowhere"])
     monkeypatch.setattr("distill_pl.measure.evaluate.load_model", lambda *args, **kwargs: pytest.fail("weights were loaded"))
     with pytest.raises(InputError, match="no token long"):
@@ -202,6 +208,8 @@ def test_other_architectures_are_continued_within_their_positions(save_model, ca
         for prompt, remedy in [("Story 1.", "give at most 2"), ("Story 1. " * 20, "give a shorter prompt")]:
             with pytest.raises(InputError, match=f"max_new_tokens 32: .* has 32 positions, .*{remedy}"):
                 generate(folder, prompt, max_new_tokens=32)
+        with pytest.raises(InputError, match="has a table of 32 positions, 128 are asked for: give shorter lengths"):
+            evaluate([folder], tasks="mqar", lengths="64")
     generate(folder, "Story 1.", max_new_tokens=16)
     assert capsys.readouterr().out.startswith("Story 1.")
 
@@ -262,6 +270,34 @@ def test_what_was_measured_is_not_measured_again(run, tmp_path, monkeypatch, cap
     monkeypatch.setattr("distill_pl.measure.evaluate.run_tasks", run_tasks)
     evaluate([str(run)], **asked)
     assert json.loads(file.read_text())["results"]["piqa"]["n"] == 2
+
+
+def test_what_was_measured_stays_beside_results_of_other_seeds_dtypes_and_versions(run, tmp_path, monkeypatch, capsys):
+    rows = [{"goal": "to dry", "sol1": "use a towel.", "sol2": "use a lake.", "label": 0}] * 2
+    (tmp_path / "piqa.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = {"tasks": "piqa", "data": str(tmp_path), "limit": 2}
+    evaluate([str(run)], **asked)
+    file, load = run / "eval" / "student.limit2.json", distill_pl.measure.evaluate.load
+    first = json.loads(file.read_text())
+
+    def load_as_on_a_gpu(path: str):
+        model, tokenizer = load(path)
+        return model.bfloat16(), tokenizer
+
+    monkeypatch.setattr("distill_pl.measure.evaluate.load", load_as_on_a_gpu)
+    evaluate([str(run)], limit=2, seed=1)
+    kept = json.loads(file.read_text())
+    assert kept["weights"] == first["weights"] and kept["results"]["piqa"] == first["results"]["piqa"]
+    assert kept["results"]["held-out"]["settings"].items() >= {"dtype": "torch.bfloat16", "seed": 1}.items()
+    monkeypatch.setattr("distill_pl.measure.evaluate.load", load)
+    earlier = first | first["results"]["piqa"]["settings"] | {"weights": fingerprint(load(str(run / "student"))[0])}
+    earlier["results"] = {task: {k: v for k, v in row.items() if k != "settings"} for task, row in first["results"].items()}
+    for before in (kept, earlier):  # the second as versions wrote it that hashed weights as they were loaded
+        file.write_text(json.dumps(before))
+        capsys.readouterr()
+        evaluate([str(run)], **asked)
+        assert capsys.readouterr().out.count("piqa: measured before") == 2
+        assert json.loads(file.read_text())["weights"] == first["weights"]
 
 
 def scores(accuracy: dict[str, float]) -> dict:

@@ -62,6 +62,22 @@ def rows(out, title: str = "") -> dict[str, list[str]]:
     return first
 
 
+def test_a_copy_counts_once_and_perplexity_is_that_of_the_last_stage(like, tmp_path, monkeypatch, no_pictures, capsys):
+    first, _ = like("a", {}), like("b", {})
+    (first / "eval").mkdir()
+    (first / "eval" / "teacher.json").write_text(json.dumps({"results": {"held-out": {"perplexity": 9.0}}}))
+    report([str(tmp_path / "runs")], str(tmp_path))
+    assert rows(tmp_path)["gla_qkv_mm_h2h"][0] == "1" and "runs/b has the configuration of" in capsys.readouterr().out
+    other = like("c", {"seed": 1})
+    (other / "eval").mkdir()
+    results = {task: {"acc": 0.5, "acc_stderr": 0.01} for task in ("arc_easy", "piqa")}
+    (other / "eval" / "teacher.json").write_text(json.dumps({"results": results}))
+    (other / "3_kd" / "student.safetensors").unlink()
+    report([str(first), str(other)], str(tmp_path))
+    assert rows(tmp_path)["gla_qkv_mm_h2h"][:2] == ["2", f"{perplexity(held_out(first)['student_ce']):.2f}"]
+    assert "50.00" in rows(tmp_path)["teacher"]
+
+
 @pytest.mark.slow
 def test_a_run_in_its_row_and_in_pictures(like, tmp_path, capsys):
     run = like("run", {})
@@ -216,8 +232,8 @@ def test_lines_of_one_mixer_all_look_different():
     assert len({tuple(style.values()) for style in styles}) == 14
 
 
-def test_distances_are_those_of_stages():
-    assert set(DISTANCES) < set(STAGES)
+def test_stages_are_those_of_a_run():
+    assert tuple(STAGES) == paper.STAGES and set(DISTANCES) < set(STAGES)
 
 
 def test_unfinished_and_absent_runs(like, tmp_path, monkeypatch, capsys, no_pictures):

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 from shared_fixtures import QUICK
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+from distill_pl.errors import InputError
 from distill_pl.measure import paper
 from distill_pl.mixers import MIXERS
-from distill_pl.run.card import add_results, licence_of
+from distill_pl.run.card import add_results, licence_of, read_card
 from distill_pl.student.factory import StudentFactory
 from distill_pl.teacher import Teacher
 
@@ -88,13 +89,21 @@ def test_card_says_what_it_is_and_what_it_scored(folder, teacher_folder):
     assert "| matrix_mixing | 128 | 0.0002 |" in card.text and "| kd | 384 | 0.0003 |" in card.text
     assert "{" not in card.text.replace("kd: {", "")  # no placeholder of the template is left
     (folder / "README.md").write_text((folder / "README.md").read_text() + "\nA note of its owner.\n")
+    card = ModelCard.load(folder / "README.md")
+    card.data.model_name, mine = "mine", {"task_type": "text-generation", "metric_type": "acc", "metric_value": 0.7}
+    card.data.eval_results = [EvalResult(dataset_type="mmlu", dataset_name="MMLU", **mine)]
+    card.save(folder / "README.md")
     results = {task: {"acc": 0.5, "acc_stderr": 0.01} for task in paper.TASKS}
     for _ in range(2):  # the second call replaces the results of the first
         add_results(folder, results)
     card = ModelCard.load(folder / "README.md")
     assert card.text.count("| piqa | 50.00 ± 1.00 |") == 1 and "Not evaluated yet" not in card.text
     assert card.text.rstrip().endswith("A note of its owner.")
-    assert {r.dataset_type: r.metric_value for r in card.data.eval_results} == dict.fromkeys(paper.TASKS, 0.5)
+    assert {r.dataset_type: r.metric_value for r in card.data.eval_results} == {"mmlu": 0.7, **dict.fromkeys(paper.TASKS, 0.5)}
+    assert card.data.model_name == "mine"
+    (folder / "README.md").write_text("---\ntags: [a\n---\n")
+    with pytest.raises(InputError, match="mend its front matter, or delete the file"):
+        read_card(folder)
 
 
 def test_licence_is_the_teachers(tmp_path):
