@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from transformers.masking_utils import sdpa_mask
 from distill_pl.errors import InputError, first_line, one_line
 
 TAP = "distill_pl_tap"
+CAUSAL_MASK = re.compile(r"\.(attn|attention)\.(masked_)?bias$")  # which GPT-2 and its like keep among their weights
 
 
 class Layer(NamedTuple):
@@ -121,7 +123,8 @@ class Teacher:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                model = load_model(path, f"teacher {path!r}", "get the whole model", dtype=dtype, attn_implementation="sdpa")
+                model = load_model(path, f"teacher {path!r}", "get the whole model", all_weights=True, dtype=dtype,
+                                   attn_implementation="sdpa")  # fmt: skip
         except InputError:
             raise
         except Exception as error:  # architectures raise errors of any kind, also for missing libraries
@@ -209,12 +212,12 @@ class Teacher:
         return scaled(self.apply_norm(self.model.model.norm, hidden), logits_scale(self.model.config))
 
 
-def load_model(path: str, name: str, remedy: str, **options) -> Any:
+def load_model(path: str, name: str, remedy: str, all_weights: bool = False, **options) -> Any:
     """Load a causal language model from a folder or the hub without running code that comes with it, in modules or pickles.
 
     `options` go to `from_pretrained`. Raises InputError for damaged weights and for pickles that are not plain tensors, for
-    which transformers' own message would recommend unsafe loading; and, with the model's name, for missing weights, with a
-    remedy, and for weights that the architecture of its config.json does not have.
+    which transformers' own message would recommend unsafe loading; for missing weights, with the model's name and a remedy; and
+    where `all_weights` are to be used, for some that the model of config.json does not have, such as those of further layers.
     """
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -229,7 +232,8 @@ def load_model(path: str, name: str, remedy: str, **options) -> Any:
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):  # transformers would draw them at random
         raise InputError(f"{name} lacks {len(missing)} of its weights ({missing[0]}, ...): {remedy}")
-    if extra := sorted(loading["unexpected_keys"]):  # transformers would leave them out
+    extra = [key for key in sorted(loading["unexpected_keys"]) if not CAUSAL_MASK.search(key)]
+    if all_weights and extra:  # transformers would leave them out
         raise InputError(
             f"{name} has {len(extra)} weights that are none of the model of its config.json ({extra[0]}, ...): mend config.json"
         )

@@ -1,4 +1,4 @@
-"""Compare an exported folder with its student in a fresh process, in which this package cannot be imported unless it must be.
+"""Compare an exported folder with its student in a fresh process, in which only `remote` can import this package.
 
 Run as `python fresh.py FOLDER EXPECTED transformers`, with the tensors of `expectation` in the file EXPECTED. It prints one
 line of JSON: the largest difference of the logits as a share of the largest logit, the student's own rounding by the same

@@ -384,7 +384,7 @@ def load(path: str) -> tuple[PreTrainedModel, Any]:
     try:
         ahead = reads_ahead(model)
     except Exception as error:  # kernels of other libraries fail in ways of their own
-        raise InputError(f"model {path!r} cannot be computed on this machine ({one_line(error)}): try another") from error
+        raise InputError(f"model {path!r} cannot be computed on this machine ({one_line(error)}): use another") from error
     if ahead:
         raise InputError(f"model {path!r}: its logits depend on later tokens ({model.config.model_type}): give a causal model")
     return model, tokenizer
