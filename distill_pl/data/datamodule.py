@@ -19,6 +19,12 @@ from distill_pl.tokenizer import end_of_text
 from distill_pl.tokens import Tokens, short
 
 
+def seed_of_order(shuffle: int | bool | None, is_local: bool) -> int | None:
+    """Return the seed by which training chunks are shuffled, None for the dataset's order, from `data.shuffle`."""
+    shuffle = is_local if shuffle is None else shuffle
+    return None if shuffle is False else 0 if shuffle is True else shuffle
+
+
 class ChunkDataModule(L.LightningDataModule):
     """The training and validation text.
 
@@ -95,8 +101,7 @@ class ChunkDataModule(L.LightningDataModule):
             InputError: an unusable dataset or tokenizer, or damaged packed files.
         """
         source = TextSource(self.dataset, self.name, self.revision, self.text_column, self.skip_bad_rows)
-        shuffle = source.is_local if self.shuffle is None else self.shuffle
-        self.seed = None if shuffle is False else 0 if shuffle is True else shuffle
+        self.seed = seed_of_order(self.shuffle, source.is_local)
         self.chunks = Chunks(
             source,
             tokenizer=tokenizer,

@@ -28,17 +28,21 @@ def experiments() -> None:
 
 
 def with_paths(args: list[str]) -> list[str]:
-    """Return command-line arguments with the name of an experiment after `--config` replaced by its file.
+    """Return command-line arguments with each `--config` right after the command, and the name of an experiment as its file.
 
-    Raises InputError for what is neither a file nor the name of an experiment.
+    In that place, a file does not replace what is given beside it. Raises InputError for what is neither a file nor the name of
+    an experiment.
     """
-    found = [*args]
-    for index, arg in enumerate(args):
-        if arg.startswith("--config="):
-            found[index] = f"--config={config_file(arg.removeprefix('--config='))}"
-        elif arg == "--config" and index + 1 < len(args):
-            found[index + 1] = config_file(args[index + 1])
-    return found
+    configs, others, left = [], [], iter(args)
+    for arg in left:
+        key, equals, name = arg.partition("=")
+        if key not in ("--config", "-c"):
+            others.append(arg)
+        elif (name := name if equals else next(left, "")) or equals:
+            configs.append(f"--config={config_file(name)}")
+        else:
+            others.append(arg)  # without a value, of which the parser complains
+    return [*others[:1], *configs, *others[1:]]
 
 
 def config_file(name: str) -> str:

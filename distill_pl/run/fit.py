@@ -1,6 +1,8 @@
 """`distill-pl fit`: run the stages in order, each in a fresh Trainer, then export the Hugging Face folder."""
 
 import contextlib
+import ctypes
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,7 +36,7 @@ from distill_pl.run.folder import (
 )
 from distill_pl.run.monitor import Monitor
 from distill_pl.run.plan import check_length, check_sharding, describe, forecast, plan
-from distill_pl.run.trainer import build_loggers, build_trainer, check_launcher, device, precision
+from distill_pl.run.trainer import build_loggers, build_trainer, check_launcher, device, end_with_parent, precision
 from distill_pl.run.values import check_places, check_validation, check_values
 from distill_pl.stages import STAGES, Stage
 from distill_pl.stages.sharding import unsharded
@@ -49,6 +51,8 @@ def fit(config: Namespace) -> None:
     `config` is the parsed command line of `distill-pl fit`. Raises InputError before anything is written.
     """
     quiet()
+    if int(os.environ.get("LOCAL_RANK") or 0):  # Lightning started it, and ends it only once the ranks have met
+        end_with_parent(ctypes.CDLL(None))
     dry_run = config.pop("dry_run", False)
     check_values(config)
     check_places(config)

@@ -30,6 +30,8 @@ from safetensors.torch import load_model, save_model
 from transformers import AutoConfig, PreTrainedModel
 
 from distill_pl.console import is_first_rank
+from distill_pl.data.datamodule import seed_of_order
+from distill_pl.data.sources import TextSource
 from distill_pl.errors import InputError, first_line, one_line
 from distill_pl.student.modeling import Student
 from distill_pl.teacher import Teacher
@@ -144,6 +146,8 @@ def check_run_folder(config: Namespace) -> None:
     home = existing_folder(out)
     if not home.is_dir() or not os.access(home, os.W_OK):
         raise InputError(f"out {str(out)!r} cannot be written: {home} is no folder or not permitted; choose another out")
+    if out.is_symlink() and not out.exists():
+        raise InputError(f"out {str(out)!r} is a link to nothing: make the folder that it leads to, or choose another out")
     saved = out / "config.yaml"
     if not saved.is_file():
         if out.exists() and any(path.name not in BEFORE_CONFIG for path in out.iterdir()):
@@ -346,6 +350,14 @@ def check_teacher_of(out: Path, path: str, found: str) -> None:
         raise InputError(f"teacher {path!r} is not the one that {out} was distilled from: give that one")
 
 
+def what_is_read(data: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of `data` that determine which text is read and in which order, those without effect as None."""
+    values = {key: data.get(key) for key in WHAT_IS_READ}
+    if is_local := TextSource(data["dataset"]).is_local:
+        values |= {"name": None, "revision": None}
+    return values | {"shuffle": seed_of_order(data.get("shuffle"), is_local)}
+
+
 def tokens_read(config: Namespace) -> int:
     """Return how many tokens of its text the run in `student.start_from` has read, with all that it went on from itself.
 
@@ -354,8 +366,8 @@ def tokens_read(config: Namespace) -> int:
     start = Path(config.student.start_from or "")
     if not config.student.start_from or not (start / "config.yaml").is_file():
         return 0
-    before, now = read_config(start)["data"], plain(config)["data"]
-    if not all(alike(before.get(key), now[key]) for key in WHAT_IS_READ):
+    before, now = (what_is_read(data) for data in (read_config(start)["data"], plain(config)["data"]))
+    if not all(alike(before[key], now[key]) for key in WHAT_IS_READ):
         return 0
     try:
         return int(json.loads((start / FINGERPRINTS).read_text())["tokens_read"])
@@ -379,7 +391,7 @@ def read_metrics(weights: Path) -> dict[str, float]:
     try:
         with safe_open(weights, framework="pt") as file:
             return json.loads(file.metadata()["metrics"])
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, FileNotFoundError, KeyError, TypeError, ValueError) as error:
         raise damaged(weights, error) from error
 
 

@@ -39,7 +39,7 @@ from distill_pl.run.experiments import STUDIES, bundled, config_file
 from distill_pl.run.folder import StageRun, differing, disk_refused, flat, plain, read_metrics, write_aside
 from distill_pl.run.plan import plan
 from distill_pl.run.summary import STATE_TOKENS, summary
-from distill_pl.run.trainer import device
+from distill_pl.run.trainer import device, end_with_parent
 from distill_pl.run.values import KeysOnce, check_values
 from distill_pl.stages import STAGES, KDStage
 from distill_pl.student.factory import StudentFactory
@@ -491,12 +491,6 @@ def command(args: list[str], log: Path, environment: dict[str, str]) -> Iterator
         printed = log.read_bytes()[start:].decode(errors="replace").strip().splitlines() or [silent]
         line = next((line for line in reversed(printed) if line.startswith("distill-pl: ")), printed[-1])
         raise Failed(f"{line.removeprefix('distill-pl: ')[:300]} (exit code {process.returncode}, see {log})")
-
-
-def end_with_parent(libc: ctypes.CDLL) -> None:
-    """Let Linux send this process a SIGTERM when the one that started it dies, even by SIGKILL."""
-    if sys.platform == "linux":
-        libc.prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
 
 
 def stop(processes: list[subprocess.Popen]) -> None:

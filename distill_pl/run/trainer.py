@@ -1,6 +1,9 @@
 """Build the Lightning Trainer of a stage from a run's configuration."""
 
+import ctypes
 import os
+import signal
+import sys
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -76,6 +79,12 @@ def build_loggers(config: Namespace, stage: StageRun, step: int, tokens: int) ->
         identity = sha256(str(run).encode()).hexdigest()[:8]  # all stages, and resumed ones, are one run
         loggers.append(WandbLogger(run.name, run, version=identity, project="distill_pl"))
     return loggers
+
+
+def end_with_parent(libc: ctypes.CDLL) -> None:
+    """Let Linux send this process a SIGTERM when the one that started it dies, even by SIGKILL."""
+    if sys.platform == "linux":
+        libc.prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
 
 
 def check_launcher(config: Namespace) -> None:

@@ -144,7 +144,7 @@ class _SumOverPieces(torch.autograd.Function):
             torch.clear_autocast_cache()  # autocast's cached weights belong to the graph of the piece before
             with torch.enable_grad():
                 value = distance(piece)
-                gradients = torch.autograd.grad(value, parameters)
+                gradients = torch.autograd.grad(value, parameters, materialize_grads=True)  # not all shape the matrix
             total = total + value.detach()
             ctx.gradients = gradients if ctx.gradients is None else torch._foreach_add(ctx.gradients, gradients)
         torch.clear_autocast_cache()

@@ -178,13 +178,13 @@ class Stage(L.LightningModule):
         """Move the teacher to the student's device: Lightning moves only submodules.
 
         Raises InputError for settings of a Trainer that the stage would not follow. With gradient scaling, gradients would be
-        clipped at their scaled size, and an overflow, which a scaler expects, would count as divergence; in fp16, Adam's eps
-        is 0.
+        clipped at their scaled size, and an overflow, which a scaler expects, would count as divergence; weights and Adam's
+        state are fp32.
         """
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             raise InputError("precision 16-mixed scales gradients, which no stage expects: choose 32-true or bf16-mixed")
-        if self.student.dtype == torch.float16:
-            raise InputError(f"{self.name}: a student in float16 cannot be trained: choose 32-true or bf16-mixed")
+        if self.student.dtype != torch.float32:
+            raise InputError(f"{self.name}: a student in {self.student.dtype} is not trained: choose 32-true or bf16-mixed")
         if (clip := self.trainer.gradient_clip_val) is not None:
             raise InputError(f"{self.name} clips gradients itself: give it clip={clip} instead of gradient_clip_val={clip}")
         self.teacher.to(self.device)

@@ -325,11 +325,15 @@ def check_shapes(input_ids: Tensor | None, inputs_embeds: Tensor | None, attenti
 
 
 def check_one_sequence(attention_mask: Tensor | None, position_ids: Tensor | None, options: dict[str, Any]) -> None:
-    """Raise InputError if a row packs several sequences, which position_ids that start again or FlashAttention's options show.
+    """Raise InputError for a row of several sequences, by position_ids or FlashAttention's options, or with padding inside.
 
-    A recurrent state would carry over from one sequence to the next. In compiled code, which cannot branch on values,
-    position_ids are not checked.
+    A recurrent state would carry over from one sequence to the next, and decay over the padding. In compiled code, which cannot
+    branch on values, only the options are checked.
     """
+    if attention_mask is not None and not torch.compiler.is_compiling():
+        mask = attention_mask.bool()
+        if bool(((mask[:, 1:] & ~mask[:, :-1]).sum(1) + mask[:, 0] > 1).any()):
+            raise InputError("attention_mask has padding between tokens, over which a student's state decays: pad on the left")
     packed = any(options.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx"))
     if position_ids is not None and position_ids.shape[1] > 1 and not packed and not torch.compiler.is_compiling():
         back = position_ids[:, 1:] < position_ids[:, :-1]

@@ -474,7 +474,7 @@ def test_two_halves_read_the_text_in_the_order_of_one_run(arguments, corpus, cap
         "whole": {"tokens": 4 * STEP, "data.shuffle": False},
         "one": {"tokens": 2 * STEP, "data.shuffle": False},
         "two": {"tokens": STEP, "data.shuffle": False} | one,
-        "three": {"tokens": STEP, "data.shuffle": False, "data.dataset": f"{corpus}/"} | two,
+        "three": {"tokens": STEP, "data.shuffle": False, "data.dataset": f"{corpus}/", "data.name": "ignored"} | two,
         "shuffled": {"tokens": STEP} | two,  # another order, which begins at its head
     }.items():
         fit_here(arguments(name, **KD_ONLY, **keys))

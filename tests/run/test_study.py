@@ -20,7 +20,8 @@ from helpers import STEP, fit_command, forkserver, refused
 from distill_pl.cli import main
 from distill_pl.measure import paper
 from distill_pl.run import study
-from distill_pl.run.study import end_with_parent, environments, expand, read
+from distill_pl.run.study import environments, expand, read
+from distill_pl.run.trainer import end_with_parent
 
 RUNS = {"runs": [{"config": ["gla", "gla_qkv_mm_h2h"]}]}
 

@@ -157,6 +157,21 @@ def test_what_a_glob_reaches(tmp_path, monkeypatch, dataset, place, among):
     assert is_among(dataset, str(tmp_path / place)) == among
 
 
+def test_flags_count_more_than_files_wherever_they_stand(arguments, tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text("student: {mixer: retnet}\nkd: {lr: 1e-5}\nout: elsewhere")
+    (tmp_path / "b.yaml").write_text("kd: {lr: 2e-5}")
+    files = ["--config", str(tmp_path / "a.yaml"), "-c", str(tmp_path / "b.yaml")]
+    with pytest.raises(SystemExit):
+        main([*arguments(**{"student.mixer": "kda"}), *files, "--print_config"])
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert (config["student"]["mixer"], config["kd"]["lr"]) == ("kda", 2e-5) and config["out"] != "elsewhere"
+
+
+def test_a_link_to_nothing_is_refused_before_any_work(arguments, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert "is a link to nothing" in refused(*arguments(out=tmp_path / "link", teacher="/nowhere"))
+
+
 def test_a_missing_package_is_named_before_any_work(arguments, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert "pip install wandb" in refused(*arguments(**{"trainer.logger": "[wandb]", "teacher": "/nowhere"}))

@@ -197,6 +197,13 @@ def test_objectives_that_contradict_themselves(teacher, options, says):
 # ---- a student that is the teacher
 
 
+def test_exact_matrices_need_no_trainer(teacher, tokens):
+    stage = MatrixMixingStage(StudentFactory("gla").build(teacher, 0), teacher, estimator="exact")
+    loss, _ = stage.losses(tokens, seed=0)
+    loss.backward()
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in stage.student.parameters())
+
+
 @pytest.mark.parametrize("estimator", ["exact", "probe"])
 def test_a_student_that_is_the_teacher_has_no_matrix_distance(any_teacher, tokens, estimator):
     assert loss_of(make(MatrixMixingStage, any_teacher, "softmax", "qkv", estimator=estimator), tokens) < 5e-6
@@ -604,7 +611,7 @@ def test_epochs_give_the_schedule_of_the_steps_that_they_have(teacher, kind):
     ({"max_time": "00:00:01:00"}, "kd: the learning rate needs a length of training: give the Trainer max_steps"),
     ({"max_epochs": -1}, "kd: the learning rate needs a length"),
     ({"max_steps": 1, "gradient_clip_val": 0.5}, "kd clips gradients itself: give it clip=0.5"),
-    ({"max_steps": 1, "precision": "16-true"}, "kd: a student in float16 .* bf16-mixed"),
+    ({"max_steps": 1, "precision": "16-true"}, "kd: a student in torch.float16 .* bf16-mixed"),
     ({"max_steps": 1, "plugins": MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))}, "16-mixed.* bf16-mixed"),
 ])  # fmt: skip
 def test_a_trainer_that_a_stage_would_not_follow_is_refused(teacher, options, says):
