@@ -1,8 +1,6 @@
 """`distill-pl fit`: run the stages in order, each in a fresh Trainer, then export the Hugging Face folder."""
 
 import contextlib
-import ctypes
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,7 +34,7 @@ from distill_pl.run.folder import (
 )
 from distill_pl.run.monitor import Monitor
 from distill_pl.run.plan import check_length, check_sharding, describe, forecast, plan
-from distill_pl.run.trainer import build_loggers, build_trainer, check_launcher, device, end_with_parent, precision
+from distill_pl.run.trainer import build_loggers, build_trainer, check_launcher, device, end_with_leader, leading, precision
 from distill_pl.run.values import check_places, check_validation, check_values
 from distill_pl.stages import STAGES, Stage
 from distill_pl.stages.sharding import unsharded
@@ -51,8 +49,7 @@ def fit(config: Namespace) -> None:
     `config` is the parsed command line of `distill-pl fit`. Raises InputError before anything is written.
     """
     quiet()
-    if int(os.environ.get("LOCAL_RANK") or 0):  # Lightning started it, and ends it only once the ranks have met
-        end_with_parent(ctypes.CDLL(None))
+    end_with_leader()
     dry_run = config.pop("dry_run", False)
     check_values(config)
     check_places(config)
@@ -178,7 +175,8 @@ def run_stage(config: Namespace, stage_run: StageRun, stage: Stage, data: ChunkD
     say(f"\n{stage_run.name}  {stage_run.steps:,} steps of {batch_tokens:,} tokens{resumed}")
     finished = False
     try:
-        with contextlib.suppress(SystemExit):  # Lightning's way out on Ctrl-C and SIGTERM: silent, even in the last validation
+        # SystemExit is Lightning's way out on Ctrl-C and SIGTERM: silent, even in the last validation
+        with leading(), contextlib.suppress(SystemExit):
             trainer.fit(stage, datamodule=data, ckpt_path=stage_run.checkpoint if resume else None, weights_only=True)
             if trainer.global_step == stage_run.steps != stage.validated_at:
                 trainer.validate(stage, datamodule=data, verbose=False)

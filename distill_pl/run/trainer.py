@@ -1,9 +1,11 @@
 """Build the Lightning Trainer of a stage from a run's configuration."""
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from distill_pl.run.folder import StageRun, write_aside
 from distill_pl.stages.sharding import FullyShardedStrategy
 
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
+LEADER = "DISTILL_PL_LEADER"  # environment variable: number of the process that starts the ranks
 
 
 class AsideCheckpointIO(TorchCheckpointIO):
@@ -85,6 +88,25 @@ def end_with_parent(libc: ctypes.CDLL) -> None:
     """Let Linux send this process a SIGTERM when the one that started it dies, even by SIGKILL."""
     if sys.platform == "linux":
         libc.prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+
+
+@contextlib.contextmanager
+def leading() -> Iterator[None]:
+    """Tell the ranks that Lightning starts meanwhile which process starts them."""
+    os.environ[LEADER] = str(os.getpid())
+    try:
+        yield
+    finally:
+        os.environ.pop(LEADER, None)
+
+
+def end_with_leader() -> None:
+    """Let a rank that Lightning started end with the first one: Lightning ends it only once all ranks have met."""
+    leader = os.environ.get(LEADER)
+    if leader and int(os.environ.get("LOCAL_RANK") or 0):
+        end_with_parent(ctypes.CDLL(None))
+        if os.getppid() != int(leader):  # it has ended already
+            sys.exit(1)
 
 
 def check_launcher(config: Namespace) -> None:

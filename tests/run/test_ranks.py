@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from distill_pl.cli import main, of_the_machine
 from distill_pl.measure.report import scalars
+from distill_pl.run import trainer
 
 pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("KILLS", "2"))
@@ -168,3 +169,20 @@ def test_a_rank_whose_neighbour_has_ended_says_so_in_one_line():
     assert ours.poll(60)
     line = ours.recv()
     assert line.startswith("another process of this run has ended") and "\n" not in line
+
+
+def test_a_rank_ends_with_the_process_that_started_it(monkeypatch):
+    asked = []
+    monkeypatch.setattr(trainer, "end_with_parent", asked.append)
+    trainer.end_with_leader()  # not one of Lightning's ranks
+    with trainer.leading():
+        leader = os.environ[trainer.LEADER]
+        trainer.end_with_leader()  # the first rank
+    assert leader == str(os.getpid()) and trainer.LEADER not in os.environ and not asked
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv(trainer.LEADER, str(os.getppid()))
+    trainer.end_with_leader()
+    assert len(asked) == 1
+    monkeypatch.setenv(trainer.LEADER, str(os.getpid()))  # as if that process had ended, and another taken this one over
+    with pytest.raises(SystemExit):
+        trainer.end_with_leader()
