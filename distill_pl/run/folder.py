@@ -331,10 +331,14 @@ def check_fingerprints(config: Namespace, found: dict[str, str]) -> None:
 def read_fingerprints(out: Path) -> dict[str, Any]:
     """Read what a run was about when it began; {} where that is not recorded. Raises InputError for a damaged file."""
     file = out / FINGERPRINTS
+    if not file.is_file():
+        return {}
     try:
-        recorded = json.loads(file.read_text()) if file.is_file() else {"teacher": None}
-        return {key: value for key, value in recorded.items() if recorded["teacher"]}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        recorded = json.loads(file.read_text())
+        if not isinstance(recorded["teacher"], str):
+            raise TypeError("it names no teacher")
+        return recorded
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{file} is damaged ({one_line(error)}): restore it, or delete it to trust that the run's teacher and text are "
             "still the same"
@@ -350,14 +354,6 @@ def check_teacher_of(out: Path, path: str, found: str) -> None:
         raise InputError(f"teacher {path!r} is not the one that {out} was distilled from: give that one")
 
 
-def what_is_read(data: dict[str, Any]) -> dict[str, Any]:
-    """Return the keys of `data` that determine which text is read and in which order, those without effect as None."""
-    values = {key: data.get(key) for key in WHAT_IS_READ}
-    if is_local := TextSource(data["dataset"]).is_local:
-        values |= {"name": None, "revision": None}
-    return values | {"shuffle": seed_of_order(data.get("shuffle"), is_local)}
-
-
 def tokens_read(config: Namespace) -> int:
     """Return how many tokens of its text the run in `student.start_from` has read, with all that it went on from itself.
 
@@ -366,8 +362,14 @@ def tokens_read(config: Namespace) -> int:
     start = Path(config.student.start_from or "")
     if not config.student.start_from or not (start / "config.yaml").is_file():
         return 0
-    before, now = (what_is_read(data) for data in (read_config(start)["data"], plain(config)["data"]))
-    if not all(alike(before[key], now[key]) for key in WHAT_IS_READ):
+    before, now = read_config(start)["data"], plain(config)["data"]
+    if not alike(before["dataset"], now["dataset"]):
+        return 0
+    is_local = TextSource(now["dataset"]).is_local
+    for data in (before, now):
+        data["shuffle"] = seed_of_order(data.get("shuffle"), is_local)
+    without_effect = ("name", "revision") if is_local else ()
+    if not all(alike(before.get(key), now[key]) for key in WHAT_IS_READ if key not in without_effect):
         return 0
     try:
         return int(json.loads((start / FINGERPRINTS).read_text())["tokens_read"])
