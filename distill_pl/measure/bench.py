@@ -188,7 +188,7 @@ def model_rows(model: str, source: str, lengths: list[int], settings: dict[str, 
     source: as `locate` returns it. lengths: ascending.
     """
     network, positions = None, lengths[-1] + settings["new_tokens"]
-    described = Path(source, "config.json")  # by which times depend on a model
+    described = Path(source, "config.json")  # of what times depend on; weights do not matter
     kind = sha256(described.read_bytes()).hexdigest()[:16] if described.is_file() else None
     for length in lengths:
         asked = {"model": model, "weights": source, "kind": kind, "length": length}

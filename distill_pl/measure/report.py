@@ -155,7 +155,8 @@ def grouped(runs: list[Run]) -> dict[str, list[Run]]:
         if run.finished and same is not None:
             say(f"{run.folder} has the configuration of {same.folder}, seed included, and is not counted")
             continue
-        counted += [run] * run.finished
+        if run.finished:
+            counted.append(run)
         first = rows.setdefault(run.experiment, [run])[0]
         if run is first:
             continue

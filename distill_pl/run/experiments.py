@@ -38,8 +38,8 @@ def with_paths(args: list[str]) -> list[str]:
         key, equals, name = arg.partition("=")
         if key not in ("--config", "-c"):
             others.append(arg)
-        elif (name := name if equals else next(left, "")) or equals:
-            configs.append(f"--config={config_file(name)}")
+        elif (value := name if equals else next(left, None)) is not None:
+            configs.append(f"--config={config_file(value)}")
         else:
             others.append(arg)  # without a value, of which the parser complains
     return [*others[:1], *configs, *others[1:]]
