@@ -197,9 +197,9 @@ def half_width(values: list[float]) -> float:
 
 
 def interval(values: list[float], digits: int = 2, sign: str = "") -> str:
-    """Format the mean of values and half of its 95% interval, of a single value itself, of none nothing."""
-    if len(values) < 2:
-        return "".join(f"{value:{sign}.{digits}f}" for value in values)
+    """Format the mean of values and half of its 95% interval, of a single value or equal ones that value, of none nothing."""
+    if len(set(values)) < 2:
+        return "".join(f"{value:{sign}.{digits}f}" for value in values[:1])
     return f"{mean(values):{sign}.{digits}f} ± {half_width(values):.{digits}f}"
 
 

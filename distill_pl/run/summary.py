@@ -269,7 +269,7 @@ def judge(claim: Claim, unit: str, values: Callable[[str], dict[int, float]]) ->
     values: a student's name -> its measure by seed, of which more is better.
     """
     least, most = (bound * LITTLE[unit] if bound else 0 for bound in SPANS[claim.span])
-    found: list[tuple[float, str, str]] = []  # how far the interval is within the claim, in words, verdict
+    found: list[tuple[tuple[bool, float], str, str]] = []  # not against the claim, how far within it; in words; verdict
     for left, right in claim.pairs:
         a, b = by_seed(left, values), by_seed(right, values)
         differences = [a[seed] - b[seed] for seed in a.keys() & b.keys()]
@@ -281,7 +281,8 @@ def judge(claim: Claim, unit: str, values: Callable[[str], dict[int, float]]) ->
         verdict = "confirmed" if least <= low and high <= most else "contradicted" if outside else "undecided"
         verdict = verdict if len(differences) > 1 else "one seed"
         of_several = f" ({f'{left} ' * (claim.pairs[0][0] != claim.pairs[-1][0])}against {right})" * (len(claim.pairs) > 1)
-        found.append((min(low - least, most - high), interval(differences, DIGITS[unit], "+") + of_several, verdict))
+        margin = min(low - least, most - high)
+        found.append(((not outside, margin), interval(differences, DIGITS[unit], "+") + of_several, verdict))
     if not found:
         return "not run"
     verdicts = {verdict for *_, verdict in found}
