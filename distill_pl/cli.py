@@ -232,6 +232,8 @@ def of_the_machine(error: Exception) -> str | None:
         return f"{str(error.filename)[:200]}: {error.strerror}: check that path"
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return f"out of memory ({one_line(error)}): give a smaller batch or a shorter text"
+    if "EADDRINUSE" in str(error):
+        return f"the port in MASTER_PORT, {os.environ.get('MASTER_PORT')}, is in use: unset it, or choose another"
     if isinstance(error, DistError) or "/gloo/" in str(error):  # gloo's errors have no type of their own
         return (
             f"another process of this run has ended or does not answer ({one_line(error)}): see what it printed, then run the "

@@ -53,7 +53,6 @@ def fit(config: Namespace) -> None:
     dry_run = config.pop("dry_run", False)
     check_values(config)
     check_places(config)
-    check_launcher(config)
     plans = plan(config)
     out = Path(config.out)
     check_run_folder(config)
@@ -78,6 +77,7 @@ def fit(config: Namespace) -> None:
         check_stage_files(stage_run)
     data = ChunkDataModule(**config.data)
     probe = build_trainer(config)  # Lightning's own checks, and how many ranks there are
+    check_launcher(config, probe)
     accumulation = data.accumulation(probe.world_size)
     check_validation(config, -(-(data.validation_chunks // probe.world_size) // data.chunks_at_once(probe.world_size)))
     check_sharding(config, plans)

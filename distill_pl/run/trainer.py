@@ -24,7 +24,8 @@ from lightning.pytorch.plugins.environments import (
 )
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 
-from distill_pl.errors import InputError
+from distill_pl.console import RANK_VARIABLES, is_first_rank
+from distill_pl.errors import InputError, one_line
 from distill_pl.run.folder import StageRun, write_aside
 from distill_pl.stages.sharding import FullyShardedStrategy
 
@@ -46,14 +47,14 @@ def build_trainer(config: Namespace, folder: Path | None = None, **options) -> L
     `trainer.profiler` writes to `folder`; without it nothing is profiled. Raises InputError for values that Lightning refuses.
     """
     plugins: list = [AsideCheckpointIO()]
-    if SLURMEnvironment.detect():
-        plugins.append(SLURMEnvironment(auto_requeue=False))  # Lightning's requeueing loses steps; the batch script requeues
     defaults: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "profiler": None}
     if config.trainer.profiler and folder:
         defaults["profiler"] = PROFILERS[config.trainer.profiler](dirpath=folder, filename="profile")
     if config.trainer.strategy == "fsdp":
         defaults["strategy"] = FullyShardedStrategy()
     try:
+        if SLURMEnvironment.detect():  # Lightning's requeueing loses steps; the batch script requeues
+            plugins.append(SLURMEnvironment(auto_requeue=False))
         return L.Trainer(
             **(config.trainer.as_dict() | {"precision": precision(config)} | defaults | options),
             plugins=plugins,
@@ -63,8 +64,8 @@ def build_trainer(config: Namespace, folder: Path | None = None, **options) -> L
             enable_model_summary=False,
             inference_mode=False,  # sharded tensors cannot be moved in it
         )
-    except (MisconfigurationException, ImportError, ValueError, TypeError, OverflowError) as error:
-        raise InputError(f"trainer: {' '.join(str(error).split())[:300]}") from error
+    except (MisconfigurationException, ImportError, ValueError, TypeError, OverflowError, RuntimeError) as error:
+        raise InputError(f"trainer: {one_line(error)}") from error
 
 
 def build_loggers(config: Namespace, stage: StageRun, step: int, tokens: int) -> list[Logger]:
@@ -109,15 +110,32 @@ def end_with_leader() -> None:
             sys.exit(1)
 
 
-def check_launcher(config: Namespace) -> None:
-    """Raise InputError for several nodes where nothing tells this process which of them it is on: it would wait for ever."""
-    environments = (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment)
+def check_launcher(config: Namespace, trainer: L.Trainer) -> None:
+    """Raise InputError where the number of processes that were launched is not `trainer.devices` x `trainer.num_nodes`.
+
+    A process would otherwise wait for others for ever, train alone while devices idle, or take itself for another rank.
+    """
+    found = [kind() for kind in (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment) if kind.detect()]
+    devices, nodes = trainer.num_devices, trainer.num_nodes
+    for environment in found:
+        if environment.world_size() != devices * nodes:
+            raise InputError(
+                f"trainer.devices {config.trainer.devices} means {devices}, on trainer.num_nodes {nodes}, but torchrun, srun or "
+                f"MPI launched {environment.world_size()}: launch one process for each device"
+            )
+        try:
+            environment.validate_settings(devices, nodes)
+        except ValueError as error:
+            raise InputError(f"trainer: {one_line(error)}") from error
     by_hand = "MASTER_ADDR" in os.environ and ("NODE_RANK" in os.environ or "GROUP_RANK" in os.environ)
-    if config.trainer.num_nodes > 1 and not by_hand and not any(kind.detect() for kind in environments):
+    if nodes > 1 and not by_hand and not found:
         raise InputError(
-            f"trainer.num_nodes {config.trainer.num_nodes}, but no launcher started this process: use srun or torchrun, or set "
+            f"trainer.num_nodes {nodes}, but no launcher started this process: use srun or torchrun, or set "
             "MASTER_ADDR and NODE_RANK on each node"
         )
+    if not (is_first_rank() or trainer.global_rank):
+        name = next(name for name in RANK_VARIABLES if int(os.environ.get(name) or 0))
+        raise InputError(f"the environment variable {name} is {os.environ[name]}, but this run has one process: unset {name}")
 
 
 def precision(config: Namespace) -> str:

@@ -42,10 +42,9 @@ class FiniteCheck:
 @torch.no_grad()
 def _first_not_finite(stage: Any, step: Step) -> str:
     """Run a step's last micro-batch again and name what is not finite first: a layer, a part of the loss, or a gradient."""
-    hidden = stage.student.model.embed_tokens(step.batch)
-    position = stage.student.position(hidden)
-    for index, layer in enumerate(stage.student.model.layers):
-        hidden = layer(hidden, position_embeddings=position)
+    inputs: list[Tensor] = []
+    last = stage.student.hidden_states(step.batch, record=inputs)  # also gathers what FSDP has sharded
+    for index, hidden in enumerate([*inputs[1:], last]):
         if not torch.isfinite(hidden).all():
             return f"in the output of layer {index}"
     for name, value in zip(stage.part_names, step.values[1:].tolist(), strict=True):

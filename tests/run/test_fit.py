@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 import distill_pl.run.folder
 from distill_pl import Student
 from distill_pl.cli import DistillCLI, main
-from distill_pl.console import perplexity
+from distill_pl.console import RANK_VARIABLES, perplexity
 from distill_pl.mixers import MIXERS
 from distill_pl.run.folder import read_metrics, sole_user
 from distill_pl.stages import STAGES, KDStage
@@ -425,11 +425,29 @@ def test_loggers_and_profiler_write_beside_tensorboard(arguments, tmp_path, monk
     assert list(stage.glob("events.*"))
 
 
-def test_several_nodes_need_a_launcher(arguments, monkeypatch):
+SLURM = {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "fit", "SLURM_NODELIST": "localhost", "SLURM_PROCID": "0"}
+SLURM |= {"SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0"}
+
+
+@pytest.mark.parametrize(
+    "variables, keys, says",
+    [
+        ({}, {"trainer.num_nodes": 2}, "trainer.num_nodes 2, but no launcher"),
+        (SLURM, {"trainer.devices": 2}, "trainer.devices 2 means 2, .* launched 1: "),
+        (SLURM | {"SLURM_NTASKS": "2"}, {}, "--ntasks=2"),
+        (SLURM | {"SLURM_NNODES": "2"}, {"trainer.devices": 1}, "num_nodes=1.*--nodes=2"),
+        (TORCHRUN, {"trainer.devices": 1}, "trainer.devices 1 means 1, .* launched 2: "),
+        *(({name: "1"}, {}, f"{name} is 1, but this run has one process: unset {name}") for name in ("RANK", "LOCAL_RANK")),
+    ],
+)
+def test_processes_that_were_launched_are_those_of_the_run(arguments, monkeypatch, variables, keys, says):
     for name in list(os.environ):
-        if name.startswith(("SLURM", "TORCHELASTIC", "MASTER", "NODE_RANK", "GROUP_RANK")):
+        if name.startswith(("SLURM", "TORCHELASTIC", "MASTER", "WORLD_SIZE", *RANK_VARIABLES)):
             monkeypatch.delenv(name)
-    assert "trainer.num_nodes 2, but no launcher" in refused(*arguments(**{"trainer.num_nodes": 2}))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert re.search(says, refused(*arguments(**keys)))
 
 
 def test_a_folder_is_the_same_however_it_is_written(finished, command, corpus, tmp_path, capsys, monkeypatch):
@@ -565,8 +583,9 @@ def test_full_gpu_names_the_key_to_lower(begun, arguments, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["auto", "fsdp"])
 @pytest.mark.parametrize("stage", STAGE_FOLDERS)
-def test_not_finite_names_stage_step_and_layer(arguments, tmp_path, monkeypatch, stage, capsys):
+def test_not_finite_names_stage_step_and_layer(arguments, tmp_path, monkeypatch, stage, strategy):
     name = stage[2:]
     plain_step = STAGES[name].training_step
 
@@ -577,7 +596,7 @@ def test_not_finite_names_stage_step_and_layer(arguments, tmp_path, monkeypatch,
         return plain_step(self, batch, batch_idx)
 
     monkeypatch.setattr(STAGES[name], "training_step", poisoned)
-    command = arguments(**(KD_ONLY if name == "kd" else {}))
+    command = arguments(**(KD_ONLY if name == "kd" else {}), **{"trainer.strategy": strategy})
     assert re.search(rf"{name}: not finite at step 3, .*layer 1", refused(*command, code=1))
     checkpoint = torch.load(tmp_path / "run" / stage / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 2 and all(x.isfinite().all() for x in checkpoint["state_dict"].values())
