@@ -120,8 +120,8 @@ def check_launcher(config: Namespace, trainer: L.Trainer) -> None:
     for environment in found:
         if environment.world_size() != devices * nodes:
             raise InputError(
-                f"trainer.devices {config.trainer.devices} means {devices}, on trainer.num_nodes {nodes}, but torchrun, srun or "
-                f"MPI launched {environment.world_size()}: launch one process for each device"
+                f"trainer.devices {config.trainer.devices} means {devices}, on trainer.num_nodes {nodes}, but torchrun, srun "
+                f"or MPI launched {environment.world_size()}: launch one process for each device"
             )
         try:
             environment.validate_settings(devices, nodes)
