@@ -22,6 +22,8 @@ class GatedDeltaNet(DeltaNet):
     heads forget at different speeds from the start.
     """
 
+    decay_gate = True
+
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
         self.decay_proj: nn.Module = nn.Linear(config.hidden_size, self.heads, bias=False)

@@ -21,6 +21,7 @@ class GLA(SequenceMixer):
     """GLA with as many key channels as the teacher's heads have: q, k, v and o can be copied whole."""
 
     op = channel_decay
+    decay_gate = True
     paper = Paper(key=1 / 2, kv_heads="grouped")
 
     def __init__(self, config, layer_idx: int):

@@ -24,6 +24,7 @@ class HGRN2(SequenceMixer):
     """HGRN2 with as many key channels as the teacher's heads have: q (before its silu), v and o can be copied whole."""
 
     op = channel_decay
+    decay_gate = True
     copies = ("q", "v", "o")
     paper = Paper(kv_heads="grouped")
 

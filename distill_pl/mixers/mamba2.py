@@ -24,6 +24,7 @@ class Mamba2(ConvolvedMixer):
     """
 
     op = scalar_decay
+    decay_gate = True
     paper = Paper(key=1 / 4, value=2)
 
     def __init__(self, config, layer_idx: int):

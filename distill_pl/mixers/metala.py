@@ -25,6 +25,7 @@ class MetaLA(SequenceMixer):
     """MetaLA with as many key channels as the teacher's heads have: q, v and o can be copied whole."""
 
     op = channel_decay
+    decay_gate = True
     copies = ("q", "v", "o")
     paper = Paper(key=1 / 2)
 

@@ -93,6 +93,7 @@ class SequenceMixer(nn.Module):
     op: ClassVar[ModuleType]
     copies: ClassVar[tuple[str, ...]] = ("q", "k", "v", "o")
     kv_heads: ClassVar[str] = "expanded"  # default of student.kv_heads
+    decay_gate: ClassVar[bool] = False  # whether the state decays by a learned share, so that student.retention applies
     rotates: ClassVar[bool] = False  # default of student.rope: whether the original rotates q and k
     paper: ClassVar[Paper] = Paper()
 

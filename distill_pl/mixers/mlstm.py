@@ -18,6 +18,7 @@ class MLSTM(SequenceMixer):
     """mLSTM with as many key channels as the teacher's heads have: q, k, v and o can be copied whole."""
 
     op = mlstm
+    decay_gate = True
     paper = Paper(heads=4, key=1 / 2)
 
     def __init__(self, config, layer_idx: int):

@@ -35,6 +35,7 @@ class RWKV7(SequenceMixer):
     """
 
     op = gated_delta
+    decay_gate = True
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)

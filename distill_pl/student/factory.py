@@ -22,6 +22,7 @@ from distill_pl.student.transfer import copy_student, copy_weights
 from distill_pl.teacher import Teacher, load_model, shallow_copy, ties_embeddings
 
 WINDOW, SINKS = 64, 4  # tokens: defaults of student.window (mixer swa) and student.sinks
+RETENTION = 0.982  # default of student.retention: sigmoid(4)
 BOUNDS = ("attn_logit_softcapping", "final_logit_softcapping", "clip_qkv")  # of values too large to occur in a comparison
 TOLERANCE = 1e-4  # of the largest value: rounding in fp32 stays below 1e-5, and an attention scale off by 10% far above
 CHECKED: WeakSet[PreTrainedModel] = WeakSet()  # teachers' models that passed `check_teacher`
@@ -54,7 +55,7 @@ class StudentFactory:
             says, so that softmax_layers restores the teacher's attention. Steps begin anew. Text that the run folder has read
             is skipped where data names the same text in the same order.
         retention: share of the state that a newly initialised decay gate keeps from one token to the next (section 3.1),
-            between 0 and 1; for rwkv7 more than 0.545.
+            between 0 and 1; for rwkv7 more than 0.545. Other values than the default need a mixer with such a gate.
         backend: implementation of the mixing: `fla` for Triton kernels, `torch` for plain PyTorch, `auto` for fla on a GPU
             where fla-core is installed and torch elsewhere.
 
@@ -79,7 +80,7 @@ class StudentFactory:
         window: int | None = None,
         sinks: int | None = None,
         start_from: str | None = None,
-        retention: float = 0.982,
+        retention: float = RETENTION,
         backend: Backend = "auto",
     ):
         check_arguments("student", StudentFactory.__init__, locals(), self.ranges)
@@ -98,6 +99,8 @@ class StudentFactory:
                 raise InputError(f"student.window {window}: {mixer} has no key projection for window attention: leave it out")
             if shape == "paper":
                 raise InputError(f"student.window {window} needs heads like the teacher's: choose student.shape copyable")
+        if retention != RETENTION and not MIXERS[mixer].decay_gate:
+            raise InputError(f"student.retention {retention}: {mixer} has no decay gate, which it would start at: leave it out")
         paper = MIXERS[mixer].paper
         if shape == "paper":
             if kv_heads is not None:

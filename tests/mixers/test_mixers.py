@@ -154,6 +154,14 @@ def test_padding_on_the_left_leaves_no_trace(fresh, name, layout):
     assert relative_error(output[:, 0], expected[:, -1]) < 1e-5
 
 
+@pytest.mark.parametrize("name", MIXERS)
+def test_retention_applies_to_mixers_with_a_decay_gate(teacher, name):
+    factories = [StudentFactory(name), StudentFactory(name)]
+    factories[1].retention = 0.9
+    ours, others = (factory.build(teacher, seed=0).state_dict() for factory in factories)
+    assert any(not torch.equal(x, others[key]) for key, x in ours.items()) == MIXERS[name].decay_gate
+
+
 @pytest.mark.parametrize("retention", [0.982, 0.9])
 @pytest.mark.parametrize("name", [n for n, m in MIXERS.items() if hasattr(m, "log_decay") or m.op is channel_decay])
 def test_fresh_decay_gates_retain_what_was_asked(teacher, name, retention):

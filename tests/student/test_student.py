@@ -149,6 +149,7 @@ def test_bad_options_are_refused():
         ({"mixer": "metala", "init": "fresh", "shape": "paper", "rope": True}, "student.rope true"),
         ({"mixer": "gla", "sinks": 4}, "student.sinks 4 without a window"),
         ({"mixer": "softmax", "window": 8}, "student.window 8: softmax attends to every token"),
+        ({"mixer": "delta_net", "retention": 0.9}, "student.retention 0.9: delta_net has no decay gate"),
         ({"mixer": "metala", "window": 8}, "student.window 8: metala has no key projection"),
         ({"mixer": "retnet", "init": "fresh", "shape": "paper", "window": 8}, "student.window 8 needs heads like"),
     ]:
