@@ -50,7 +50,7 @@ class Range(NamedTuple):
 
 
 SHARE = Range(0, 1)
-POSITIVE = Range(0, most=1e6, above=True)  # far beyond all sense: what is larger makes numbers that are not finite
+POSITIVE = Range(0, most=1e6, above=True)  # larger values would overflow fp32
 AT_LEAST_1 = Range(1, 1e15)  # steps and chunks are counted in 64 bits
 ROWS = Range(1, 1e6)  # of a batch that is measured
 SEED = Range(0, 2**32 - 1)  # what numpy takes

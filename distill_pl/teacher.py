@@ -66,7 +66,7 @@ def run_layer(layer, hidden: Tensor, position: tuple[Tensor, Tensor],
 
 
 def apply_norm(norm, hidden: Tensor) -> Tensor:
-    """Apply the final norm to hidden [B, T, D]."""
+    """Apply the final norm to hidden [B, T, D] -> [B, T, D]."""
     return norm(hidden)
 
 

@@ -14,9 +14,13 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer, initialization
 
 from distill_pl.cli import main
+from distill_pl.errors import InputError
+from distill_pl.exports.fla import as_fla
+from distill_pl.exports.native import as_native
 from distill_pl.measure import params
 from distill_pl.mixers import MIXERS, SequenceMixer
 from distill_pl.ops import promoted
+from distill_pl.student.factory import StudentFactory
 
 NAME = "moving_average"
 
@@ -139,6 +143,12 @@ def test_exported_student_generates_the_same_with_and_without_a_cache(run):
     cached, uncached = (model.generate(**prompt, **options, use_cache=use_cache) for use_cache in (True, False))
     assert torch.equal(cached.sequences, uncached.sequences)
     torch.testing.assert_close(torch.stack(cached.logits), torch.stack(uncached.logits), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("convert", [as_fla, as_native])
+def test_no_other_class_is_known_to_compute_it(teacher, convert):
+    with pytest.raises(InputError, match="no class is known that computes the same"):
+        convert(StudentFactory(NAME).build(teacher, seed=0))
 
 
 @pytest.fixture

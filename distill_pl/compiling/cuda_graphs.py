@@ -37,7 +37,7 @@ class StepGraphs(Callback):
             captured, stage.graph_bytes = capture_losses(stage.losses_given, stage.student, inputs)
         except RuntimeError as error:
             reason = str(error).split("\n")[0]
-            stage.print(f"{stage.name}: no CUDA graph of a step can be had, its kernels are launched one by one ({reason})")
+            stage.print(f"{stage.name}: no CUDA graph of a step can be captured, so kernels are launched one by one ({reason})")
             return stage.losses_given
         self.is_captured = True
         return captured

@@ -142,18 +142,25 @@ class Chunks:
 
     @property
     def train(self) -> np.ndarray:
-        """Map the training chunks, [chunks, sequence_length] memory-mapped token ids; no chunks before `prepare`."""
+        """Map the training chunks, [chunks, sequence_length] memory-mapped token ids; none before `prepare`.
+
+        Raises InputError for damaged packed files.
+        """
         return self._map("train")
 
     @property
     def validation(self) -> np.ndarray:
-        """Map the held-out chunks, [validation_chunks, sequence_length] memory-mapped token ids; none before `prepare`."""
+        """Map the held-out chunks, [validation_chunks, sequence_length] memory-mapped token ids; none before `prepare`.
+
+        Raises InputError for damaged packed files.
+        """
         return self._map("validation")[: self.validation_chunks]
 
     def fingerprint(self, train_chunks: int) -> str:
         """Hash the ids of the held-out chunks and of the first `train_chunks` training chunks, or of all if there are fewer.
 
-        Returns 32 hex digits. Packing more text changes them only if there were fewer chunks than `train_chunks`.
+        Returns 32 hex digits. Packing more text changes them only if there were fewer chunks than `train_chunks`. Raises
+        InputError for damaged packed files.
         """
         digest = hashlib.blake2b(digest_size=16)
         for chunks in (self.validation, self.train[:train_chunks]):

@@ -227,7 +227,7 @@ def _text_rows(handle: IO[bytes], column: str, first: int) -> Iterator[tuple[str
 def _documents(lines: TextIO) -> Iterator[tuple[int, str]]:
     """Cut a text into documents and yield each with the number of its first line.
 
-    A part of a corpus in one file can so be held out, and the file is never in memory as a whole. A line DOCUMENT_END ends a
+    Part of a corpus in one file can then be held out, and the file is never in memory as a whole. A line DOCUMENT_END ends a
     document, as does the first blank line after DOCUMENT_CHARACTERS or, if there is none, the first line after twice as many.
     """
     begin, number, parts, size = 1, 1, list[str](), 0

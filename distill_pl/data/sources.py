@@ -46,7 +46,10 @@ class TextSource:
 
     @property
     def is_local(self) -> bool:
-        """Return whether the dataset is files on this machine and not on the hub."""
+        """Return whether the dataset is files on this machine and not on the hub.
+
+        Raises InputError for a path without data files, or with files of several kinds.
+        """
         return bool(self._files)
 
     def identity(self) -> tuple[str, dict]:
@@ -85,7 +88,9 @@ class TextSource:
         else:
             streams, commit = self._open_hub(commit)
         if "train" not in streams:
-            raise InputError(f"data.dataset {self.dataset!r} has no train split, only {', '.join(streams)}")
+            raise InputError(
+                f"data.dataset {self.dataset!r} has no train split, only {', '.join(streams)}: name a file or folder train"
+            )
         streams = {split: streams[split] for split in splits if split in streams}
         for stream in streams.values():
             if isinstance(stream, FileStream):

@@ -106,7 +106,7 @@ def layer_step(layer: nn.Module, hidden: tuple[Tensor, ...], rope: Position | No
                **mask: Tensor) -> tuple[Tensor, ...]:  # fmt: skip
     """Run a layer on hidden states and overwrite its `state` -> its output.
 
-    hidden and the output are one tensor [B, T, D], or for a RowLayer two, whose sum counts. mask: empty, or attention_mask,
+    hidden and the output are one tensor [B, T, D], or for a RowLayer two, which the layer adds. mask: empty, or attention_mask,
     bool [B, T], which is False where padded.
     """
     memory = MixerState()
@@ -143,7 +143,7 @@ class Decoder:
         Raises InputError for an option out of range, and for a model for which a Decoder's results would differ from its own.
         """
         if reason := unsupported_reason(model, max_length or 0):
-            raise InputError(f"model: a Decoder would not compute what it does ({reason}): use its generate")
+            raise InputError(f"model: a Decoder's results would differ from model.generate's ({reason}): use model.generate")
         if not (0 <= temperature < math.inf and top_k >= 0 and chunk >= 0):
             raise InputError(f"temperature {temperature}, top_k {top_k}, chunk {chunk}: give finite numbers of at least 0")
         self.model, self.max_length, self.temperature, self.top_k, self.chunk = model, max_length, temperature, top_k, chunk

@@ -44,6 +44,9 @@ def export(run: str, to: Literal["transformers", "fla", "remote"] = "transformer
             flash-linear-attention, and compares on a GPU; `remote` adds a module with which transformers loads the student as
             it is, given trust_remote_code=True, where distill_pl is installed.
         out: folder to write, with weights in fp32, which must not exist yet, or be empty. Required.
+
+    Raises:
+        InputError: an option, model, run or text that cannot be used.
     """
     quiet()
     warnings.filterwarnings("ignore", module=r"fla\.")  # which says on a CPU that it has no GPU
@@ -115,7 +118,9 @@ def check(folder: Path, expected: Path, to: str) -> dict:
         done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
-        raise InputError(f"export: a fresh process cannot load what was written ({lines[-1][:200]}); nothing is kept of it")
+        raise InputError(
+            f"export: a fresh process cannot load what was written ({lines[-1][:200]}), which is deleted: choose another --to"
+        )
     found = json.loads(done.stdout.splitlines()[-1])
     limit = max(TOLERANCE, ROUNDINGS * found["rounding"])
     if not (found["logits"] <= limit and found["tokens"] == fresh.GENERATED):  # also true of nan

@@ -1,6 +1,6 @@
 """Rewrite a student as a class of flash-linear-attention that computes the same, where there is one.
 
-Its classes have Llama's block around their mixers. Their kernels run on a GPU alone.
+fla's classes have Llama's block around their mixers. fla's kernels run on a GPU only.
 """
 
 import importlib
@@ -11,7 +11,18 @@ import torch
 from transformers import PreTrainedModel
 
 from distill_pl.errors import InputError
-from distill_pl.exports.native import Tensors, begun, block, build, check_layers, convolutions, projections, refusal, refuse
+from distill_pl.exports.native import (
+    UNKNOWN,
+    Tensors,
+    begun,
+    block,
+    build,
+    check_layers,
+    convolutions,
+    projections,
+    refusal,
+    refuse,
+)
 from distill_pl.mixers import GatedDeltaNet
 from distill_pl.mixers.short_conv import ConvolvedMixer
 from distill_pl.student.modeling import Student, teacher_config
@@ -47,8 +58,8 @@ def as_fla(student: Student) -> PreTrainedModel:
     Raises InputError where that package is missing, and, with the reason, where no class computes what the student does.
     """
     config, teacher = student.config, teacher_config(student.config)
-    if config.mixer in REASONS:
-        raise refusal(student, REASONS[config.mixer])
+    if config.mixer not in TARGETS:
+        raise refusal(student, REASONS.get(config.mixer, UNKNOWN))
     model_type, names = TARGETS[config.mixer]
     check_layers(student, "fla's class", rope=config.mixer == "retnet")
     refuse(student, {

@@ -45,7 +45,7 @@ def as_native(student: Student) -> PreTrainedModel:
         model = as_transformer(student)
         refuse(student, {"its attention has no RoPE, unlike its teacher's": model is student})
         return model
-    target = TARGETS[student.config.mixer]
+    target = TARGETS.get(student.config.mixer, UNKNOWN)
     if isinstance(target, str):
         raise refusal(student, target)
     return target(student)
@@ -246,7 +246,7 @@ def qwen(student: Student) -> PreTrainedModel:
 def kimi(student: Student) -> PreTrainedModel:
     """Convert KDA to Kimi Linear's class, without experts; DeltaNet, too, as a KDA that forgets nothing and is not gated.
 
-    A log decay of -e^-80 leaves e^g = 1 to the bit. Of DeltaNet's gate, sigmoid(0) = 1/2 is made up for by the norm's weights.
+    A log decay of -e^-80 leaves e^g = 1 to the bit. DeltaNet gets a gate of sigmoid(0) = 1/2, and norm weights twice as large.
     """
     teacher = teacher_config(student.config)
     check_layers(student, "KimiLinear")
@@ -334,6 +334,7 @@ def xlstm(student: Student) -> PreTrainedModel:
     return build(student, settings, rows, names)
 
 
+UNKNOWN = "no class is known that computes the same"
 # by mixer: the rewriting, or why there is none
 TARGETS: dict[str, Callable[[Student], PreTrainedModel] | str] = {
     "mamba2": granite,

@@ -89,6 +89,9 @@ def bench(
             cached forward pass; auto: graph on a GPU.
         seed: seed of random weights and prompts.
         out: folder to write to. Results of other settings in it are refused, not replaced.
+
+    Raises:
+        InputError: an option, model, run or text that cannot be used.
     """
     quiet()
     gpu = torch.cuda.is_available()

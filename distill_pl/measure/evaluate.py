@@ -75,6 +75,9 @@ def evaluate(
         text: local file, folder or hub dataset on which to measure perplexity, by position too, and in which recall tasks hide
             numbers; by default these use the held-out text of a run.
         seed: seed of whatever lm-eval and the recall tasks draw.
+
+    Raises:
+        InputError: an option, model, run or text that cannot be used.
     """
     quiet()
     runs = {model: read_config(Path(model)) for model in models if is_run(model)}
@@ -325,7 +328,8 @@ def measured_so_far(folder: Path, name: str) -> Results:
     """Collect what `evaluate` has written about a model: all in NAME.json, all but lm-eval's tasks in NAME.limitN.json.
 
     name: `student` or `teacher`. A recall task that was measured several times counts with most items. Files of other weights
-    than the newest file's do not count, nor recall by versions that knew no chance level.
+    than the newest file's do not count, nor does recall without a chance level, as earlier versions wrote it. Raises
+    InputError for a damaged file.
     """
     files = sorted(folder.glob(f"{name}*.json"), key=lambda file: file.stat().st_mtime, reverse=True)
     reports = {file: read_report(file) for file in files}

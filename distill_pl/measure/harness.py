@@ -127,7 +127,9 @@ def run_tasks(
         for name, task in loaded["tasks"].items():
             written = (task.config.generation_kwargs or {}).get("max_gen_toks", lm.max_gen_toks)
             if task.OUTPUT_TYPE == "generate_until" and written >= lm.max_length:
-                raise InputError(f"tasks={name}: models may write {written} tokens, and this one has {lm.max_length} positions")
+                raise InputError(
+                    f"tasks={name}: models may write {written} tokens, and this one has {lm.max_length} positions: leave it out"
+                )
         # simple_evaluate returns nothing on local ranks above 0 and surveys the machine for its log
         # lm-eval resamples 100,000 times for the standard error of a perplexity: minutes of all cores, where 1000 give it to 2%
         results = evaluate(lm, loaded, limit=limit, log_samples=False, bootstrap_iters=1000)

@@ -38,8 +38,8 @@ def layers(
     """Measure for each layer of a run's student how much softmax attention in that layer alone would help, without training.
 
     Prints a table of KL(teacher || student) on held-out text, in nats a token, and of recall, with the teacher's attention in
-    one layer, and writes it to RUN/eval/layers.json and RUN/eval/layers.png. A layer that matters lowers the one and raises the
-    other against the first row, the student as it is.
+    one layer, and writes it to RUN/eval/layers.json and RUN/eval/layers.png. A layer that matters has a lower KL and a
+    higher recall than the first row, the student as it is.
 
     Args:
         run: run folder of `distill-pl fit`.
@@ -50,8 +50,11 @@ def layers(
         tasks: names of recall tasks, see `distill-pl evaluate --help`; recall is their mean accuracy.
         lengths: lengths of the prompts of recall tasks, in tokens.
         limit: number of questions of each task and length.
-        batch_size: sequences in a forward pass; for recall tasks, so many times 2048 tokens (on a GPU 4096).
+        batch_size: sequences in a forward pass; for recall tasks, batch_size x 2048 tokens (x 4096 on a GPU).
         seed: seed of the questions.
+
+    Raises:
+        InputError: an option, model, run or text that cannot be used.
     """
     quiet()
     check_numbers({"limit": limit, "batch_size": batch_size, "seed": seed},
@@ -73,7 +76,7 @@ def layers(
     before = [i for i in range(len(student.mixers)) if i not in others]  # layers of softmax attention already
     if keep is not None and not len(before) < keep <= len(student.mixers):
         kept = f", {len(before)} of which are softmax attention already" if before else ""
-        raise InputError(f"keep {keep} is no number of layers from {len(before) + 1} to {len(student.mixers)}{kept}")
+        raise InputError(f"keep {keep}: give a number of layers from {len(before) + 1} to {len(student.mixers)}{kept}")
     teacher = Teacher(origin, student.dtype)
     check_teacher_of(Path(run), origin, fingerprint(teacher.model, torch.bfloat16))
     original = StudentFactory("softmax").assemble(teacher, seed=0).eval()
@@ -104,7 +107,7 @@ def layers(
 
 @contextlib.contextmanager
 def put_back(student: Student, original: Student, layer: int | None) -> Iterator[None]:
-    """Lend `layer` of a student the attention of `original`, the teacher as a softmax student; nothing where that is None."""
+    """Lend `layer` of a student the attention of `original`, the teacher as a softmax student, or nothing for None."""
     if layer is None:
         yield
         return

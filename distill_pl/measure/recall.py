@@ -4,7 +4,7 @@
     niah_multikey    the same with three other numbers under other keys; niah_multivalue, with four numbers to be named
     mqar             which value followed each key, in a list of pairs (multi-query associative recall: Arora et al., 2024)
     induction        A B ... A: which word comes next
-    copy             a list of words, to be said again
+    copy             a list of words, to be repeated
 
 The answers of all but mqar are generated greedily and compared with the right ones exactly; mqar takes the likeliest token
 after each key. Lengths are in tokens of the model's own tokenizer, so that models with one tokenizer get the same items.
@@ -63,7 +63,7 @@ class Item(NamedTuple):
 
 
 class NoRoom(Exception):
-    """The number of tokens that a prompt would need for its question."""
+    """Signal that a prompt has no room for its question; args[0] is the number of tokens that it would need."""
 
 
 class Source(NamedTuple):

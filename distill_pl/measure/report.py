@@ -78,6 +78,9 @@ def report(models: list[str], out: str = "report") -> None:
     Args:
         models: run folders of `distill-pl fit`, or folders of such folders.
         out: folder to write to; a report in it is replaced.
+
+    Raises:
+        InputError: an option, model, run or text that cannot be used.
     """
     runs = list({run.folder.resolve(): run for model in models for run in find_runs(Path(model))}.values())  # each once
     rows = grouped(runs)
@@ -143,7 +146,7 @@ def teacher_row(runs: list[Run]) -> list[Run]:
 
 
 def grouped(runs: list[Run]) -> dict[str, list[Run]]:
-    """Group runs that differ in their seeds alone, of new weights and of the order of the text, by experiment.
+    """Group runs by experiment that differ only in seeds: of the new weights and of the order of the text.
 
     Finished runs of one configuration and seed count once. Of several groups of one experiment, the first has its name, and
     others are named by what they change, as in `gla_qkv (kd.lr 0.001)`: they belong to no row of the paper's.
@@ -171,9 +174,16 @@ def overview(runs: list[Run]) -> str:
     """Say how many runs there are, of how many tokens, of which teacher, and which are unfinished."""
     unfinished = [run.folder.name for run in runs if not run.finished]
     teachers = sorted({run.config["teacher"] for run in runs})
-    tokens = sorted({str(run.config["tokens"]) for run in runs})
+    tokens = sorted({trained_tokens(run.config) for run in runs})
     text = f"{len(runs)} run{'s' * (len(runs) > 1)} of {', '.join(tokens)} tokens, teacher {', '.join(teachers)}"
     return text + (f"; unfinished: {', '.join(unfinished)} (the same distill-pl fit resumes them)" if unfinished else "")
+
+
+def trained_tokens(config: dict[str, Any]) -> str:
+    """Return the tokens of a run, of which `tokens` is only the upper bound where `kd.tokens` is given."""
+    if config["kd"]["tokens"] is None:
+        return str(config["tokens"])
+    return str(Tokens(sum(Tokens(config[stage]["tokens"] or 0) for stage in paper.STAGES)))
 
 
 def measured(runs: list[Run]) -> dict[str, list[float]]:

@@ -20,12 +20,8 @@ if TYPE_CHECKING:
 
 Tables = tuple[Tensor, Tensor]  # cos and sin of RoPE, [B or 1, T, K], or narrower where RoPE rotates only the first channels
 Position = Tables | dict[str, Tables]  # a dict by type of layer where types differ in RoPE
-# Initial logit of the op's share of a head beside window attention: a share of about 1/8. The window, with the teacher's own q,
-# k and v, is the better start, but the share also scales the op's gradients; this is the largest share that hardly raises the
-# loss at the start. CE + KL at the start with a small teacher (CE 0.610), a window of 16 and copied q, k and v: 0.611 (gla),
-# 0.628 (delta_net), 0.618 (mamba2); with logit -1: 0.616, 1.379, 0.949. Combined before norms and gates instead, gla and
-# delta_net start at 4.65 and 8.01 even with logit -4. With too short a window, of 4 and one sink (mixer swa: 0.694 after 60
-# steps of KD), the three reach 0.675, 0.628, 0.646 after 60 steps from logit -2, and 0.646, 0.640, 0.659 from logit 0.
+# Initial logit of the op's share of a head beside window attention: about 1/8, the largest share that hardly raised the loss at
+# the start. The window, with the teacher's own q, k and v, is the better start, but the share also scales the op's gradients.
 SHARE_LOGIT = -2.0
 
 

@@ -67,7 +67,7 @@ def _normalized(y: Tensor, m: Tensor) -> Tensor:
 
 
 def matrix(q: Tensor, k: Tensor, i: Tensor, g: Tensor, scale: float, backend: Backend = "auto") -> Tensor:
-    """Build A from q, k [B, T, H, K], log input gate i and log forget gate g [B, T, H] -> [B, H, T, T], fp32."""
+    """Build A from q, k [B, T, H, K], log input gate i and log forget gate g [B, T, H] -> [B, H, T, T], at least fp32."""
     with torch.autocast(q.device.type, enabled=False):
         k, g, m = _stabilised(k, i, g, None)
         a = scalar_decay.matrix(q, k, g, scale)

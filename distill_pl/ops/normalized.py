@@ -4,7 +4,7 @@
 
 q and k are features, which the mixer computes. S must not be negative: power 1 requires features that are not negative; with
 power 2, S is a square. (q . k)^2 = f(q) . f(k), where f(x) holds the F = K (K + 1) / 2 products of two channels; with power 1,
-f(x) = x and F = K. Both powers so have a state of constant size, sum_j f(k_j) [v_j, 1]^T, [B, H, F, V + 1] in fp32, whose last
+f(x) = x and F = K. So both powers have a state of constant size, sum_j f(k_j) [v_j, 1]^T, [B, H, F, V + 1] in fp32, whose last
 column is the normaliser. A token with k = 0 does not change it.
 With power 2, the state costs several times as much as mixing a short sequence: `mix` omits it unless `remember`.
 """

@@ -116,7 +116,7 @@ def fit(config: Namespace) -> None:
         from distill_pl.compiling import compile_stage
     with sole_user(out, probe.global_rank):
         if not probe.global_rank and next_stage(plans) != first:
-            raise InputError(f"out {config.out!r} was trained on by another process meanwhile: give the same command again")
+            raise InputError(f"out {config.out!r} was trained by another process in the meantime: give the same command again")
         if first < len(plans):
             fingerprints["held_out"] = data.chunks.fingerprint(0)
         write_fingerprints(out, {**fingerprints, "tokens_read": (skipped + chunks) * config.data.sequence_length})

@@ -1,6 +1,6 @@
 """Read and write the run folder, the only state of a run: its files say which stages are done, begun, or yet to do.
 
-    out/fingerprints.json  of the teacher's weights, its tokenizer and the packed text: a run is about one of each
+    out/fingerprints.json  hashes of teacher, tokenizer, text and start, of each of which a run has one; how much text was read
     out/config.yaml
     out/1_matrix_mixing/   last.ckpt while it runs; student.safetensors when it is done
     out/2_hidden_align/    ...
@@ -357,7 +357,8 @@ def check_teacher_of(out: Path, path: str, found: str) -> None:
 def tokens_read(config: Namespace) -> int:
     """Return how many tokens of its text the run in `student.start_from` has read, with all that it went on from itself.
 
-    0 where that is no run folder, or of another text or order of it. The run that goes on from it begins after them.
+    0 where that is no run folder, or of another text or order of it. The run that goes on from it begins after them. Raises
+    InputError where the start's fingerprints.json does not say how much was read.
     """
     start = Path(config.student.start_from or "")
     if not config.student.start_from or not (start / "config.yaml").is_file():
@@ -399,7 +400,10 @@ def read_metrics(weights: Path) -> dict[str, float]:
 
 def load_student(student: Student, stage: StageRun) -> None:
     """Load the weights that a finished stage left. Raises InputError unless every tensor is there and the checksum holds."""
-    load_model(student, str(stage.weights), strict=True)
+    try:
+        load_model(student, str(stage.weights), strict=True)
+    except (RuntimeError, SafetensorError) as error:
+        raise damaged(stage.weights, one_line(error)) from error
     with safe_open(stage.weights, framework="pt") as file:
         if file.metadata()["sha256"] != fingerprint(student):
             raise damaged(stage.weights, "its checksum is off")

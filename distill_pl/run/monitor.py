@@ -165,7 +165,10 @@ class Monitor(Callback):
         """Raise InputError unless the student's held-out cross-entropy at step 0 is the expected one, within 1%."""
         student_ce = stage.validation["student_ce"]
         if not math.isfinite(student_ce):
-            raise InputError(f"{stage.name}: the student's held-out loss is {student_ce} before the first step")
+            raise InputError(
+                f"{stage.name}: the student's held-out loss is {student_ce} before the first step: check the weights of the "
+                "teacher and of student.start_from"
+            )
         expected = stage.validation.get("teacher_ce") if self.expected_ce == "teacher" else self.expected_ce
         if expected is None:
             return
@@ -173,5 +176,5 @@ class Monitor(Callback):
         if abs(student_ce - expected) > 0.01 * max(1.0, expected):
             raise InputError(
                 f"{stage.name}: the student starts at {student_ce:.4f} nats a token, expected {expected:.4f}: the weights it "
-                "should start from did not arrive; delete this run's stage folders from here on and run again"
+                "should start from were not loaded: delete this run's stage folders from here on and run again"
             )

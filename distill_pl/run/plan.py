@@ -17,7 +17,10 @@ from distill_pl.tokens import Tokens, short
 
 
 def plan(config: Namespace) -> list[StageRun]:
-    """Plan the stages that have a budget, each with a span of the chunk file. Raises InputError for budgets that don't fit."""
+    """Return the stages that have a budget, in order, each with its span of the chunk file.
+
+    Raises InputError for budgets that do not fit.
+    """
     batch = config.data.batch_size * config.data.sequence_length
     budgets = {name: config[name].tokens for name in STAGES}
     given = sum(tokens or 0 for tokens in budgets.values())

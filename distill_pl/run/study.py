@@ -75,7 +75,7 @@ class Texts(KeysOnce):
 
 
 class Failed(Exception):
-    """The last line that a command of a run printed before it ended with an error."""
+    """Signal that a command of a run ended with an error; the text is the last line that it printed."""
 
 
 def study(
@@ -110,11 +110,14 @@ def study(
         out: folder of the run folders, and of the runs' console output, in logs/.
         results: folder of the JSON files, by default `results` in `out`.
         parallel: how many runs train at once on this machine, whose GPUs they share, while others are evaluated.
-        seeds: run only the first so many seeds of each group.
+        seeds: run only the first N seeds of each group.
         only: run only what matches this pattern, such as 'gla_*_s0'.
         index: run only this one of the runs, counted from 1: for a Slurm array.
         time_limit: minutes after which no run begins, and those that are running are stopped; they can be resumed.
         show: instead of carrying out the study, print its `plan`, with what is done, or a `summary` of its results as Markdown.
+
+    Raises:
+        InputError: an option, model, run or text that cannot be used.
     """
     quiet()
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of each run that was resumed

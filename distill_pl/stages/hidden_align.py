@@ -63,7 +63,10 @@ class HiddenAlignStage(Stage):
 
 
 def layer_distance(student_layer: nn.Module, layer: Layer, norm: Literal["l2", "mse"]) -> Tensor:
-    """Compute Eq. 8 for one layer, a scalar: for outputs of mixer and attention if `layer.mixed` is given, else of blocks."""
+    """Compute Eq. 8 for one layer, a scalar: for outputs of mixer and attention if `layer.mixed` is given, else of blocks.
+
+    The outputs are [B, T, D]; the mean is over tokens (l2) or entries (mse), in fp32.
+    """
     if layer.mixed is None:
         return hidden_distance(student_layer(layer.input, position_embeddings=layer.position), layer.output, norm)
     mixed, _ = student_layer.self_attn(student_layer.input_layernorm(layer.input), layer.position)

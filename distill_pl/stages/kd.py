@@ -74,9 +74,9 @@ class KDStage(Stage):
         if not alpha and self.objective != Objective(ce, alpha):
             raise InputError("kd.alpha 0 follows no teacher: leave out kd.temperature, kd.divergence and kd.top_k, or raise it")
         if train == "mixers" and other_lr != 1:
-            raise InputError(f"kd.other_lr {other_lr} is of parameters that kd.train mixers does not train: leave it out")
+            raise InputError(f"kd.other_lr {other_lr} has no effect with kd.train mixers: leave it out")
         if decay != DECAY and schedule != "stable_decay":
-            raise InputError(f"kd.decay {decay} is of kd.schedule stable_decay, and not of {schedule}: leave it out")
+            raise InputError(f"kd.decay {decay} applies only to kd.schedule stable_decay, not to {schedule}: leave it out")
         self.train_only, self.other_lr = train, other_lr
         self.schedule, self.decay, self.final_lr = schedule, decay, final_lr
         self.terms = kd_terms

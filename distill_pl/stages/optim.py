@@ -10,7 +10,7 @@ from torch.optim import AdamW, Optimizer
 
 def adamw(parameters: Iterable[Parameter], lr: float, weight_decay: float,
           share_of_lr: Callable[[Parameter], float] = lambda _: 1.0) -> AdamW:  # fmt: skip
-    """Build AdamW with betas (0.9, 0.95), fused on a GPU, with weight decay for matrices but not for norms and biases.
+    """Build AdamW with betas (0.9, 0.95), fused on a GPU, with weight decay for parameters of two or more dimensions.
 
     share_of_lr gives a parameter's learning rate as a share of `lr`; groups are sorted so that the first has the largest.
     """

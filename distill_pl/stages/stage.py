@@ -32,7 +32,7 @@ class Stage(L.LightningModule):
     A subclass names the parts of its loss in `part_names`, computes them in `losses_given`, and returns from `trained` the
     parameters that it trains. After a training step, `values` holds the loss and then its parts, averaged over this rank's
     share of the batch, and `grad_norm` the gradient's norm, for logging. After validation, `validation` holds the held-out
-    `loss` and the cross-entropies `teacher_ce` and `student_ce`, in nats per token.
+    `loss` and the cross-entropies `student_ce` and, unless kd.alpha is 0, `teacher_ce`, in nats per token.
 
     Args:
         student: the student, whose weights are trained in place.
@@ -40,7 +40,7 @@ class Stage(L.LightningModule):
         tokens: training tokens of this stage in `distill-pl fit`; 0 skips it.
         lr: maximum learning rate.
         warmup: share of the steps in which the learning rate rises.
-        weight_decay: AdamW's weight decay, of matrices only.
+        weight_decay: AdamW's weight decay, of parameters of two or more dimensions only.
         clip: maximum norm of the whole gradient.
 
     Raises:
@@ -164,7 +164,7 @@ class Stage(L.LightningModule):
         Raises InputError where there is no teacher.
         """
         if self.teacher is None:
-            raise InputError(f"{self.name}: teacher is None: give a Teacher, also where kd.alpha 0 leaves it without a say")
+            raise InputError(f"{self.name}: teacher is None: give a Teacher, even with kd.alpha 0, which does not use it")
         if is_sharded(self.student):
             return  # Lightning calls this hook again for a validation after training
         trained = self.trained()

@@ -48,7 +48,7 @@ class MixerState(CacheLayerMixin):
         """Return -1, transformers' value for a cache without a maximum length."""
         return -1
 
-    get_max_cache_shape = get_max_length  # its name before transformers 5.2x
+    get_max_cache_shape = get_max_length  # the name that transformers 5.17 calls
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return length and offset of an attention mask over the tokens seen and `query_length` new ones."""

@@ -44,16 +44,16 @@ class StudentFactory:
         rope: whether q and k are rotated by the teacher's rotary position embedding. Default: as in the mixer's own paper,
             true for softmax, retnet and swa. With RoPE, students of other mixers have no exact counterpart for
             `distill-pl export`.
-        softmax_layers: layers, counted from 0, that keep the teacher's softmax attention and its weights: a hybrid model,
-            whose cache grows with the sequence.
+        softmax_layers: layers, counted from 0, that keep the teacher's softmax attention and its weights, with as many k and
+            v heads as kv_heads gives the other layers: a hybrid model, whose cache grows with the sequence.
         window: number of last tokens, the token itself included, that sliding-window attention reads. For the mixer swa the
             default is 64. For another mixer, window attention with the same projections of q, k and v is added to each head
             after norms and gates, y = g mixer + (1 - g) window with a learned g; by default there is none.
         sinks: number of first tokens that window attention reads as well. Default: 4.
         start_from: run folder of `distill-pl fit`, or folder of a student of the same teacher that it exported, to go on from.
             All weights outside attention are copied, and those of every layer with the same mixer; other layers start as init
-            says, so that softmax_layers restores the teacher's attention. Steps begin anew. Text that the run folder has read
-            is skipped where data names the same text in the same order.
+            says, so that softmax_layers restores the teacher's attention. Step counts, optimizer and schedule begin anew. Text
+            that the run folder has read is skipped where data names the same text in the same order.
         retention: share of the state that a newly initialised decay gate keeps from one token to the next (section 3.1),
             between 0 and 1; for rwkv7 more than 0.545. Other values than the default need a mixer with such a gate.
         backend: implementation of the mixing: `fla` for Triton kernels, `torch` for plain PyTorch, `auto` for fla on a GPU

@@ -78,6 +78,12 @@ class StudentConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
+    def __post_init__(self, **kwargs):
+        """Drop `auto_map`, which names a module beside a folder's weights: what this class saves has none."""
+        if type(self) is StudentConfig:
+            kwargs.pop("auto_map", None)
+        super().__post_init__(**kwargs)
+
 
 class Student(PreTrainedModel, GenerationMixin):
     """A causal language model of the teacher's architecture with mixers as attention: tokens [B, T] -> logits [B, T, vocab].
@@ -234,7 +240,7 @@ class Student(PreTrainedModel, GenerationMixin):
         if output_attentions and seen:
             raise InputError(f"output_attentions: the states of {seen} earlier tokens hold no matrix: give use_cache=False")
         if cache is not None and self.training and self.model.layers[0].gradient_checkpointing:
-            raise InputError(f"{CACHE}: gradient checkpointing would drop them: call gradient_checkpointing_disable()")
+            raise InputError(f"{CACHE}: gradient checkpointing would drop the states: call gradient_checkpointing_disable()")
         if use_cache and cache is None:
             cache = StudentCache(len(self.model.layers))
         inputs: Any = input_ids if inputs_embeds is None else inputs_embeds

@@ -58,5 +58,5 @@ def test_steps_are_those_without_graphs(teacher, monkeypatch, capsys, tmp_path, 
         assert stage.captured_losses is None
         weights.append(torch.cat([p.detach().flatten() for p in stage.student.parameters()]))
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
-    message = "hidden_align: no CUDA graph of a step can be had, its kernels are launched one by one (out of memory)"
+    message = "hidden_align: no CUDA graph of a step can be captured, so kernels are launched one by one (out of memory)"
     assert (message in capsys.readouterr().out) == (capture is refused)

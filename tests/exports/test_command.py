@@ -241,6 +241,8 @@ def test_a_card_says_how_to_load_the_folder(fitted, tmp_path):
 def test_remote_needs_no_import_of_this_package_and_can_be_saved_again(teacher, tokenizer, tmp_path):
     student = trained(teacher, "gla")
     command.write(student, save(student, tmp_path / "student", tokenizer), tmp_path / "new", "remote")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "new").save_pretrained(tmp_path / "by_the_package")
+    assert "auto_map" not in (tmp_path / "by_the_package" / "config.json").read_text()  # there is no module for it to name
     code = f"""
 import os
 os.environ["HF_MODULES_CACHE"] = {str(tmp_path / "modules")!r}

@@ -119,7 +119,7 @@ def test_steps_of_graphs_are_those_of_kernels(options, fitted, monkeypatch, caps
 
     monkeypatch.setattr("distill_pl.compiling.cuda_graphs.capture_losses", refuse)
     expected = steps(fitted(**options))
-    refused = "kd: no CUDA graph of a step can be had, its kernels are launched one by one (out of memory)"
+    refused = "kd: no CUDA graph of a step can be captured, so kernels are launched one by one (out of memory)"
     assert refused in capsys.readouterr().out
     assert len(expected) == 3 * 2 * 4
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)

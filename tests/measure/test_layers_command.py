@@ -60,7 +60,7 @@ def test_layers_of_a_run(run, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("given", "says"),
     [({"run": "nowhere"}, "'nowhere' is no run folder"), ({"tasks": "piqa"}, "tasks=piqa is no recall task"),
-     ({"keep": 0}, "keep 0 is no number of layers from 1 to 2"), ({"keep": 3}, "keep 3"), ({"limit": 0}, "limit")],
+     ({"keep": 0}, "keep 0: give a number of layers from 1 to 2"), ({"keep": 3}, "keep 3"), ({"limit": 0}, "limit")],
 )  # fmt: skip
 def test_bad_input_is_one_line(run, given, says):
     with pytest.raises(InputError, match=says) as caught:

@@ -16,7 +16,7 @@ from distill_pl.console import perplexity
 from distill_pl.errors import InputError
 from distill_pl.measure import paper, plots
 from distill_pl.measure.plots import DISTANCES, Model, Training, draw_positions, draw_recall, draw_training, label_points
-from distill_pl.measure.report import baseline, held_out, report
+from distill_pl.measure.report import baseline, held_out, report, trained_tokens
 from distill_pl.mixers import MIXERS
 from distill_pl.stages import STAGES
 
@@ -76,6 +76,11 @@ def test_a_copy_counts_once_and_perplexity_is_that_of_the_last_stage(like, tmp_p
     report([str(first), str(other)], str(tmp_path))
     assert rows(tmp_path)["gla_qkv_mm_h2h"][:2] == ["2", f"{perplexity(held_out(first)['student_ce']):.2f}"]
     assert "50.00" in rows(tmp_path)["teacher"]
+
+
+def test_a_run_has_the_tokens_that_its_stages_train_on():
+    config = {"tokens": "1B", "kd": {"tokens": None}, "matrix_mixing": {"tokens": "80M"}, "hidden_align": {"tokens": 0}}
+    assert trained_tokens(config) == "1B" and trained_tokens(config | {"kd": {"tokens": "500k"}}) == "80500k"
 
 
 @pytest.mark.slow

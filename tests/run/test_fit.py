@@ -16,7 +16,8 @@ import pytest
 import torch
 import yaml
 from helpers import STAGE_FOLDERS, STEP, die_at_replace, forkserver, refused
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -280,6 +281,15 @@ def test_damaged_files_are_named(begun, arguments, chunk_cache, tmp_path):
     fit_here(arguments(**keys))
 
 
+def test_weights_that_lack_a_tensor_are_damaged(begun, arguments):
+    weights = load_file(begun / FIRST_WEIGHTS)
+    with safe_open(begun / FIRST_WEIGHTS, framework="pt") as file:
+        metadata = file.metadata()
+    del weights["model.norm.weight"]
+    save_file(weights, begun / FIRST_WEIGHTS, metadata)
+    assert re.search(f"{FIRST_WEIGHTS} is damaged .*model.norm.weight", refused(*arguments()))
+
+
 @pytest.fixture
 def model(teacher_folder, tmp_path) -> Path:
     """Copy the teacher to a folder that a test may change."""
@@ -516,7 +526,7 @@ def test_second_run_on_the_same_folder_is_refused(begun, arguments, tmp_path):
 @pytest.mark.slow
 def test_a_run_that_another_process_finishes_meanwhile_is_not_trained_again(begun, finished, arguments, monkeypatch):
     monkeypatch.setattr("distill_pl.run.fit.describe", lambda *args: shutil.copytree(finished, begun, dirs_exist_ok=True))
-    assert "was trained on by another process meanwhile: give the same command again" in refused(*arguments())
+    assert "was trained by another process in the meantime: give the same command again" in refused(*arguments())
     assert_same(begun, finished)
 
 

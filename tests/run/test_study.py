@@ -128,7 +128,7 @@ def test_the_papers_study_has_every_row_of_its_tables():
         (RUNS | {"common": {"print_config": ""}}, "print_config is not for a run of a study"),
         ({"runs": [{"config": "gla", "name": "x" * 200}]}, "too long a name for a file"),
         (RUNS | {"common": {"kd": {"ce": 0, "alpha": 0}}}, "run gla_s0: kd.ce 0 and kd.alpha 0 leave nothing to learn"),
-        (RUNS | {"common": {"kd": {"decay": 0.2}}}, "kd.decay 0.2 is of kd.schedule stable_decay, and not of linear"),
+        (RUNS | {"common": {"kd": {"decay": 0.2}}}, "kd.decay 0.2 applies only to kd.schedule stable_decay, not to linear"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_one_line(file, lines, says):
