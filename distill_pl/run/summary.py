@@ -168,16 +168,30 @@ def measured(result: dict[str, Any], model: str) -> dict[str, float]:
 
 
 def draw_recall_of(of_teacher: dict[str, Any], results: list[dict[str, Any]], rows: list[str], file: Path) -> list[str]:
-    """Draw the recall of the teacher and of the first run of each of `rows` -> lines of Markdown."""
+    """Draw the recall of the teacher and of each of `rows`, the mean over its seeds -> lines of Markdown."""
     from distill_pl.measure.plots import Model, draw_recall
 
-    first = {result["row"]: result for result in reversed(results)}
-    students = [Model(row, first[row]["config"].get("student.mixer", MIXER), first[row]["evaluated"]["student"], {})
-                for row in rows]  # fmt: skip
+    students = []
+    for row in rows:
+        runs = [result for result in results if result["row"] == row]
+        recalled = over_seeds([run["evaluated"]["student"] for run in runs])
+        students.append(Model(row, runs[0]["config"].get("student.mixer", MIXER), recalled, {}))
     if not students:
         return []
     draw_recall([Model("teacher", None, of_teacher["evaluated"]["teacher"], {}), *students], file)
     return ["![recall against length, of these students](recall.png)"]
+
+
+def over_seeds(found: list[dict[str, Any]]) -> dict[str, dict]:
+    """Average recall results over seeds, by task and length, of the tasks and lengths that all have."""
+    means = {}
+    for task in recall.TASKS:
+        if all(task in results for results in found):
+            of_task = [results[task] for results in found]
+            lengths = [length for length in of_task[0]["by_length"] if all(length in result["by_length"] for result in of_task)]
+            by_length = {length: mean(result["by_length"][length] for result in of_task) for length in lengths}
+            means[task] = {key: mean(result[key] for result in of_task) for key in ("acc", "chance")} | {"by_length": by_length}
+    return means
 
 
 def changed_keys(results: list[dict[str, Any]]) -> dict[str, str]:

@@ -9,7 +9,7 @@ import pytest
 from helpers import refused
 
 from distill_pl.measure import paper
-from distill_pl.run.summary import CLAIMS, PUBLISHED, SPANS, Claim, half_width, interval, judge, ranking, summary
+from distill_pl.run.summary import CLAIMS, PUBLISHED, SPANS, Claim, half_width, interval, judge, over_seeds, ranking, summary
 
 
 def write(folder: Path, row: str, losses: list[float], accuracies: tuple = (), tokens: str = "30M") -> None:
@@ -102,6 +102,13 @@ def test_no_teacher_stands_beside_students_of_several(tmp_path, key, value):
     file.write_text(json.dumps(result | {"row": "gla_other", "config": result["config"] | {key: value}}))
     row = line(summary(tmp_path), "teacher")
     assert ("20.00" in row) == (key == "kd.lr") and "55.04" in row
+
+
+def test_recall_is_the_mean_over_seeds_of_what_all_measured():
+    lengths = [{"256": 1.0, "512": 1.0}, {"256": 0.5}]
+    seeds = [{"mqar": {"acc": by_length["256"], "chance": 0.1, "by_length": by_length}} for by_length in lengths]
+    seeds[0]["copy"] = seeds[0]["mqar"]
+    assert over_seeds(seeds) == {"mqar": {"acc": 0.75, "chance": 0.1, "by_length": {"256": 0.75}}}
 
 
 def test_recall_is_shown_by_length_and_guessing_is_named(tmp_path):
