@@ -226,7 +226,7 @@ def expand_home(config: Namespace) -> None:
             config[key] = [os.path.expanduser(path) for path in value]
 
 
-def of_the_machine(error: Exception) -> str | None:
+def system_error_line(error: Exception) -> str | None:
     """Return one line for an error of files, memory or the other processes of a run, which no check foresees, else None."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{str(error.filename)[:200]}: {error.strerror}: check that path"
@@ -265,7 +265,7 @@ def main(args: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        line = of_the_machine(error)
+        line = system_error_line(error)
         if line is None:
             raise
         print(f"distill-pl: {line}", file=sys.stderr)

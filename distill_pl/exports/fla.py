@@ -14,7 +14,6 @@ from distill_pl.errors import InputError
 from distill_pl.exports.native import (
     UNKNOWN,
     Tensors,
-    begun,
     block,
     build,
     check_layers,
@@ -22,6 +21,7 @@ from distill_pl.exports.native import (
     projections,
     refusal,
     refuse,
+    rename_prefixes,
 )
 from distill_pl.mixers import GatedDeltaNet
 from distill_pl.mixers.short_conv import ConvolvedMixer
@@ -91,6 +91,7 @@ def as_fla(student: Student) -> PreTrainedModel:
         if isinstance(mixer, ConvolvedMixer):
             tensors |= {f"attn.{part}_conv1d.weight": convolutions(mixer, part) for part in "qkv"}
         own = {name: tensor for name, tensor in mixer.state_dict().items() if name.startswith(tuple(names))}
-        return tensors | begun(block(layer), NORMS) | {f"attn.{name}": tensor for name, tensor in begun(own, names).items()}
+        attention = {f"attn.{name}": tensor for name, tensor in rename_prefixes(own, names).items()}
+        return tensors | rename_prefixes(block(layer), NORMS) | attention
 
     return build(student, settings, rows, {"model.embed_tokens.": "model.embeddings."})

@@ -32,7 +32,7 @@ SHARED = (  # keys of StudentConfig that configurations of transformers call by 
 )  # fmt: skip
 GRANITE = "5.23"  # the first version of transformers whose gated norm is one for each group of Mamba2
 LAYERS = "model.layers."
-HIGH = 2.0**20  # a soft cap, HIGH * tanh(x / HIGH), that is x to fp32 for |x| < 300; division by it is exact
+SOFT_CAP = 2.0**20  # a soft cap, SOFT_CAP * tanh(x / SOFT_CAP), that is x to fp32 for |x| < 300; division by it is exact
 Tensors = dict[str, Tensor]
 
 
@@ -108,13 +108,13 @@ def build(student: Student, settings: dict[str, Any], rows: Callable[[Any], Tens
     tensors = {name: tensor for name, tensor in student.state_dict().items() if not name.startswith(LAYERS)}
     for index, layer in enumerate(student.model.layers):
         tensors |= {f"{LAYERS}{index}.{name}": tensor for name, tensor in rows(layer).items()}
-    tensors = begun(tensors, renamed or {})
+    tensors = rename_prefixes(tensors, renamed or {})
     zeros = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items() if name not in tensors}
     model.load_state_dict(tensors | zeros)
     return model
 
 
-def begun(tensors: Tensors, names: dict[str, str]) -> Tensors:
+def rename_prefixes(tensors: Tensors, names: dict[str, str]) -> Tensors:
     """Rename tensors whose name begins with a key of `names` so that it begins with the value."""
     for before, after in names.items():
         tensors = {after + name.removeprefix(before) if name.startswith(before) else name: x for name, x in tensors.items()}
@@ -305,8 +305,8 @@ def xlstm(student: Student) -> PreTrainedModel:
         "v_dim_factor": (values + 0.5) / config.hidden_size,
         "ffn_proj_factor": (teacher.intermediate_size + 0.5) / config.hidden_size,
         "ffn_round_up_to_multiple_of": 1,
-        "gate_soft_cap": HIGH,
-        "output_logit_soft_cap": HIGH,
+        "gate_soft_cap": SOFT_CAP,
+        "output_logit_soft_cap": SOFT_CAP,
         "autocast_kernel_dtype": "float32",
         "tie_word_embeddings": False,  # the class has a head of its own
     }

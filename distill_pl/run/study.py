@@ -152,7 +152,7 @@ def study(
     check_material(file, list(left.values()), options and evaluation(options, parser()))
     for place in [Path(out) / "logs" / "log", folder / "result"] if left else []:
         check_writable(place)
-    failed = carry_out(left, Path(out), folder, options, parallel, deadline)
+    failed = execute(left, Path(out), folder, options, parallel, deadline)
     if failed:
         sys.exit(1)
 
@@ -203,7 +203,7 @@ def expand(file: str, lines: dict[str, Any], own: dict[str, Any], out: Path, fir
         except InputError as error:
             raise InputError(f"study {file!r}, evaluate: {error}") from error
     defaults = flat(plain(parse(("fit", "--out=."))))
-    common = once(file, lines.get("common", {}))
+    common = flat_keys(file, lines.get("common", {}))
     runs: dict[str, Run] = {}
     for group in lines["runs"]:
         over = flat(group.get("over", {}))
@@ -224,7 +224,7 @@ def expand(file: str, lines: dict[str, Any], own: dict[str, Any], out: Path, fir
             values_of = (f"{key}={text(value).strip('[]')}" for key, value in varied.items())
             words = [Path(config).stem if config else "", group.get("name", ""), *values_of]
             row = re.sub(r"[^\w.=-]+", "_", "_".join(filter(None, words)))
-            keys = common | once(file, group.get("set", {}), varied) | own
+            keys = common | flat_keys(file, group.get("set", {}), varied) | own
             if not row:
                 raise InputError(f"study {file!r}: give a group without `config` a `name`")
             if others := sorted(NOT_OF_A_RUN & keys.keys()):
@@ -238,7 +238,7 @@ def expand(file: str, lines: dict[str, Any], own: dict[str, Any], out: Path, fir
                 raise InputError(f"study {file!r}: run {name[:40]}... has too long a name for a file: give a shorter `name`, "
                                  "or groups with a `name` and `set` instead of `over`")  # fmt: skip
             try:
-                runs[name] = settle(name, row, seed, config, keys, out, parse, defaults)
+                runs[name] = parse_run(name, row, seed, config, keys, out, parse, defaults)
             except InputError as error:
                 raise InputError(f"study {file!r}, run {name}: {error}") from error
     return list(runs.values())
@@ -259,7 +259,7 @@ def check_material(file: str, runs: list[Run], options: dict[str, Any] | None) -
             raise InputError(f"study {file!r}, run {run.name}: {error}") from error
 
 
-def once(file: str, *parts: dict[str, Any]) -> dict[str, Any]:
+def flat_keys(file: str, *parts: dict[str, Any]) -> dict[str, Any]:
     """Flatten mappings to one with dotted keys. Raises InputError for a key that comes twice, as in {kd.lr: 1, kd: {lr: 2}}."""
     found: dict[str, Any] = {}
     for key, value in (item for part in parts for item in part.items()):
@@ -275,7 +275,7 @@ def evaluation(options: dict[str, Any], parse: Callable[[tuple[str, ...]], Names
     return {key: value for key, value in parse(("evaluate", ".", *options_of(options))).as_dict().items() if key != "models"}
 
 
-def settle(name: str, row: str, seed: int, experiment: str | None, keys: dict[str, Any], out: Path,
+def parse_run(name: str, row: str, seed: int, experiment: str | None, keys: dict[str, Any], out: Path,
            parse: Callable[[tuple[str, ...]], Namespace], defaults: dict[str, Any]) -> Run:  # fmt: skip
     """Parse and check a run, whose seed also orders its text unless `keys` say otherwise.
 
@@ -372,7 +372,7 @@ def plan_table(runs: dict[str, Run], done: list[str]) -> str:
     return aligned(rows)
 
 
-def carry_out(runs: dict[str, Run], out: Path, results: Path, options: dict[str, Any] | None, parallel: int,
+def execute(runs: dict[str, Run], out: Path, results: Path, options: dict[str, Any] | None, parallel: int,
               deadline: float) -> int:  # fmt: skip
     """Carry out runs, by the names they are printed with -> how many failed. Prints a line as each begins and ends.
 

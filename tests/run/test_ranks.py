@@ -12,7 +12,7 @@ from helpers import STAGE_FOLDERS, STEP, die_at_replace, forkserver
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from distill_pl.cli import main, of_the_machine
+from distill_pl.cli import main, system_error_line
 from distill_pl.measure.report import scalars
 from distill_pl.run import trainer
 
@@ -157,7 +157,7 @@ def add_up(rank: int, port: int, pipe) -> None:
         try:
             torch.distributed.all_reduce(torch.ones(1))
         except Exception as error:
-            pipe.send(of_the_machine(error))
+            pipe.send(system_error_line(error))
     os._exit(0)
 
 
