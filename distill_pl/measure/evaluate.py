@@ -23,7 +23,7 @@ from distill_pl.data.files import OR_SKIP
 from distill_pl.data.sources import TextSource, counted
 from distill_pl.errors import AT_LEAST_1, ROWS, SEED, InputError, Range, check_numbers, first_line, one_line
 from distill_pl.measure import long_text, paper, recall
-from distill_pl.measure.harness import check_tasks, prompt_tokenizer, run_tasks
+from distill_pl.measure.harness import check_tasks, load_tasks, prompt_tokenizer, run_tasks
 from distill_pl.run.card import add_results, read_card
 from distill_pl.run.folder import (
     WHAT_IS_READ,
@@ -129,7 +129,8 @@ def check_options(tasks: str = "", data: str | None = None, limit: int | None = 
                   seed: int = 0) -> tuple[list[str], recall.Questions]:  # fmt: skip
     """Check the options of `evaluate` -> the names of all tasks, and what recall tasks and `text` ask.
 
-    Raises InputError for an option out of range, and for a task that neither lm-eval nor this package knows or `data` lacks.
+    Raises InputError for an option out of range, for a task that neither lm-eval nor this package knows or `data` lacks,
+    and for a row of `data` that does not fit its task.
     """
     numbers = {"limit": limit, "batch_size": batch_size, "seed": seed}
     check_numbers(numbers, {"limit": AT_LEAST_1, "batch_size": ROWS, "seed": SEED})
@@ -139,6 +140,9 @@ def check_options(tasks: str = "", data: str | None = None, limit: int | None = 
     questions = recall.Questions(parse_lengths(lengths), 25 if limit is None else limit, text, seed)
     if of_harness := [name for name in names if name not in recall.TASKS]:
         check_tasks(of_harness, data, others=[*groups, *recall.TASKS])
+        if data is not None:
+            with load_tasks(of_harness, data, limit, seed):
+                pass  # a row that does not fit is found before anything is measured
     return names, questions
 
 

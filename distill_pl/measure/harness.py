@@ -74,6 +74,30 @@ def check_tasks(tasks: list[str], data: str | Path | None, others: Iterable[str]
             raise InputError(f"data={data}: {task}.jsonl is missing or empty; the folder has rows for {present}")
 
 
+@contextlib.contextmanager
+def load_tasks(tasks: list[str], data: str | Path | None, limit: int | None, seed: int) -> Iterator[dict[str, dict]]:
+    """Load tasks, for the context alone -> lm-eval's tasks and groups by name, zero-shot. Leaves the global RNGs seeded.
+
+    Raises InputError where the hub cannot be reached, and for a row of `data` that does not fit its task.
+    """
+    # datasets' shared cache tells files apart by time stamp and can serve rows since replaced: use a cache of this call's own
+    with _quiet(), _no_metric_scripts(), tempfile.TemporaryDirectory(prefix="distill_pl-", ignore_cleanup_errors=True) as cache:
+        from transformers import set_seed
+
+        set_seed(seed)
+        loaded: dict[str, dict] = {"tasks": {}, "groups": {}}
+        for name in tasks:
+            found = _load(name, data, cache)
+            loaded["tasks"].update(found["tasks"])
+            if data is None:  # from files, the only group is the one that _from_file makes up
+                loaded["groups"].update(found["groups"])
+        for name, task in loaded["tasks"].items():
+            _make_zero_shot(name, task, seed)
+            if data is not None:
+                _check_rows(name, task, limit)
+        yield loaded
+
+
 def run_tasks(
     model,
     tokenizer,
@@ -107,22 +131,9 @@ def run_tasks(
             no more positions than a task lets it write tokens.
     """
     check_tasks(tasks, data)
-    # datasets' shared cache tells files apart by time stamp and can serve rows since replaced: use a cache of this call's own
-    with _quiet(), _no_metric_scripts(), tempfile.TemporaryDirectory(prefix="distill_pl-", ignore_cleanup_errors=True) as cache:
+    with load_tasks(tasks, data, limit, seed) as loaded:
         from lm_eval.evaluator import evaluate
-        from transformers import set_seed
 
-        set_seed(seed)
-        loaded: dict[str, dict] = {"tasks": {}, "groups": {}}
-        for name in tasks:
-            found = _load(name, data, cache)
-            loaded["tasks"].update(found["tasks"])
-            if data is None:  # from files, the only group is the one that _from_file makes up
-                loaded["groups"].update(found["groups"])
-        for name, task in loaded["tasks"].items():
-            _make_zero_shot(name, task, seed)
-            if data is not None:
-                _check_rows(name, task, limit)
         lm = _batch_scorer()(model, backend="causal", tokenizer=prompt_tokenizer(tokenizer), batch_size=batch_size)
         for name, task in loaded["tasks"].items():
             written = (task.config.generation_kwargs or {}).get("max_gen_toks", lm.max_gen_toks)

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from distill_pl.errors import InputError
 from distill_pl.measure import harness
+from distill_pl.measure.evaluate import check_options
 from distill_pl.measure.harness import (
     _batch_scorer,
     _from_file,
@@ -335,6 +336,8 @@ def test_check_rows_names_the_row_whose_answer_is_no_choice(model, tokenizer, tm
     write(tmp_path, task, [row, row | changes])
     with pytest.raises(InputError, match=says):
         run_tasks(model, tokenizer, [task], data=tmp_path)
+    with pytest.raises(InputError, match=says):  # before any other task is measured
+        check_options(task, str(tmp_path))
     assert run_tasks(model, tokenizer, [task], data=tmp_path, limit=1)[task]["n"] == 1
 
 

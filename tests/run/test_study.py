@@ -211,11 +211,11 @@ def test_two_studies_at_once_carry_out_no_run_twice(file, monkeypatch, capsys):
     runs, out = listed(file, RUNS), file.parent
     (out / "logs").mkdir()
     with FileLock(out / "logs" / "gla_s0.lock"):  # as another study does while it carries out this run
-        assert study.carry_out(runs, out, out / "results", None, parallel=2, deadline=math.inf) == 0
+        assert study.execute(runs, out, out / "results", None, parallel=2, deadline=math.inf) == 0
     printed = capsys.readouterr().out
     assert re.search(r"^gla_s0 .* left to another study", printed, re.M) and "1 finished, 0 failed, 1 left" in printed
     assert len(commands) == 1 and [file.stem for file in (out / "results").iterdir()] == ["gla_qkv_mm_h2h_s0"]
-    assert study.carry_out(runs, out, out / "results", None, parallel=2, deadline=math.inf) == 0
+    assert study.execute(runs, out, out / "results", None, parallel=2, deadline=math.inf) == 0
     assert "2 finished, 0 failed, 0 left" in capsys.readouterr().out
     assert len(commands) == 2  # the run that is done since was not carried out again
 
@@ -232,7 +232,7 @@ def test_a_run_without_memory_beside_others_begins_again(file, monkeypatch, caps
 
     monkeypatch.setattr(study, "command", command)
     monkeypatch.setattr(study, "summarise", lambda *args: {"held_out": {"student": 2.5}})
-    assert study.carry_out(listed(file, RUNS), file.parent, file.parent, None, parallel=2, deadline=math.inf) == 1
+    assert study.execute(listed(file, RUNS), file.parent, file.parent, None, parallel=2, deadline=math.inf) == 1
     printed = capsys.readouterr().out
     assert len(commands) == 1 + times and len(re.findall("^gla_s0 .* begins$", printed, re.M)) == times
     assert len(re.findall(r"^gla_s0 .*failed and will begin again: kd", printed, re.M)) == times - 1
@@ -254,7 +254,7 @@ def test_a_run_without_memory_begins_again_when_all_others_have_ended(file, monk
     monkeypatch.setattr(study, "command", command)
     monkeypatch.setattr(study, "summarise", lambda *args: {"held_out": {"student": 2.5}})
     runs = listed(file, {"runs": [{"config": ["gla", "gla_qkv", "mlstm"]}]})
-    assert study.carry_out(runs, file.parent, file.parent, None, parallel=3, deadline=math.inf) == 0
+    assert study.execute(runs, file.parent, file.parent, None, parallel=3, deadline=math.inf) == 0
     assert "3 finished, 0 failed, 0 left" in capsys.readouterr().out
 
 
