@@ -9,7 +9,7 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -592,7 +592,16 @@ def test_full_gpu_names_the_key_to_lower(begun, arguments, tmp_path, monkeypatch
     fit_here(arguments("run", **{"data.micro_batch_size": 2}))
 
 
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """Destroy the process group that a run under FSDP leaves when it fails, which other tests in this process would meet."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("strategy", ["auto", "fsdp"])
 @pytest.mark.parametrize("stage", STAGE_FOLDERS)
 def test_not_finite_names_stage_step_and_layer(arguments, tmp_path, monkeypatch, stage, strategy):
