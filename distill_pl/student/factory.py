@@ -17,12 +17,18 @@ from distill_pl.console import say
 from distill_pl.errors import InputError, Range, check_arguments, one_line
 from distill_pl.mixers import MIXERS
 from distill_pl.ops import Backend, use_fla
-from distill_pl.student.modeling import DECODER_PARTS, Student, StudentConfig, mark_as_loaded, split_joint_projections
+from distill_pl.student.modeling import (
+    DECODER_PARTS,
+    RETENTION,
+    Student,
+    StudentConfig,
+    mark_as_loaded,
+    split_joint_projections,
+)
 from distill_pl.student.transfer import copy_student, copy_weights
 from distill_pl.teacher import Teacher, load_model, shallow_copy, ties_embeddings
 
 WINDOW, SINKS = 64, 4  # tokens: defaults of student.window (mixer swa) and student.sinks
-RETENTION = 0.982  # default of student.retention: sigmoid(4)
 BOUNDS = ("attn_logit_softcapping", "final_logit_softcapping", "clip_qkv")  # of values too large to occur in a comparison
 TOLERANCE = 1e-4  # of the largest value: rounding in fp32 stays below 1e-5, and an attention scale off by 10% far above
 CHECKED: WeakSet[PreTrainedModel] = WeakSet()  # teachers' models that passed `check_teacher`

@@ -38,6 +38,7 @@ JOINT = ".qkv_proj."  # in the names of projections of q, k and v in one (Phi 3)
 GENERATION_MODES = (
     GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE,
 )  # fmt: skip
+RETENTION = 0.982  # default of student.retention: sigmoid(4)
 
 
 class StudentConfig(PreTrainedConfig):
@@ -51,7 +52,7 @@ class StudentConfig(PreTrainedConfig):
     softmax_layers: list[int] = field(default_factory=list)  # layers that keep softmax attention
     shape: str = "copyable"
     rope: bool | None = None
-    retention: float = 0.982
+    retention: float = RETENTION
     window: int | None = None  # last tokens that sliding-window attention reads
     sinks: int | None = None  # first tokens that it reads as well
     backend: str = "auto"
