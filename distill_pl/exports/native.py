@@ -170,7 +170,7 @@ def granite(student: Student) -> PreTrainedModel:
         "intermediate_size": teacher.intermediate_size,  # of experts, of which there are none
         "shared_intermediate_size": teacher.intermediate_size,
         "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads if attention else 1,
+        "num_key_value_heads": attention[0].kv_count if attention else 1,
         "attention_multiplier": attention[0].scale if attention else 1.0,
         "position_embedding_type": "rope" if rotated == {True} else None,
         "rope_parameters": teacher.rope_parameters,

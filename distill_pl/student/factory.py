@@ -45,13 +45,13 @@ class StudentFactory:
         shape: sizes of the mixer. `copyable` has the teacher's heads, so that the mixer can take its projections; `paper` has
             the sizes behind the paper's Appendix A (see `distill-pl params`) and an output head not tied to the embeddings.
         kv_heads: number of k and v heads. `grouped` has as many as the teacher, each shared by several query heads;
-            `expanded` has one for each query head, initialised as copies. Default: grouped for softmax and swa, expanded for
-            the others. Leave it out with shape paper, which has numbers of its own.
+            `expanded` has one for each query head, initialised as copies. Default: grouped for softmax, also in
+            softmax_layers, and for swa, expanded for the others. Leave it out with shape paper, which has numbers of its own.
         rope: whether q and k are rotated by the teacher's rotary position embedding. Default: as in the mixer's own paper,
             true for softmax, retnet and swa. With RoPE, students of other mixers have no exact counterpart for
             `distill-pl export`.
-        softmax_layers: layers, counted from 0, that keep the teacher's softmax attention and its weights, with as many k and
-            v heads as kv_heads gives the other layers: a hybrid model, whose cache grows with the sequence.
+        softmax_layers: layers, counted from 0, that keep the teacher's softmax attention and its weights: a hybrid model,
+            whose cache grows with the sequence.
         window: number of last tokens, the token itself included, that sliding-window attention reads. For the mixer swa the
             default is 64. For another mixer, window attention with the same projections of q, k and v is added to each head
             after norms and gates, y = g mixer + (1 - g) window with a learned g; by default there is none.
@@ -128,6 +128,7 @@ class StudentFactory:
         self.sinks = None if self.window is None else sinks or SINKS
         self.softmax_layers = sorted(set(softmax_layers))
         self.kv_heads = kv_heads or (paper if shape == "paper" else MIXERS[mixer]).kv_heads
+        self.softmax_kv_heads = kv_heads or MIXERS["softmax"].kv_heads
 
     @cached_property
     def start(self) -> PreTrainedModel | None:
@@ -148,6 +149,7 @@ class StudentFactory:
                     f"student.{key} {value} is beyond the teacher's {base.max_position_embeddings} positions: lower it"
                 )
         heads = base.num_attention_heads
+        kv_counts = {"grouped": base.num_key_value_heads, "expanded": heads}
         teacher_json = base.to_diff_dict() | {"model_type": base.model_type}
         teacher_json.pop("dtype", None)  # the student's weights need not have the dtype of the teacher's
         return StudentConfig(
@@ -163,7 +165,8 @@ class StudentFactory:
             hidden_size=base.hidden_size,
             num_hidden_layers=base.num_hidden_layers,
             num_attention_heads=heads,
-            num_key_value_heads=heads if self.kv_heads == "expanded" else base.num_key_value_heads,
+            num_key_value_heads=kv_counts[self.kv_heads],
+            softmax_kv_heads=kv_counts[self.softmax_kv_heads],
             rms_norm_eps=getattr(base, "rms_norm_eps", 1e-6),
             **attention_config(teacher.model.model.layers[0].self_attn),
             vocab_size=base.vocab_size,

@@ -61,6 +61,7 @@ class StudentConfig(PreTrainedConfig):
     num_hidden_layers: int = 0
     num_attention_heads: int = 0
     num_key_value_heads: int = 0
+    softmax_kv_heads: int = 0  # k and v heads of the layers in softmax_layers; 0: num_key_value_heads
     head_dim: int = 0
     rms_norm_eps: float = 1e-6
     qkv_bias: bool = False
@@ -109,6 +110,7 @@ class Student(PreTrainedModel, GenerationMixin):
         decoder = AutoModel.from_config(teacher_config(config), trust_remote_code=False)
         softmax_config = copy.copy(config)
         softmax_config.shape, softmax_config.rope, softmax_config.window = "copyable", None, None
+        softmax_config.num_key_value_heads = config.softmax_kv_heads or config.num_key_value_heads
         layer_types = getattr(decoder.config, "layer_types", None)
         for index, layer in enumerate(decoder.layers):
             keeps_softmax = index in config.softmax_layers

@@ -87,7 +87,7 @@ def as_transformer(student: Student) -> PreTrainedModel:
     if not all(isinstance(mixer, Softmax) and mixer.rope for mixer in student.mixers):
         return student
     config = teacher_config(student.config)
-    config.num_key_value_heads = student.config.num_key_value_heads
+    config.num_key_value_heads = student.mixers[0].kv_count
     config.tie_word_embeddings = student.config.tie_word_embeddings
     model = AutoModelForCausalLM.from_config(config)
     tensors = student.state_dict()

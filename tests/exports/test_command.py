@@ -35,7 +35,7 @@ OLD = Version(transformers.__version__) < Version(GRANITE)
 grouped_norms = pytest.mark.skipif(OLD, reason="GraniteMoeHybrid of this version of transformers computes something else")
 
 MAMBA2 = {
-    "grouped": {"kv_heads": "grouped"}, "expanded": {}, "hybrid": {"softmax_layers": [1], "kv_heads": "grouped"},
+    "grouped": {"kv_heads": "grouped"}, "expanded": {}, "hybrid": {"softmax_layers": [1]},
     "paper": {"shape": "paper", "init": "fresh"},
 }  # fmt: skip
 

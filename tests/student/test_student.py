@@ -127,6 +127,14 @@ def test_grouped_and_expanded_kv_heads_start_as_one_model(variant, name):
     assert relative_error(logits_of(expanded, tokens), logits_of(grouped, tokens)) < 1e-5
 
 
+@pytest.mark.parametrize(("kv_heads", "counts"), [(None, [2, 4]), ("grouped", [2, 2]), ("expanded", [4, 4])])
+def test_a_kept_layer_has_the_teachers_kv_heads_unless_told_otherwise(teacher, kv_heads, counts):
+    student = build(teacher, "gla", softmax_layers=[0], kv_heads=kv_heads)
+    assert [mixer.kv_count for mixer in student.mixers] == counts
+    student.config.softmax_kv_heads = 0  # as in a student that was saved before this key existed
+    assert [mixer.kv_count for mixer in Student(student.config).mixers] == [counts[1], counts[1]]
+
+
 @pytest.mark.parametrize("init", ["qkv", "fresh", "scratch"])
 def test_the_seed_makes_the_student(teacher, name, init):
     start = torch.get_rng_state()
