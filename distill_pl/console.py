@@ -71,5 +71,5 @@ def aligned(rows: list[list[str]]) -> str:
 
 def markdown(rows: list[list[str]]) -> str:
     """Lay out rows of cells, the first row a header, as a Markdown table."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])

@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import Environment
+from jinja2.meta import find_undeclared_variables
 from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
@@ -270,21 +272,26 @@ def _make_zero_shot(name: str, task: Any, seed: int) -> None:
 
 
 def _check_rows(name: str, task: Any, limit: int | None) -> None:
-    """Raise InputError, naming the row, where the answer to a question is none of its choices, or a choice is no text.
+    """Raise InputError, naming the row, where the answer is missing or none of the choices, or a choice is no text.
 
-    lm-eval counts answers that are no choice as wrong, without a word.
+    lm-eval counts such answers as wrong, without a word.
     """
-    if task.OUTPUT_TYPE != "multiple_choice":
-        return
+    templates = [text for text in (task.config.doc_to_text, task.config.doc_to_target) if isinstance(text, str)]
+    read = [name for text in templates for name in find_undeclared_variables(Environment().parse(text)) or {text}]
     for number, row in enumerate(islice(task.eval_docs, limit), start=1):
         try:
-            choices = task.doc_to_choice(row)
             found = task.doc_to_text(row) if task.multiple_input else task.doc_to_target(row)
-            answers = found if isinstance(found, list) else [found]
-            fits = all(isinstance(choice, str) for choice in choices) and all(
-                answer in range(len(choices)) if isinstance(answer, int) else answer in choices for answer in answers
-            )
-            says = f"it has choices {str(choices)[:80]} and answer {found!r}"
+            if task.OUTPUT_TYPE == "multiple_choice":
+                choices = task.doc_to_choice(row)
+                answers = found if isinstance(found, list) else [found]
+                fits = all(isinstance(choice, str) for choice in choices) and all(
+                    answer in range(len(choices)) if isinstance(answer, int) else answer in choices for answer in answers
+                )
+                says = f"it has choices {str(choices)[:80]} and answer {found!r}"
+            else:
+                task.doc_to_text(row)
+                fits = None not in map(row.get, row.keys() & read) and bool(str(found).strip())
+                says = f"a column is empty: {str(dict(row))[:80]}"
         except Exception as error:  # of a task's own code
             fits, says = False, one_line(error)
         if not fits:

@@ -82,7 +82,8 @@ def report(models: list[str], out: str = "report") -> None:
     Raises:
         InputError: an option, model, run or text that cannot be used.
     """
-    runs = list({run.folder.resolve(): run for model in models for run in find_runs(Path(model))}.values())  # each once
+    found = {run.folder.resolve(): run for model in models for run in find_runs(Path(model))}  # each run once
+    runs = of_same_questions(list(found.values()))
     rows = grouped(runs)
     others = [name for name in rows if name not in {*paper.TABLE_2, *paper.TABLE_3, *paper.APPENDIX_B}]
     beyond = [name for name in others if rows[name][0].beyond_paper]
@@ -120,6 +121,19 @@ def find_runs(folder: Path) -> list[Run]:
         results = measured_so_far(path / "eval", "student")
         runs.append(Run(path, read_config(path), results, (path / "student").is_dir(), held_out(path).get("student_ce")))
     return runs
+
+
+def of_same_questions(runs: list[Run]) -> list[Run]:
+    """Leave out each result of the paper's tasks that is of other questions than the first run's, and say so."""
+    asked: dict[str, tuple] = {}
+    alike = []
+    for run in runs:
+        of_paper = {task: (row.get("source"), row.get("n")) for task, row in run.results.items() if task in paper.TASKS}
+        others = [task for task, questions in of_paper.items() if asked.setdefault(task, questions) != questions]
+        if others:
+            say(f"{run.folder} answered other questions of {', '.join(others)} than runs before it, and is not counted there")
+        alike.append(run._replace(results={task: row for task, row in run.results.items() if task not in others}))
+    return alike
 
 
 def held_out(run: Path) -> dict[str, float]:

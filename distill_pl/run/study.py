@@ -559,7 +559,7 @@ def seconds(stage: StageRun) -> float:
 
 
 def rounded(value: Any) -> Any:
-    """Round all floats in nested dicts to four digits."""
+    """Round all floats in nested dicts to six digits."""
     if isinstance(value, dict):
         return {key: rounded(inner) for key, inner in value.items()}
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+    return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -17,7 +17,7 @@ from distill_pl.console import markdown
 from distill_pl.data.sources import counted
 from distill_pl.errors import InputError, one_line
 from distill_pl.measure import paper, recall
-from distill_pl.measure.report import half_width, interval
+from distill_pl.measure.report import SEEDS, half_width, interval
 from distill_pl.run.folder import write_aside
 from distill_pl.student.factory import StudentFactory
 
@@ -84,26 +84,37 @@ Rows = dict[str, dict[int, dict[str, float]]]  # by name and seed: a student's m
 def summary(folder: Path) -> str:
     """Summarise all results in a folder, and draw study.png into it.
 
-    Raises InputError where there are none, or a file is none of `distill-pl study`.
+    Rankings and claims are left out where results differ in teacher, text or length. Raises InputError where there are none, a
+    file is none of `distill-pl study`, or two are of one student and seed or of one student with different keys.
     """
     results = []
     rows: Rows = {}
+    configs: dict[str, dict[str, Any]] = {}
     for file in sorted(folder.glob("*.json")):
         try:
-            results.append(json.loads(file.read_text()))
-            row, seed, values = results[-1]["row"], results[-1]["seed"], measured(results[-1], "student")
-            rows.setdefault(row, {})[seed] = values
-            math.log(values["perplexity"])
-            overview(results[-1:])
+            result = json.loads(file.read_text())
+            row, seed, values = result["row"], result["seed"], measured(result, "student")
+            if not all(map(math.isfinite, [math.log(values["perplexity"]), *values.values()])):
+                raise ValueError("a measure is not finite")
+            overview([result])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{file} is damaged or no result of distill-pl study ({one_line(error)}): move it elsewhere, or delete it to "
                 "have the run done again"
             ) from error
+        config = {key: value for key, value in result["config"].items() if key not in SEEDS}
+        if seed in rows.get(row, {}):
+            raise InputError(f"{file} is a second result of {row} with seed {seed}: move one of the two elsewhere")
+        if configs.setdefault(row, config) != config:
+            differing = ", ".join(key for key in configs[row] | config if configs[row].get(key) != config.get(key))
+            raise InputError(f"{file} has another {differing} than other seeds of {row}: give each study --results of its own")
+        rows.setdefault(row, {})[seed] = values
+        results.append(result)
     if not results:
         raise InputError(f"results {str(folder)!r} has no result yet: run the study first, or give the --results that it had")
     of_teacher = next((result for result in results if "teacher" in result["held_out"]), results[0])  # not in plain training
-    if len({tuple(map(result["config"].get, MATERIAL)) for result in results}) > 1:  # then no teacher is that of all students
+    comparable = len({tuple(map(result["config"].get, MATERIAL)) for result in results}) == 1
+    if not comparable:  # then no teacher is that of all students
         of_teacher = {"held_out": {}, "evaluated": {"teacher": {}}}
     teacher: Rows = {"teacher": {0: measured(of_teacher, "teacher")}}
     beyond = sorted((average(rows[name], "perplexity"), name) for name in rows.keys() - PUBLISHED.keys())
@@ -119,7 +130,7 @@ def summary(folder: Path) -> str:
             found = {name: published[name] for name in names}
             keys = changed_keys(results) if title == "Beyond the paper" else None
             text += [f"### {title}", table({"teacher": paper.TEACHER} | found, teacher | rows, keys=keys)]
-        if title in ("Table 3", "Table 2") and len(names) >= 3:
+        if title in ("Table 3", "Table 2") and len(names) >= 3 and comparable:
             text.append(ranking(names, rows))
     if lengths := sorted({int(key.split()[1]) for runs in rows.values() for values in runs.values() for key in values
                           if key.startswith("recall ")}):  # fmt: skip
@@ -135,8 +146,9 @@ def summary(folder: Path) -> str:
         if evaluated > len(best):
             said += f" Not shown: {counted(evaluated - len(best), 'student')} of less than 0.05%."
         shown = draw_recall_of(of_teacher, results, best, folder / "recall.png")
-        text += ["### Recall", said, table(dict.fromkeys(["teacher", *best]), teacher | rows, measures), *shown]
-    judged = claims(rows)
+        shown_rows = dict.fromkeys([*["teacher"] * ("recall" in teacher["teacher"][0]), *best])
+        text += ["### Recall", said, *[table(shown_rows, teacher | rows, measures)] * bool(shown_rows), *shown]
+    judged = claims(rows) if comparable else None
     if judged is None:
         return "\n\n".join(text)
     signs = (
@@ -198,7 +210,7 @@ def changed_keys(results: list[dict[str, Any]]) -> dict[str, str]:
     """List, by student, the keys that differ from the defaults, without those that all results share."""
     pairs = {result["row"]: {f"`{key} {str(value).lower() if isinstance(value, bool) else value}`"
                              for key, value in result["config"].items()
-                             if key not in ("student.mixer", "seed", "data.shuffle")} for result in results}  # fmt: skip
+                             if key not in ("student.mixer", *SEEDS)} for result in results}  # fmt: skip
     shared = set.intersection(*pairs.values())
     return {row: ", ".join(sorted(found - shared)) for row, found in pairs.items()}
 
@@ -292,7 +304,7 @@ def judge(claim: Claim, unit: str, values: Callable[[str], dict[int, float]]) ->
         middle, spread = mean(differences), half_width(differences)
         low, high = middle - spread, middle + spread
         outside = high < least or low > most
-        verdict = "confirmed" if least <= low and high <= most else "contradicted" if outside else "undecided"
+        verdict = "confirmed" if least < low and high < most else "contradicted" if outside else "undecided"
         verdict = verdict if len(differences) > 1 else "one seed"
         of_several = f" ({f'{left} ' * (claim.pairs[0][0] != claim.pairs[-1][0])}against {right})" * (len(claim.pairs) > 1)
         margin = min(low - least, most - high)
@@ -324,7 +336,8 @@ def draw(rows: Rows, teacher: float | None, file: Path) -> None:
     found = {name: [values["perplexity"] for values in runs.values()] for name, runs in rows.items()}
     names = sorted(found, key=lambda name: -mean(found[name]))
     compared = sum(name in PUBLISHED for name in names) >= 3
-    figure = Figure(figsize=(12 if compared else 8, max(4, 0.2 * len(names))), layout="constrained")
+    width = (9 if compared else 5) + 0.07 * max(map(len, names))  # inches
+    figure = Figure(figsize=(width, max(4, 0.2 * len(names))), layout="constrained")
     left, *others = figure.subplots(1, 1 + compared, squeeze=False)[0]
     for place, name in enumerate(names):
         middle, spread = mean(found[name]), half_width(found[name])

@@ -331,13 +331,18 @@ PIQA = {"goal": "cut", "sol1": "saw it", "sol2": "hum", "label": 0}
     ("piqa", PIQA, {"sol2": None}, r"row 2 .*it has choices \['saw it', None\] and answer 0"),
     ("arc_easy", arc_rows("ABCA")[0], {"answerKey": "Z"}, "row 2 does not fit"),
     ("winogrande", {"sentence": "A _ is.", "option1": "b", "option2": "c", "answer": "1"}, {"answer": "3"}, "row 2 .*KeyError"),
+    ("gsm8k", GSM8K[0], {"answer": None}, "row 2 does not fit .*a column is empty"),
+    ("lambada_openai", {"text": "a bird"}, {"text": None}, "row 2 does not fit .*UndefinedError"),
+    ("lambada_openai", {"text": "a bird"}, {"text": ""}, "row 2 does not fit .*a column is empty"),
 ])  # fmt: skip
 def test_check_rows_names_the_row_whose_answer_is_no_choice(model, tokenizer, tmp_path, task, row, changes, says):
     write(tmp_path, task, [row, row | changes])
-    with pytest.raises(InputError, match=says):
-        run_tasks(model, tokenizer, [task], data=tmp_path)
     with pytest.raises(InputError, match=says):  # before any other task is measured
         check_options(task, str(tmp_path))
+    if task == "gsm8k":
+        return  # the model has no room for its answers
+    with pytest.raises(InputError, match=says):
+        run_tasks(model, tokenizer, [task], data=tmp_path)
     assert run_tasks(model, tokenizer, [task], data=tmp_path, limit=1)[task]["n"] == 1
 
 

@@ -132,6 +132,19 @@ def test_runs_of_one_row_differ_in_their_seed_alone(like, tmp_path, no_pictures)
     assert "## Not in the paper" in (tmp_path / "report.md").read_text()
 
 
+def test_answers_to_other_questions_are_no_part_of_a_mean(like, tmp_path, no_pictures, capsys):
+    for seed, accuracy in enumerate((60.0, 20.0, 62.0)):
+        folder = like(f"gla_s{seed}", {"seed": seed, "data.shuffle": seed}, (accuracy,) * len(paper.COLUMNS))
+        file = folder / "eval" / "student.json"
+        results = json.loads(file.read_text())["results"]
+        results["piqa"] |= {"source": "a" if seed != 1 else "b", "n": 7}
+        file.write_text(json.dumps({"results": results}))
+    report([str(tmp_path / "runs")], out=str(tmp_path / "report"))
+    cells = next(row for name, row in rows(tmp_path / "report").items() if "61.00" in " ".join(row))
+    assert "47.33" in " ".join(cells)  # all three, of other columns
+    assert "gla_s1 answered other questions of piqa than runs before it" in capsys.readouterr().out
+
+
 def test_ranking_against_the_papers(like, tmp_path, no_pictures):
     fresh = {"student.init": "fresh", "hidden_align.tokens": 0, "matrix_mixing.tokens": 0}
     for mixer in ("softmax", "gla", "hedgehog", "metala"):

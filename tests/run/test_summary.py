@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from helpers import refused
 
+from distill_pl.errors import InputError
 from distill_pl.measure import paper
 from distill_pl.run.summary import CLAIMS, PUBLISHED, SPANS, Claim, half_width, interval, judge, over_seeds, ranking, summary
 
@@ -38,6 +39,9 @@ def line(text: str, start: str) -> list[str]:
         ("better", [0.01, 0.03, 0.08], "+0.040 ± 0.090, undecided"),
         ("better", [0.03], "+0.030, one seed"),
         ("better", [], "not run"),
+        ("better", [0.0, 0.0], "+0.000, undecided"),
+        ("worse", [0.0, 0.0], "+0.000, undecided"),
+        ("similar", [0.0, 0.0], "+0.000, confirmed"),
         ("worse", [-0.03, -0.031, -0.032], "confirmed"),
         ("similar", [0.001, -0.001, 0.002], "confirmed"),
         ("similar", [0.03, 0.031, 0.032], "contradicted"),
@@ -102,6 +106,22 @@ def test_no_teacher_stands_beside_students_of_several(tmp_path, key, value):
     file.write_text(json.dumps(result | {"row": "gla_other", "config": result["config"] | {key: value}}))
     row = line(summary(tmp_path), "teacher")
     assert ("20.00" in row) == (key == "kd.lr") and "55.04" in row
+    write(tmp_path, "gla_qkv", [3.3])
+    assert ("QKV copying helps GLA" in summary(tmp_path)) == (key == "kd.lr")
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"seed": 0}, "gla_s1.json is a second result of gla with seed 0: move one"),
+    ({"config": {"teacher": "T", "data.dataset": "D", "tokens": "30M", "kd.lr": 1}}, "has another kd.lr than other seeds"),
+    ({"held_out": {"student": math.nan}}, "gla_s1.json is damaged or no result .*not finite"),
+    ({"held_out": {"student": math.inf}}, "gla_s1.json is damaged or no result .*not finite"),
+])  # fmt: skip
+def test_results_that_cannot_stand_in_one_row_are_named(tmp_path, changes, says):
+    write(tmp_path, "gla", [3.4, 3.5])
+    file = tmp_path / "gla_s1.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(InputError, match=says):
+        summary(tmp_path)
 
 
 def test_recall_is_the_mean_over_seeds_of_what_all_measured():
