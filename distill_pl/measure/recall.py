@@ -142,32 +142,22 @@ def pairs(source: Source, rng: random.Random, length: int, depth: float) -> Item
     return Item([*before, *listed, *filler, *asked], 1 / count, expected=expected)
 
 
-def induction(source: Source, rng: random.Random, length: int, depth: float) -> Item:
-    """Write random words with A B at `depth` and A at the end; B comes next."""
+def repeated(source: Source, rng: random.Random, length: int, depth: float, *, listed: int, given: int, drawn: int) -> Item:
+    """Write random words with a list of `listed` words at `depth`, and its first `given` words again at the end.
+
+    drawn: how many words of the vocabulary may occur, at most.
+    """
     before = source.before
-    first, second, *others = rng.sample(source.words, min(len(source.words), 1024))
-    room = length - len(before) - 3
+    words = rng.sample(source.words, min(len(source.words), drawn))
+    copied, others = words[:listed], words[listed:]
+    room = length - len(before) - listed - given
     if room < 0:
         raise NoRoom(length - room)
     rest = [rng.choice(others) for _ in range(room)]
     place = round(depth * len(rest))
-    prompt = [*before, *rest[:place], first, second, *rest[place:], first]
-    return Item(prompt, 1 / len({first, second, *rest}), (source.tokenizer.decode([second]).strip(),))
-
-
-def copy(source: Source, rng: random.Random, length: int, depth: float) -> Item:
-    """Write random words with a list of COPIED words at `depth`, and its first words again at the end."""
-    before = source.before
-    words = rng.sample(source.words, COPIED + min(len(source.words) - COPIED, 1024))
-    copied, others = words[:COPIED], words[COPIED:]
-    room = length - len(before) - COPIED - 2
-    if room < 0:
-        raise NoRoom(length - room)
-    rest = [rng.choice(others) for _ in range(room)]
-    place = round(depth * len(rest))
-    prompt = [*before, *rest[:place], *copied, *rest[place:], *copied[:2]]
-    guessing = 1 / len({*copied, *rest}) ** (COPIED - 2)
-    return Item(prompt, guessing, (source.tokenizer.decode(copied[2:]).strip(),))
+    prompt = [*before, *rest[:place], *copied, *rest[place:], *copied[:given]]
+    guessing = 1 / len({*copied, *rest}) ** (listed - given)
+    return Item(prompt, guessing, (source.tokenizer.decode(copied[given:]).strip(),))
 
 
 class Questions(NamedTuple):
@@ -193,8 +183,8 @@ TASKS = {
     "niah_multikey": Task(needles, {"keys": 1 + DISTRACTORS, "values": 1, "filler": False}, needs_text=True),
     "niah_multivalue": Task(needles, {"keys": 1, "values": VALUES, "filler": False}, needs_text=True),
     "mqar": Task(pairs, {}),
-    "induction": Task(induction, {}),
-    "copy": Task(copy, {}),
+    "induction": Task(repeated, {"listed": 2, "given": 1, "drawn": 1024}),
+    "copy": Task(repeated, {"listed": COPIED, "given": 2, "drawn": COPIED + 1024}),
 }
 
 

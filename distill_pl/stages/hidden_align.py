@@ -6,9 +6,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from distill_pl.errors import SHARE, Range, check_arguments
+from distill_pl.errors import check_arguments
 from distill_pl.losses import hidden_distance
-from distill_pl.stages.optim import warmup_stable_decay
 from distill_pl.stages.stage import Stage
 from distill_pl.teacher import Layer
 
@@ -23,37 +22,21 @@ class HiddenAlignStage(Stage):
         target: what is compared: `block`, the outputs of whole blocks (Eq. 8), or `mixer`, the outputs of the mixer and of the
             teacher's attention, after o_proj.
         norm: distance of two hidden states: `l2` is Eq. 8's, `mse` the mean squared error.
-        decay: share of the steps, at the end, in which the learning rate falls.
     """
 
     name = "hidden_align"
-    ranges: ClassVar[dict[str, Range]] = Stage.ranges | {"decay": SHARE}
-    as_teacher: ClassVar[tuple[str, ...]] = (*Stage.as_teacher, "num_hidden_layers", "hidden_size")
     compiles_with_layer: ClassVar[tuple[str, ...]] = ("layer_distance",)
 
     def __init__(self, student, teacher, *, lr: float = 2e-3, target: Literal["block", "mixer"] = "block",
-                 norm: Literal["l2", "mse"] = "l2", decay: float = 0.1, **kwargs):  # fmt: skip
+                 norm: Literal["l2", "mse"] = "l2", **kwargs):  # fmt: skip
         check_arguments("hidden_align", HiddenAlignStage.__init__, locals(), self.ranges)
         super().__init__(student, teacher, lr=lr, **kwargs)
-        self.target, self.norm, self.decay = target, norm, decay
+        self.target, self.norm = target, norm
         self.layer_distance = layer_distance
 
     def called(self) -> Sequence[nn.Module]:
         """Return the student's layers, or for the target `mixer` its mixers."""
         return self.student.mixers if self.target == "mixer" else super().called()
-
-    def trained(self) -> list[torch.nn.Parameter]:
-        """Return the mixers' parameters."""
-        return self.mixer_parameters()
-
-    @property
-    def part_names(self) -> list[str]:
-        """Name one part of the loss per layer."""
-        return self.layer_names()
-
-    def share_of_lr(self, step: int, steps: int) -> float:
-        """Return the learning rate at `step` of `steps` as a share of its maximum: warm-up, stable, decay (section 4.3)."""
-        return warmup_stable_decay(step, steps, self.warmup, self.decay)
 
     def losses_given(self, tokens: Tensor, *drawn: Tensor) -> tuple[Tensor, Tensor]:
         """Compute Eq. 8's distance of each layer for tokens [B, T] -> their mean, and the distances [layers], detached."""

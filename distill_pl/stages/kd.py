@@ -7,11 +7,9 @@ from torch import Tensor, nn
 
 from distill_pl.errors import AT_LEAST_1, SHARE, InputError, Range, check_arguments
 from distill_pl.losses import Divergence, Objective, kd_terms, next_token_loss
-from distill_pl.stages.optim import linear, warmup_stable_decay
-from distill_pl.stages.stage import Stage
+from distill_pl.stages.optim import linear
+from distill_pl.stages.stage import DECAY, Stage
 from distill_pl.tokens import Tokens
-
-DECAY = 0.1
 
 
 class KDStage(Stage):
@@ -42,9 +40,9 @@ class KDStage(Stage):
         "temperature": Range(0.01, 100),  # beyond, rounding in fp32 is larger than the divergence, or it vanishes
         "top_k": AT_LEAST_1,
         "other_lr": Range(0, 1e6),
-        "decay": SHARE,
         "final_lr": SHARE,
     }
+    as_teacher: ClassVar[tuple[str, ...]] = ("vocab_size",)
     compiles: ClassVar[tuple[str, ...]] = ("terms",)
 
     def __init__(
@@ -67,7 +65,7 @@ class KDStage(Stage):
         **kwargs,
     ):
         check_arguments("kd", KDStage.__init__, locals(), self.ranges)
-        super().__init__(student, teacher, tokens=tokens, lr=lr, **kwargs)
+        super().__init__(student, teacher, tokens=tokens, lr=lr, decay=decay, **kwargs)
         self.objective = Objective(ce, alpha, temperature, divergence, top_k)
         if not ce and not alpha:
             raise InputError("kd.ce 0 and kd.alpha 0 leave nothing to learn: raise either")
@@ -78,7 +76,7 @@ class KDStage(Stage):
         if decay != DECAY and schedule != "stable_decay":
             raise InputError(f"kd.decay {decay} applies only to kd.schedule stable_decay, not to {schedule}: leave it out")
         self.train_only, self.other_lr = train, other_lr
-        self.schedule, self.decay, self.final_lr = schedule, decay, final_lr
+        self.schedule, self.final_lr = schedule, final_lr
         self.terms = kd_terms
         if not alpha:
             del self.metrics["teacher_ce"]
@@ -99,7 +97,7 @@ class KDStage(Stage):
     def share_of_lr(self, step: int, steps: int) -> float:
         """Return the learning rate at `step` of `steps` as a share of its maximum: warm-up, then the schedule."""
         if self.schedule == "stable_decay":
-            share = warmup_stable_decay(step, steps, self.warmup, self.decay)
+            share = super().share_of_lr(step, steps)
         else:
             share = linear(step, steps, self.warmup)
         if (step + 1) / steps <= self.warmup:

@@ -6,11 +6,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from distill_pl.errors import SHARE, InputError, Range, check_arguments
+from distill_pl.errors import InputError, Range, check_arguments
 from distill_pl.losses import matrix_distance
 from distill_pl.mixers import SequenceMixer
 from distill_pl.ops import softmax
-from distill_pl.stages.optim import warmup_stable_decay
 from distill_pl.stages.stage import Stage
 from distill_pl.teacher import Layer
 
@@ -24,7 +23,6 @@ class MatrixMixingStage(Stage):
     Student layer l reads the teacher's input of layer l. Only parameters on which the mixing matrices depend are trained.
 
     Args:
-        decay: share of the steps, at the end, in which the learning rate falls.
         estimator: `exact` builds both T x T matrices, a few sequences of the batch at a time; `probe` estimates their
             distance without building them: for random signs z, E |(A_t - A_s) z|^2 = |A_t - A_s|_F^2.
         norm: `frobenius`, the Frobenius norm of the difference, or `mse`, its mean squared entry (Appendix B).
@@ -32,8 +30,7 @@ class MatrixMixingStage(Stage):
     """
 
     name = "matrix_mixing"
-    ranges: ClassVar[dict[str, Range]] = Stage.ranges | {"decay": SHARE, "probes": Range(1, 1e4)}
-    as_teacher: ClassVar[tuple[str, ...]] = (*Stage.as_teacher, "num_hidden_layers", "hidden_size")
+    ranges: ClassVar[dict[str, Range]] = Stage.ranges | {"probes": Range(1, 1e4)}
     compiles_with_layer: ClassVar[tuple[str, ...]] = ("squared_distance", "probed_distance")
 
     def __init__(
@@ -42,7 +39,6 @@ class MatrixMixingStage(Stage):
         teacher,
         *,
         lr: float = 2e-4,
-        decay: float = 0.1,
         estimator: Literal["exact", "probe"] = "probe",
         norm: Literal["frobenius", "mse"] = "frobenius",
         probes: int = 64,
@@ -50,7 +46,7 @@ class MatrixMixingStage(Stage):
     ):
         check_arguments("matrix_mixing", MatrixMixingStage.__init__, locals(), self.ranges)
         super().__init__(student, teacher, lr=lr, **kwargs)
-        self.decay, self.estimator, self.norm, self.probes = decay, estimator, norm, probes
+        self.estimator, self.norm, self.probes = estimator, norm, probes
         self.squared_distance, self.probed_distance = squared_distance, probed_distance
         heads = {mixer.heads for mixer in student.mixers} - {teacher.config.num_attention_heads}
         if heads:
@@ -66,15 +62,6 @@ class MatrixMixingStage(Stage):
     def trained(self) -> list[torch.nn.Parameter]:
         """Return the parameters that the mixing matrices depend on."""
         return [parameter for mixer in self.student.mixers for parameter in mixing_parameters(mixer)]
-
-    @property
-    def part_names(self) -> list[str]:
-        """Name one part of the loss per layer."""
-        return self.layer_names()
-
-    def share_of_lr(self, step: int, steps: int) -> float:
-        """Return the learning rate at `step` of `steps` as a share of its maximum: warm-up, stable, decay (section 4.3)."""
-        return warmup_stable_decay(step, steps, self.warmup, self.decay)
 
     def draw(self, tokens: Tensor, seed: int) -> tuple[Tensor, ...]:
         """Draw the probes from `seed`: random signs z [1, T, 1, P], int8; nothing for exact matrices."""

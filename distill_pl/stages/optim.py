@@ -1,10 +1,9 @@
 """AdamW, the two learning-rate schedules of the paper's section 4.3, and gradient clipping that does not wait for the GPU."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 from torch.nn import Parameter
-from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import AdamW, Optimizer
 
 
@@ -39,11 +38,6 @@ def linear(step: int, steps: int, warmup: float) -> float:
     return warmup_stable_decay(step, steps, warmup, decay=1 - warmup)
 
 
-def clips_inside_step(optimizer: Optimizer) -> bool:
-    """Return whether `clip_inside_step` can be used: with a fused optimizer."""
-    return bool(optimizer.defaults.get("fused"))
-
-
 def clip_inside_step(optimizer: Optimizer, norm: Tensor, clip: float, finite: Tensor) -> None:
     """Make the next step of a fused optimizer clip gradients of norm `norm` to `clip`, and change nothing unless `finite`.
 
@@ -51,8 +45,3 @@ def clip_inside_step(optimizer: Optimizer, norm: Tensor, clip: float, finite: Te
     attribute `grad_scale` and skip the step if `found_inf` is 1; both attributes serve torch's GradScaler and are undocumented.
     """
     vars(optimizer).update(grad_scale=(norm.float() / clip).clamp(min=1), found_inf=(~finite).float())
-
-
-def clip_now(parameters: Sequence[Parameter], norm: Tensor, clip: float) -> None:
-    """Scale the gradients of `parameters`, whose common norm is `norm`, to a norm of at most `clip`."""
-    clip_grads_with_norm_(parameters, clip, norm)

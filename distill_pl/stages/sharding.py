@@ -26,11 +26,6 @@ class FullyShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
 
-def is_sharded(student: Student) -> bool:
-    """Return whether `shard` was applied to the student."""
-    return isinstance(student, FSDPModule)
-
-
 def shard(student: Student, called: Sequence[nn.Module], teacher: nn.Module, mesh: DeviceMesh) -> None:
     """Shard both models in place over the mesh; each layer is gathered while it computes. All ranks must call this.
 
@@ -64,7 +59,7 @@ def unsharded(student: Student) -> Student:
 
     All ranks must call this.
     """
-    if not is_sharded(student):
+    if not isinstance(student, FSDPModule):
         return student
     weights = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     copy = Student(student.config)

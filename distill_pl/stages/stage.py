@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
@@ -19,20 +20,23 @@ from distill_pl.errors import POSITIVE, SHARE, InputError, Range, check_argument
 from distill_pl.losses import next_token_loss
 from distill_pl.stages.async_copy import AsyncCopy
 from distill_pl.stages.finite import FiniteCheck, Step
-from distill_pl.stages.optim import adamw, clip_inside_step, clip_now, clips_inside_step
-from distill_pl.stages.sharding import eagerly, is_sharded, shard
+from distill_pl.stages.optim import adamw, clip_inside_step, warmup_stable_decay
+from distill_pl.stages.sharding import eagerly, shard
 from distill_pl.student.modeling import Student
 from distill_pl.teacher import Teacher
 from distill_pl.tokens import Tokens
+
+DECAY = 0.1  # default of `decay`
 
 
 class Stage(L.LightningModule):
     """Train a student on one objective against a frozen teacher.
 
-    A subclass names the parts of its loss in `part_names`, computes them in `losses_given`, and returns from `trained` the
-    parameters that it trains. After a training step, `values` holds the loss and then its parts, averaged over this rank's
-    share of the batch, and `grad_norm` the gradient's norm, for logging. After validation, `validation` holds the held-out
-    `loss` and the cross-entropies `student_ce` and, unless kd.alpha is 0, `teacher_ce`, in nats per token.
+    A subclass computes the parts of its loss in `losses_given`, and overrides `part_names`, `trained` and `share_of_lr` where
+    their defaults, those of hidden alignment, do not apply. After a training step, `values` holds the loss and then its parts,
+    averaged over this rank's share of the batch, and `grad_norm` the gradient's norm, for logging. After validation,
+    `validation` holds the held-out `loss` and the cross-entropies `student_ce` and, unless kd.alpha is 0, `teacher_ce`, in nats
+    per token.
 
     Args:
         student: the student, whose weights are trained in place.
@@ -40,6 +44,7 @@ class Stage(L.LightningModule):
         tokens: training tokens of this stage in `distill-pl fit`; 0 skips it.
         lr: maximum learning rate.
         warmup: share of the steps in which the learning rate rises.
+        decay: share of the steps, at the end, in which the learning rate falls.
         weight_decay: AdamW's weight decay, of parameters of two or more dimensions only.
         clip: maximum norm of the whole gradient.
 
@@ -49,9 +54,10 @@ class Stage(L.LightningModule):
 
     name: ClassVar[str]
     ranges: ClassVar[dict[str, Range]] = {  # of the arguments that are numbers
-        "lr": POSITIVE, "warmup": SHARE, "weight_decay": Range(0, 1e6), "clip": Range(0, above=True),
+        "lr": POSITIVE, "warmup": SHARE, "decay": SHARE, "weight_decay": Range(0, 1e6), "clip": Range(0, above=True),
     }  # fmt: skip
-    as_teacher: ClassVar[tuple[str, ...]] = ("vocab_size",)  # keys of a configuration in which student and teacher must agree
+    # keys of a configuration in which student and teacher must agree
+    as_teacher: ClassVar[tuple[str, ...]] = ("vocab_size", "num_hidden_layers", "hidden_size")
     compiles: ClassVar[tuple[str, ...]] = ()  # names of attributes, functions that distill_pl.compiling may compile
     compiles_with_layer: ClassVar[tuple[str, ...]] = ()  # names of further functions, which call one layer
 
@@ -63,6 +69,7 @@ class Stage(L.LightningModule):
         tokens: Tokens | None = Tokens(0),  # noqa: B008 (an int)
         lr: float,
         warmup: float = 0.1,
+        decay: float = DECAY,
         weight_decay: float = 0.0,
         clip: float = 1.0,
     ):
@@ -79,7 +86,7 @@ class Stage(L.LightningModule):
         self.student = student
         self.other_lr = 1.0  # learning rate outside the mixers, as a factor of lr
         self.teacher = teacher  # not an nn.Module, so that neither DDP nor checkpoints include it
-        self.lr, self.warmup, self.weight_decay, self.clip = lr, warmup, weight_decay, clip
+        self.lr, self.warmup, self.decay, self.weight_decay, self.clip = lr, warmup, decay, weight_decay, clip
         self.values: Tensor = torch.zeros(1)
         self.grad_norm: Tensor = torch.zeros(())
         self.validation: dict[str, float] = {}
@@ -90,9 +97,9 @@ class Stage(L.LightningModule):
         self.metrics = nn.ModuleDict({key: MeanMetric() for key in ("loss", "teacher_ce", "student_ce")})
 
     @property
-    @abstractmethod
     def part_names(self) -> list[str]:
-        """Name each part of the loss as the logs do, e.g. align/layer_07."""
+        """Name each part of the loss as the logs do; by default one part for each layer: align/layer_00, ..."""
+        return [f"align/layer_{index:02d}" for index in range(len(self.student.mixers))]
 
     @abstractmethod
     def losses_given(self, tokens: Tensor, *drawn: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,13 +141,9 @@ class Stage(L.LightningModule):
                     "take the teacher's tokenizer, without padding"
                 )
 
-    @abstractmethod
     def share_of_lr(self, step: int, steps: int) -> float:
-        """Return the learning rate at `step` of `steps` as a share of its maximum."""
-
-    def layer_names(self) -> list[str]:
-        """Name the parts of a loss with one part per layer: align/layer_00, ..."""
-        return [f"align/layer_{index:02d}" for index in range(len(self.student.mixers))]
+        """Return the learning rate at `step` of `steps` as a share of its maximum: warm-up, stable, decay (section 4.3)."""
+        return warmup_stable_decay(step, steps, self.warmup, self.decay)
 
     def compiled_modules(self) -> list[nn.Module]:
         """Return the modules of the student whose forward passes distill_pl.compiling compiles as a whole."""
@@ -150,9 +153,9 @@ class Stage(L.LightningModule):
         """Return the modules of the student that the losses call: its layers, or its mixers."""
         return self.student.model.layers
 
-    @abstractmethod
     def trained(self) -> list[nn.Parameter]:
-        """Return the parameters of the student that this stage trains; all others are frozen."""
+        """Return the parameters of the student that this stage trains, by default its mixers'; all others are frozen."""
+        return self.mixer_parameters()
 
     def mixer_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the student's mixers."""
@@ -165,7 +168,7 @@ class Stage(L.LightningModule):
         """
         if self.teacher is None:
             raise InputError(f"{self.name}: teacher is None: give a Teacher, even with kd.alpha 0, which does not use it")
-        if is_sharded(self.student):
+        if isinstance(self.student, FSDPModule):
             return  # Lightning calls this hook again for a validation after training
         trained = self.trained()
         self.student.requires_grad_(False)
@@ -270,8 +273,8 @@ class Stage(L.LightningModule):
         finite = torch.isfinite(self.grad_norm + self.values.sum())
         self.finite.verify(self)
         self.finite.record(Step(self.global_step + 1, self.batch, self.values, AsyncCopy(finite)))
-        if clips_inside_step(optimizer):
+        if optimizer.defaults.get("fused"):
             clip_inside_step(optimizer, self.grad_norm, self.clip, finite)
         else:
             self.finite.verify(self)
-            clip_now(parameters, norm, self.clip)
+            clip_grads_with_norm_(parameters, self.clip, norm)
