@@ -57,7 +57,7 @@ SEED = Range(0, 2**32 - 1)  # what numpy takes
 
 
 def check_numbers(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
-    """Raise InputError, naming key, value and range, for the first number outside its range; None and text pass."""
+    """Raise InputError, naming key, value and range, for the first number outside its range; other values pass."""
     for key, allowed in ranges.items():
         value = values.get(key)
         if isinstance(value, Real) and not isinstance(value, bool) and value not in allowed:

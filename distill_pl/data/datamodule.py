@@ -174,7 +174,7 @@ class ChunkDataModule(L.LightningDataModule):
         return self.batch_size // ranks // self.accumulation(ranks)
 
     def assign(self, first: int, steps: int) -> None:
-        """Set the chunks of the next stage: `steps` batches from chunk `first` on; by default all that `prepare` packed."""
+        """Set the chunks of the next stage: `steps` batches from chunk `first` on; before, all that `prepare` was asked for."""
         self.first, self.steps = first, steps
 
     def train_dataloader(self) -> DataLoader:

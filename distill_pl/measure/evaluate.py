@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 
 from distill_pl.console import aligned, percent, perplexity, quiet, say
 from distill_pl.data.datamodule import ChunkDataModule
@@ -178,13 +178,10 @@ def measure(path: str, file: Path, tasks: list[str], run: Path | None, data: str
     settings = {"seed": questions.seed, "lm_eval": version("lm_eval"), "dtype": str(network.dtype)}
     report: dict[str, Any] = {
         "model": path, "limit": limit, "weights": weights, "device": network.device.type, "torch": torch.__version__,
-        "transformers": version("transformers"), "results": {},
+        "transformers": version("transformers"),
     }  # fmt: skip
     earlier = read_report(file)
-    if earlier.get("weights") == weights or (earlier and earlier.get("weights") == fingerprint(network)):  # earlier versions'
-        of_all = {key: earlier.get(key) for key in settings}  # as in files of earlier versions
-        report["results"] = {task: {"settings": of_all} | row for task, row in earlier["results"].items()}
-    report["results"] |= known
+    report["results"] = (earlier["results"] if earlier.get("weights") == weights else {}) | known
 
     def keep(measured: Results, source: str) -> None:
         report["results"] |= {task: row | {"source": source, "settings": settings} for task, row in measured.items()}
@@ -262,13 +259,9 @@ def generate(
     check_numbers(numbers, ranges)
     path = weights_path(model)
     ids = encode_prompt(load_tokenizer(path), prompt)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    check_positions(model, config, len(ids) + max_new_tokens, "shorten prompt or lower max_new_tokens")
     network, tokenizer = load(path)
-    limit = learned_positions(network)
-    if limit is not None and len(ids) + max_new_tokens > limit:
-        remedy = f"give at most {limit - len(ids)}" if len(ids) < limit else "give a shorter prompt"
-        raise InputError(
-            f"max_new_tokens {max_new_tokens}: {model} has {limit} positions, of which the prompt takes {len(ids)}: {remedy}"
-        )
     inputs = torch.tensor([ids], device=network.device)
     set_seed(seed)
     tokens = None
@@ -279,7 +272,7 @@ def generate(
     if tokens is None:
         options = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         options |= {"max_new_tokens": max_new_tokens, "num_beams": beams, "pad_token_id": tokenizer.eos_token_id}
-        tokens = network.generate(inputs, attention_mask=torch.ones_like(inputs), **options)
+        tokens = network.generate(inputs, attention_mask=torch.ones_like(inputs), tokenizer=tokenizer, **options)
     say(tokenizer.decode(tokens[0], skip_special_tokens=True))
 
 
@@ -412,19 +405,17 @@ def reads_ahead(model: PreTrainedModel) -> bool:
     return bool((logits[0] - logits[1]).abs().max() > (1e-4 if model.dtype == torch.float32 else 0.05) * logits.abs().max())
 
 
-def check_positions(model: str, config: Any, positions: int) -> None:
-    """Raise InputError where a model such as GPT-2, by its configuration, has a table of fewer than `positions` positions."""
+def check_positions(model: str, config: Any, positions: int, remedy: str = "give shorter lengths") -> None:
+    """Raise InputError where a model such as GPT-2 or GPT-J has a table of fewer than `positions` positions."""
     limit = getattr(config, "max_position_embeddings", None)
-    if limit and limit < positions and not isinstance(config, StudentConfig) and not hasattr(config, "rope_parameters"):
-        raise InputError(f"model {model!r} has a table of {limit} positions, {positions} are asked for: give shorter lengths")
-
-
-def learned_positions(model: PreTrainedModel) -> int | None:
-    """Return for how many positions a model such as GPT-2 has embeddings; None where any number is computed."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    others = [x for x in model.modules() if isinstance(x, nn.Embedding) and x is not model.get_input_embeddings()]
-    # OPT and its like have two more
-    return limit if limit and any(limit <= x.num_embeddings <= limit + 2 for x in others) else None
+    if not limit or limit >= positions or isinstance(config, StudentConfig) or hasattr(config, "rope_parameters"):
+        return
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config)
+    others = [x for x in network.modules() if isinstance(x, nn.Embedding) and x is not network.get_input_embeddings()]
+    tables = [*(x.weight for x in others), *network.buffers()]  # GPT-J's, of sines, is a buffer
+    if any(limit <= len(x) <= limit + 2 for x in tables if x.ndim == 2):  # OPT and its like have two more
+        raise InputError(f"model {model!r} has a table of {limit} positions, {positions} are asked for: {remedy}")
 
 
 def held_out_text(data: dict[str, Any]) -> str:

@@ -32,7 +32,7 @@ class Run(NamedTuple):
 
     @property
     def experiment(self) -> str:
-        """Return the row of the paper's tables that the run fills: a file name in experiments/, without .yaml."""
+        """Name the run by what it changes, as the experiments of the paper's rows are named: gla_qkv, gla_qkv_rope_outputs."""
         student, kd = self.config["student"], self.config["kd"]
         if student["init"] == "scratch":
             return f"scratch_{student['mixer']}"
@@ -80,7 +80,7 @@ def report(models: list[str], out: str = "report") -> None:
         out: folder to write to; a report in it is replaced.
 
     Raises:
-        InputError: an option, model, run or text that cannot be used.
+        InputError: a folder without runs, or a damaged file of a run.
     """
     found = {run.folder.resolve(): run for model in models for run in find_runs(Path(model))}  # each run once
     runs = of_same_questions(list(found.values()))

@@ -116,7 +116,7 @@ class SequenceMixer(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.value_dim, hidden, bias=config.o_bias)
         self.q_norm = self.head_norm(self.heads, config)
         self.beside_window = self.window is not None and self.op is not window
-        self.projected: tuple[Tensor, Tensor, Tensor] | None = None  # what `qkv` returns for both of two branches
+        self.projected: tuple[Tensor, tuple[Tensor, ...]] | None = None  # hidden and its q, k and v, while two ops read them
         if self.beside_window:
             self.window_logit = nn.Parameter(torch.zeros(self.heads))
 
@@ -170,8 +170,9 @@ class SequenceMixer(nn.Module):
 
     def qkv(self, hidden: Tensor, position: Position | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Project to q [B, T, H, K], k and v [B, T, kv_heads, K or V] as the teacher does, with RoPE if given `position`."""
-        if self.projected is not None:
-            q, k, v = self.projected
+        projected = self.projected
+        if projected is not None and projected[0] is hidden:  # else of another thread, which runs the same model
+            q, k, v = projected[1]
         else:
             q, v = self.qv(hidden)
             k = self.k_norm(self.k_proj(hidden).unflatten(-1, (-1, self.key_dim)))
@@ -208,7 +209,8 @@ class SequenceMixer(nn.Module):
         if not self.beside_window:
             inputs, read_by_output = self.inputs(hidden, position, mask, state)
             return [(self.op, inputs)], read_by_output
-        q, k, v = self.projected = self.qkv(hidden)  # once, or the compiled backward pass would have each product twice
+        q, k, v = self.qkv(hidden)  # once, or the compiled backward pass would have each product twice
+        self.projected = hidden, (q, k, v)
         try:
             inputs, read_by_output = self.inputs(hidden, position, mask, state)
         finally:

@@ -362,5 +362,5 @@ def draw(rows: Rows, teacher: float | None, file: Path) -> None:
 
 
 def average(runs: dict[int, dict[str, float]], measure: str) -> float:
-    """Return the mean of a measure over a student's runs, in which it is 0 where it was not measured."""
+    """Return the mean of a measure over a student's runs; a run without it counts as 0."""
     return mean(values.get(measure, 0.0) for values in runs.values())

@@ -65,13 +65,6 @@ class MixerState(CacheLayerMixin):
         """Raise NotImplementedError: a recurrent state cannot be rolled back."""
         raise NotImplementedError("a recurrent state cannot be cropped: assisted decoding needs a softmax model")
 
-    def offload(self) -> None:
-        """Move the state to the CPU."""
-        self._map(lambda x: x.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        """Do nothing: a state of constant size is so small that moving it ahead of its use gains nothing."""
-
     def reorder_cache(self, beam_idx: LongTensor) -> None:
         """Replace row b by row beam_idx[b], as beam search asks. beam_idx [B]."""
         self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -90,6 +83,11 @@ class StudentCache(Cache):
 
     def __init__(self, layers: int):
         super().__init__(layers=[MixerState() for _ in range(layers)])
+
+    def rows(self) -> int | None:
+        """Return the number of sequences in the cache, None before the first token."""
+        first = self.layers[0]
+        return next((len(x) for x in tree_leaves((first.op, first.tails)) if isinstance(x, Tensor)), None)
 
     def nbytes(self) -> int:
         """Return the bytes of all layers' states, the same after any number of tokens for every mixer but softmax."""

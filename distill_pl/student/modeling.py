@@ -242,10 +242,10 @@ class Student(PreTrainedModel, GenerationMixin):
         seen = 0 if cache is None else cache.get_seq_length()
         if output_attentions and seen:
             raise InputError(f"output_attentions: the states of {seen} earlier tokens hold no matrix: give use_cache=False")
-        if cache is not None and self.training and self.model.layers[0].gradient_checkpointing:
-            raise InputError(f"{CACHE}: gradient checkpointing would drop the states: call gradient_checkpointing_disable()")
         if use_cache and cache is None:
             cache = StudentCache(len(self.model.layers))
+        if cache is not None and self.training and self.model.layers[0].gradient_checkpointing:
+            raise InputError(f"{CACHE}: gradient checkpointing would drop the states: call gradient_checkpointing_disable()")
         inputs: Any = input_ids if inputs_embeds is None else inputs_embeds
         length = inputs.shape[1]
         if position_ids is None:
@@ -322,6 +322,9 @@ def check_shapes(input_ids: Tensor | None, inputs_embeds: Tensor | None, attenti
         raise InputError(f"{name} {shape} hold no new token: with a cache, generate takes all tokens, or a mask of all tokens")
     if cache is not None and not (isinstance(cache, StudentCache) and len(cache.layers) == layers):
         raise InputError(f"{CACHE} {type(cache).__name__}: give a StudentCache that this model returned, or none")
+    rows = shape[0] if cache is None else cache.rows() or shape[0]
+    if rows != shape[0]:  # a state of one row would be added to all
+        raise InputError(f"{CACHE} of {rows} rows for {shape[0]}: call its batch_repeat_interleave or batch_select_indices")
     seen = 0 if cache is None else cache.get_seq_length()
     expected = [shape[0], seen + shape[1]]
     if attention_mask is not None and list(attention_mask.shape) != expected:

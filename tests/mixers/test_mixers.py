@@ -109,6 +109,13 @@ def test_mixer_and_window_project_once(fresh, name):
     assert found == counter.get_total_flops()
 
 
+def test_projections_of_another_thread_are_not_taken(fresh):
+    mixer, hidden, position = first(fresh("gla", window=4))
+    expected = mixer.inputs(hidden, position, None, None)[0]
+    mixer.projected = hidden + 1, mixer.qkv(hidden + 1)  # as another thread leaves it within `branches`
+    assert torch.equal(mixer.inputs(hidden, position, None, None)[0].k, expected.k)
+
+
 @pytest.mark.parametrize("changes", [
     {"model_type": "smollm3", "no_rope_layers": [1, 0]},
     {"model_type": "gemma3_text", "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64},

@@ -343,6 +343,7 @@ NOT_TAKEN = {  # what a student cannot compute rightly -> (arguments of a call, 
     "packed for flash attention": ({"cu_seq_lens_q": torch.tensor([0, 1, 3])}, "position_ids start again within a row"),
     "keys and values": ({"past_key_values": DynamicCache()}, f"{CACHE} DynamicCache: give a StudentCache"),
     "cache of more layers": ({"past_key_values": StudentCache(3)}, f"{CACHE} StudentCache: .*this model"),
+    "cache of one row": ({"filled": 6, "input_ids": torch.ones(3, 1).long()}, f"{CACHE} of 2 rows for 3: .*batch_repeat"),
     "attentions of the past": ({"output_attentions": True, "filled": 6}, "output_attentions: the states of 6 earlier tokens"),
     "one dimension": ({"input_ids": torch.ones(3).long()}, r"input_ids \[3\]: give \[B, T\]"),
     "no token": ({"input_ids": torch.ones(2, 0).long()}, r"input_ids \[2, 0\] hold no new token"),
@@ -542,6 +543,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(teacher, name, reentran
     expected = {key: x.grad.clone() for key, x in student.named_parameters()}
     student.zero_grad()
     student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    with pytest.raises(InputError, match="gradient checkpointing would drop the states"):
+        student(some_tokens(teacher), use_cache=True)
     recomputed = []
     student.mixers[0].register_forward_hook(lambda *unused: recomputed.append(True))
     student(tokens, labels=tokens).loss.backward()
