@@ -21,6 +21,7 @@ from torch.distributed import DistError
 
 import distill_pl
 from distill_pl.data.datamodule import ChunkDataModule
+from distill_pl.data.files import is_unicode
 from distill_pl.errors import Diverged, InputError, one_line
 from distill_pl.exports.command import export
 from distill_pl.measure.bench import bench
@@ -214,12 +215,16 @@ def check_groups(config: Namespace, parser: ArgumentParser) -> None:
 def expand_home(config: Namespace) -> None:
     """Replace `~` at the beginning of each path in place: in a YAML file, and after the `=` of a flag, no shell does.
 
-    Raises InputError for a path that is empty, as an unset variable of the shell leaves it: Python takes it for `.`.
+    Raises InputError for a path that is empty, as an unset variable of the shell leaves it: Python takes it for `.`; and for
+    one that is not UTF-8, in which configurations are saved.
     """
     for key in PATHS:
         value = config.get(key)
-        if value == "" or (isinstance(value, list) and "" in value):
-            raise InputError(f"{key} is empty: give a path")
+        for path in value if isinstance(value, list) else [value]:
+            if path == "":
+                raise InputError(f"{key} is empty: give a path")
+            if isinstance(path, str) and not is_unicode(path):
+                raise InputError(f"{key} {path!r} is not UTF-8: rename it")
         if isinstance(value, str):
             config[key] = os.path.expanduser(value)
         elif isinstance(value, list):

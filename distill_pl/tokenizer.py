@@ -17,8 +17,15 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[
     Several texts are encoded with and without special tokens; the ids returned are the difference.
 
     Raises:
-        InputError: the difference is not the same for all texts, or the tokenizer cannot encode one of them.
+        InputError: the difference is not the same for all texts, or the tokenizer cannot encode one of them, or encodes a text
+            differently each time.
     """
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if dropout := getattr(model, "dropout", None):
+        raise InputError(
+            f"tokenizer {tokenizer.name_or_path!r} encodes a text differently each time, by dropout {dropout:g}: set it to null "
+            "in its tokenizer.json"
+        )
 
     def encode(text: str, special: bool) -> tuple[int, ...]:
         try:
@@ -96,13 +103,13 @@ def keeps_all_characters(encoder: Tokenizer) -> bool:
 
 
 def _hidden(special: set[str], fields: dict) -> dict:
-    """Rename special tokens in the fields of a tokenizer.json, ids unchanged, to names that occur in no text.
+    """Rename special tokens in the fields of a tokenizer.json, ids unchanged, to names with code points that no text has.
 
     `encode_special_tokens` does not suffice if the model's own vocabulary contains special tokens: a Unigram model would use
     them as likely pieces, other models as words or as results of merges.
     """
     model, vocabulary = fields["model"], fields["model"]["vocab"]
-    names = {name: f"\0{name}" for name in special if name != model.get("unk_token")}
+    names = {name: f"\ufdd0{name}" for name in special if name != model.get("unk_token")}
     for token in fields["added_tokens"]:
         token["content"] = names.get(token["content"], token["content"])
     if isinstance(vocabulary, list):

@@ -36,8 +36,7 @@ class ChunkDataModule(L.LightningDataModule):
     Args:
         dataset: Hugging Face hub id; or a local parquet, json, jsonl or txt file (a txt file is cut into documents at lines
             `<|endoftext|>` and, if long, at blank lines), a folder of such files (train, validation or test in their names
-            assigns them to splits) or a glob (every file is training text). Files may be compressed: .gz, .bz2, .xz, or .zst
-            where the zstandard package is installed.
+            assigns them to splits) or a glob (every file is training text). Files may be compressed: .gz, .bz2, .xz or .zst.
         name: configuration of a hub dataset, such as sample-10BT; ignored for local files.
         revision: branch, tag or commit of a hub dataset, by default main; ignored for local files.
         text_column: column that holds the documents; rows where it is null or empty are skipped.
@@ -137,7 +136,7 @@ class ChunkDataModule(L.LightningDataModule):
                 f"data.dataset {self.dataset!r} holds {short(max(0, available - skipped) * length)} training tokens{left}, the "
                 f"budget needs {short(chunks * length)}: lower tokens, or set data.repeat true to go over the text again"
             )
-        self.skipped = skipped if skipped < available else 0
+        self.skipped = skipped if skipped + chunks <= available else 0
         self.train_chunks = min(chunks, available - self.skipped)
         self.train, self.validation = self.chunks.train[self.skipped :], self.chunks.validation  # they outlive their files
         self.assign(0, chunks // self.batch_size)

@@ -21,6 +21,7 @@ HEAD_ROWS = 100  # rows of each file in which `check` looks for the text column
 DOCUMENT_CHARACTERS = 2**14  # least length of a txt file's document that a blank line ends
 DOCUMENT_END = "<|endoftext|>"  # a line that ends a document of a txt file and belongs to none
 OR_SKIP = "or skip all such rows by data.skip_bad_rows true"
+BOM = b"\xef\xbb\xbf"  # that some programs write at the beginning of a file
 BATCH_ROWS = 1024  # rows of parquet decoded at a time
 
 
@@ -71,7 +72,7 @@ class FileStream:
                 self._position["row"] += 1
                 if isinstance(value, _Missing):
                     value = None
-                if isinstance(value, str) and not _is_unicode(value):
+                if isinstance(value, str) and not is_unicode(value):
                     value = ValueError("it is not valid UTF-8 text")
                 if isinstance(value, str | None):
                     yield value or ""
@@ -124,10 +125,7 @@ class _Missing:
 
 
 def open_decompressed(file: Path) -> IO[bytes]:
-    """Open a file for reading bytes, decompressing gzip, bzip2, xz and zstandard, which its first bytes identify.
-
-    Raises InputError if a file needs the zstandard package and it is not installed.
-    """
+    """Open a file for reading bytes, decompressing gzip, bzip2, xz and zstandard, which its first bytes identify."""
     with open(file, "rb") as plain:
         head = plain.read(10)
     if head[:2] == b"\x1f\x8b":
@@ -136,16 +134,15 @@ def open_decompressed(file: Path) -> IO[bytes]:
         return bz2.open(file, "rb")
     if head[:6] == b"\xfd7zXZ\0":
         return lzma.open(file, "rb")
-    if head[:4] == b"\x28\xb5\x2f\xfd":
-        try:
-            import zstandard
-        except ImportError as error:
-            raise InputError(f"{file} is compressed with zstandard: install the zstandard package") from error
-        return zstandard.open(file, "rb")
+    of_pzstd = b"\x50" <= head[:1] < b"\x60" and head[1:4] == b"\x2a\x4d\x18"
+    if of_pzstd or head[:4] == b"\x28\xb5\x2f\xfd":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))  # type: ignore[arg-type]
     return open(file, "rb")
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """Return whether a tokenizer can encode a text: it cannot if the text contains half a surrogate pair."""
     if text.isascii():
         return True
@@ -188,9 +185,9 @@ def _values(array) -> list:
 
 def _json_rows(handle: IO[bytes], column: str, first: int) -> Iterator[tuple[str, Any]]:
     """Yield label and value of each row from `first` on: of JSON lines, an array, or one object over several lines."""
-    lines = ((number, line) for number, line in enumerate(handle, 1) if line.strip())
+    lines = ((number, line) for number, line in enumerate(handle, 1) if line.removeprefix(BOM).strip())
     number, line = next(lines, (0, b""))
-    line = line.removeprefix(b"\xef\xbb\xbf")
+    line = line.removeprefix(BOM)
     if not line:
         return
     if line.lstrip().startswith(b"[") or (line.strip() == b"{" and isinstance(_attempt(json.loads, line), Exception)):
@@ -228,7 +225,8 @@ def _documents(lines: TextIO) -> Iterator[tuple[int, str]]:
     """Cut a text into documents and yield each with the number of its first line.
 
     Part of a corpus in one file can then be held out, and the file is never in memory as a whole. A line DOCUMENT_END ends a
-    document, as does the first blank line after DOCUMENT_CHARACTERS or, if there is none, the first line after twice as many.
+    document, as does the first blank line after DOCUMENT_CHARACTERS or, if there is none, the end of a line, or of
+    DOCUMENT_CHARACTERS of a longer line, after twice as many.
     """
     begin, number, parts, size = 1, 1, list[str](), 0
     for line in iter(partial(lines.readline, DOCUMENT_CHARACTERS), ""):

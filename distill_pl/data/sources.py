@@ -20,7 +20,7 @@ SPLIT_WORDS = {
     **dict.fromkeys(["validation", "valid", "val", "dev"], "validation"),
     **dict.fromkeys(["test", "testing", "eval", "evaluation"], "test"),
 }
-SPLIT_WORD = re.compile(rf"(?:.*[-._ 0-9])?({'|'.join(SPLIT_WORDS)})(?:[-._ 0-9].*)?")  # the last one in a name
+SPLIT_WORD = re.compile(rf"(?:.*[-._ 0-9])?({'|'.join(SPLIT_WORDS)})(?:[-._ 0-9].*)?", re.IGNORECASE)  # the last one in a name
 SPLITS = ("train", "validation")  # splits that are read
 SHOWN = 3  # file names in a message, at most
 
@@ -31,7 +31,7 @@ class TextSource:
     Args:
         dataset: a Hugging Face hub id; or a local parquet, json, jsonl or txt file (a long txt file is cut into documents), a
             folder of such files (their names assign them to splits: `split_files_by_name`) or a glob (every file is in the
-            train split). Files may be compressed: .gz, .bz2, .xz, or .zst where the `zstandard` package is installed.
+            train split). Files may be compressed: .gz, .bz2, .xz or .zst.
         name: configuration of a hub dataset, such as `sample-10BT`; ignored for local files.
         revision: branch, tag or commit of a hub dataset, None for `main`; ignored for local files.
         text_column: the column that holds the documents.
@@ -78,7 +78,11 @@ class TextSource:
         """
         streams: dict
         if self.is_local:
-            self._check_left_out()
+            try:
+                self._check_left_out()
+            except OSError as error:
+                problem = f"cannot be read ({one_line(error)}): put that file back"
+                raise InputError(f"data.dataset {self.dataset!r} {problem}") from error
             kind = str(_kind(self._files[0]))
             streams = {
                 split: FileStream(files, kind, self.text_column, self.dataset, self._root, self.skip_bad_rows)
@@ -127,12 +131,15 @@ class TextSource:
         """List the local files that are not read, by reason."""
         reasons = {f"the {split} split": files for split, files in self._by_split.items() if split not in ("", *SPLITS)}
         reasons |= {"no split in the name": self._by_split.get("", []), "hidden": [], "a folder, which ** would enter": [],
-                    "a link to nothing": [], "no data": []}  # fmt: skip
+                    "a link to nothing": [], "another name of a file that is read": [], "no data": []}  # fmt: skip
+        read = {os.path.realpath(file) for file in self._files}
         for path in sorted(set(self._paths) - set(self._files)):
             if self._is_hidden(path):
                 reasons["hidden"] += [path] if _kind(path) else []
             elif path.is_dir():
                 reasons["a folder, which ** would enter"].append(path)
+            elif os.path.realpath(path) in read:
+                reasons["another name of a file that is read"].append(path)
             else:
                 reasons["no data" if path.exists() else "a link to nothing"].append(path)
         return reasons
@@ -230,7 +237,8 @@ class TextSource:
         if len(kinds) > 1:
             mix = " and ".join(sorted(kinds))
             raise InputError(f"data.dataset {self.dataset!r} mixes {mix} files: choose one kind, as in '*.txt'")
-        data_files = [file for file in files if _kind(file)]
+        # each once: of a file and links to it, the first name
+        data_files = sorted({os.path.realpath(file): file for file in reversed(files) if _kind(file)}.values())
         if not any(file.stat().st_size for file in data_files):
             raise InputError(f"data.dataset {self.dataset!r} is empty: every file in it has 0 bytes")
         return data_files
@@ -257,7 +265,7 @@ def split_files_by_name(root: Path, files: list[Path]) -> dict[str, list[Path]]:
     for file in files:
         *folders, name = file.relative_to(root).parts
         words = (SPLIT_WORD.fullmatch(part) for part in [*reversed(folders), name])
-        by_split.setdefault(next((SPLIT_WORDS[word[1]] for word in words if word), ""), []).append(file)
+        by_split.setdefault(next((SPLIT_WORDS[word[1].lower()] for word in words if word), ""), []).append(file)
     if "" in by_split and "train" not in by_split:
         by_split["train"] = by_split.pop("")
     return by_split

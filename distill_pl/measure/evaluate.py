@@ -441,11 +441,10 @@ def held_out_chunks(model: PreTrainedModel, tokenizer, run: Path) -> torch.Tenso
         ) from error
     try:
         packed = module.open(tokenizer, model.config)
+        packed.prepare(0)  # packs the held-out text again, should its cache be deleted or its files have a new date
     except InputError as error:
         raise InputError(f"the run's text, relative to the current folder: {error}") from error
     chunks = torch.from_numpy(packed.validation.astype("int64"))
-    if len(chunks) == 0:
-        raise InputError(f"the packed text of {data['dataset']!r} is no longer in {module.cache}: run distill-pl fit again")
     if read_fingerprints(run).get("held_out", found := packed.fingerprint(0)) != found:
         raise InputError(f"the text {data['dataset']!r} is no longer the one that {run} held out a part of: put that one back")
     return chunks

@@ -47,6 +47,22 @@ def test_every_form_of_json_from_every_position(content, tmp_path):
         assert list(continued) == texts[done:]
 
 
+@pytest.mark.parametrize("head", [b"", b"\x50\x2a\x4d\x18\x04\0\0\0size"], ids=["zstd", "pzstd, a skippable frame first"])
+def test_zstandard_is_read_whole_or_named(tmp_path, head):
+    file = tmp_path / "a.jsonl.zst"
+    whole = head + pa.compress(LINES.encode(), codec="zstd", asbytes=True)
+    file.write_bytes(whole)
+    assert list(stream(tmp_path)) == TEXTS
+    file.write_bytes(whole[:-10])
+    with pytest.raises(InputError, match="cannot be (opened|read after row .*) .*a.jsonl.zst: "):
+        list(stream(tmp_path))
+
+
+def test_a_bom_before_a_blank_line_is_no_row(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(files.BOM + b"\n" + LINES.encode())
+    assert list(stream(tmp_path)) == TEXTS
+
+
 def test_one_object_over_several_lines(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"text": "alone", "id": 1}, indent=2))
     assert list(stream(tmp_path)) == ["alone"]

@@ -14,6 +14,7 @@ LAYOUTS = {
     "unnamed": {"train": ["part-0.jsonl", "part-1.jsonl"]},
     "unnamed train": {"train": ["validated.jsonl", "wiki.jsonl"], "validation": ["my_val.jsonl"]},
     "some unnamed": {"train": ["x/train.jsonl"], "": ["wiki.jsonl"], "test": ["eval 1.jsonl"]},
+    "capitals": {"train": ["Train.jsonl"], "validation": ["VAL-1.jsonl"], "test": ["Wiki.Test.jsonl"]},
     "two names": {"train": ["data-test/training-a/dev.jsonl"], "validation": ["train.val.jsonl"]},
 }
 
@@ -52,6 +53,15 @@ def test_every_file_is_read_or_named(tmp_path):
     assert read(data / "*.jsonl")[0] == ["a.jsonl", "b[1].jsonl", "test.jsonl", "validation.jsonl"]
     assert read(data / "[a_]*") == (["a.jsonl"], "__c (a folder, which ** would enter)")
     assert read(data / "**" / "[ace]*.jsonl") == (["a.jsonl", "c.jsonl", "e.jsonl"], "")
+
+
+def test_a_file_and_links_to_it_are_read_once(tmp_path):
+    write(tmp_path, ["data/part1.jsonl", "elsewhere/part2.jsonl"])
+    links = {"latest.jsonl": "data/part1.jsonl", "x.jsonl": "elsewhere/part2.jsonl", "y.jsonl": "data/x.jsonl"}
+    for name, target in links.items():
+        (tmp_path / "data" / name).symlink_to(tmp_path / target)
+    names = "part1.jsonl, y.jsonl (another name of a file that is read)"
+    assert read(tmp_path / "data") == (["latest.jsonl", "x.jsonl"], names)
 
 
 def test_the_names_of_many_files_are_not_all_listed(tmp_path):

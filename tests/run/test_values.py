@@ -135,6 +135,10 @@ def test_an_empty_path_is_not_taken_for_the_folder_one_is_in(command):
     assert f"{key} is empty: give a path" in refused(name, *(flags or [""]))
 
 
+def test_a_path_that_cannot_be_saved_in_a_configuration_is_named():
+    assert r"data.dataset 'caf\udce9.txt' is not UTF-8: rename it" in refused("fit", "--out=x", "--data.dataset=caf\udce9.txt")
+
+
 @pytest.mark.parametrize("key", ["out", "data.cache"])
 @pytest.mark.parametrize("place", [".", "run", "a/run"])
 def test_a_run_writes_nothing_into_the_folder_of_its_text(arguments, corpus, key, place):
