@@ -23,7 +23,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     if dropout := getattr(model, "dropout", None):
         raise InputError(
-            f"tokenizer {tokenizer.name_or_path!r} encodes a text differently each time, by dropout {dropout:g}: set it to null "
+            f"tokenizer {tokenizer.name_or_path!r} encodes texts differently each time, by dropout {dropout:g}: set it to null "
             "in its tokenizer.json"
         )
 

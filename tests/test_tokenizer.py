@@ -37,7 +37,7 @@ def test_special_tokens_of_every_post_processor(post_processor, expected):
 
 def test_a_tokenizer_that_encodes_at_random_is_refused():
     backend = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")], dropout=0.1))
-    with pytest.raises(InputError, match="encodes a text differently each time, by dropout 0.1: set it to null"):
+    with pytest.raises(InputError, match="encodes texts differently each time, by dropout 0.1: set it to null"):
         special_tokens(PreTrainedTokenizerFast(tokenizer_object=backend))
 
 
