@@ -42,7 +42,7 @@ from distill_pl.tokenizer import special_tokens
 
 HAYSTACK_DOCUMENTS = 2000  # of a dataset given for recall tasks
 ANSWER = 64  # tokens that follow a prompt of a recall task, at most
-TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 4096}  # of long rows read together, for each of batch_size
+TOKENS_PER_ROW = {"cpu": 2048, "cuda": 4096}  # of one forward pass over long rows, for each of batch_size
 Results = dict[str, dict[str, Any]]  # by task, and "held-out": a measure's name -> its value
 
 
@@ -88,7 +88,7 @@ def evaluate(
     if data is not None and not Path(data).is_dir():
         raise InputError(f"data {data!r} is no folder: give one of <task>.jsonl files, or leave it out")
     names, questions = check_options(tasks, data, limit, batch_size, lengths, text, seed)
-    suffix = ending(limit)
+    suffix = results_suffix(limit)
     jobs: dict[str, list[tuple[str, str, Path]]] = {}  # what to measure for each of `models`: name, weights, file of results
     teachers: dict[tuple[str, str], str] = {}  # of a teacher and the text of its perplexity -> name of its row
     for model in models:
@@ -195,7 +195,7 @@ def measure(path: str, file: Path, tasks: list[str], run: Path | None, data: str
         source = held_out_text(read_config(run)["data"])
         if not is_known("held-out", source):
             keep({"held-out": {"perplexity": held_out_perplexity(network, tokenizer, run, batch_size)}}, source)
-    tokens_at_once = batch_size * TOKENS_AT_ONCE[network.device.type]
+    tokens_at_once = batch_size * TOKENS_PER_ROW[network.device.type]
     if questions.text is not None:
         tokens = long_text.rows(documents(questions.text), tokenizer, network.config, questions.lengths[-1], questions.number)
         source = sha256(tokens.numpy().tobytes()).hexdigest()
@@ -301,7 +301,7 @@ def weights_path(model: str) -> str:
     return str(student) if is_run(model) else model
 
 
-def ending(limit: int | None) -> str:
+def results_suffix(limit: int | None) -> str:
     """Return how the names of the files that `evaluate` writes end, given its `limit`."""
     return ".json" if limit is None else f".limit{limit}.json"
 

@@ -15,7 +15,7 @@ from distill_pl.console import quiet, say
 from distill_pl.errors import AT_LEAST_1, ROWS, SEED, InputError, check_numbers
 from distill_pl.losses import kl_divergence
 from distill_pl.measure import recall
-from distill_pl.measure.evaluate import TOKENS_AT_ONCE, check_writable, haystack, held_out_chunks, is_run, load, weights_path
+from distill_pl.measure.evaluate import TOKENS_PER_ROW, check_writable, haystack, held_out_chunks, is_run, load, weights_path
 from distill_pl.mixers import Softmax
 from distill_pl.run.folder import check_teacher_of, fingerprint, teacher_of, write_aside
 from distill_pl.run.values import parse_lengths
@@ -84,7 +84,7 @@ def layers(
     source = recall.make_source(tokenizer, haystack(student, tokenizer, Path(run), None))
     items = [recall.make_items(task, source, length, questions) for task in names for length in questions.lengths]
     chunks = held_out_chunks(student, tokenizer, Path(run))
-    tokens_at_once = batch_size * TOKENS_AT_ONCE[student.device.type]
+    tokens_at_once = batch_size * TOKENS_PER_ROW[student.device.type]
     rows: list[dict[str, Any]] = []
     say("layer put back      KL  recall" if names else "layer put back      KL")
     for layer in [None, *others]:

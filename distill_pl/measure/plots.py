@@ -17,7 +17,7 @@ from distill_pl.run.folder import write_aside
 
 DASHES = ("-", "--", ":", "-.")
 MARKERS = "sD^v<>pdh*"
-NAMED = 10  # students that have a name in a picture of many: as many as there are colours
+MOST_NAMES = 10  # students that have a name in a picture of many: as many as there are colours
 # where a point's name may stand, in points from it, and which side of the name is there
 PLACES = [((x, y), side) for y in (6, -6, 12, -12, 18, -18, 24, -24) for x, side in ((2, "left"), (-2, "right"))]
 DISTANCES = {"matrix_mixing": "|A teacher - A student|, Eq. 7", "hidden_align": "|h teacher - h student|, Eq. 8"}
@@ -175,7 +175,7 @@ def draw_recall(models: list[Model], file: Path) -> None:
     names = [*tasks, "mean"] if len(tasks) > 1 else tasks
     teachers = [model for model in models if model.mixer is None]
     ordered = sorted((model for model in models if model.mixer), key=lambda model: -mean_accuracy(model))
-    named, others = [*teachers, *ordered[:NAMED]], ordered[NAMED:]
+    named, others = [*teachers, *ordered[:MOST_NAMES]], ordered[MOST_NAMES:]
     styles = line_styles([model.mixer for model in named]) + [{"color": "lightgrey", "zorder": 1}] * len(others)
     columns = min(4, len(names))
     lines = -(-len(names) // columns)

@@ -46,8 +46,8 @@ WHAT_IS_READ = ("dataset", "name", "revision", "text_column", "validation_tokens
 LOCK, HOLDER = ".lock", ".locked_by"
 FINGERPRINTS = "fingerprints.json"
 # of config.yaml: keys that other commands read, and their kinds
-READ: dict[str, Any] = {"teacher": str, "student": dict, "student.init": str, "kd": dict, "data": dict, "data.dataset": str,
-                        "data.sequence_length": int, "data.validation_tokens": (str, int)}  # fmt: skip
+CONFIG_KINDS: dict[str, Any] = {"teacher": str, "student": dict, "student.init": str, "kd": dict, "data": dict,
+                                "data.dataset": str, "data.sequence_length": int, "data.validation_tokens": (str, int)}  # fmt: skip
 # files of a run folder that appear before config.yaml does
 BEFORE_CONFIG = {LOCK, HOLDER, FINGERPRINTS, f"{FINGERPRINTS}.new", "config.yaml.new"}
 FIXED_TRAINER_KEYS = {"trainer.precision", "trainer.limit_val_batches"}  # all other trainer keys may change
@@ -203,7 +203,7 @@ def read_config(out: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is damaged or no YAML ({one_line(error)}): mend it, or choose another folder") from error
     found = config | flat(config) if isinstance(config, dict) else {}
-    if wrong := [key for key, kind in READ.items() if not isinstance(found.get(key), kind)]:
+    if wrong := [key for key, kind in CONFIG_KINDS.items() if not isinstance(found.get(key), kind)]:
         value = found.get(wrong[0])
         raise InputError(
             f"{file} is damaged or not of distill-pl fit ({wrong[0]} is {value!r}): mend it, or choose another folder"

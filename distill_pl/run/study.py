@@ -33,7 +33,14 @@ from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.data.sources import counted
 from distill_pl.errors import AT_LEAST_1, POSITIVE, SEED, InputError, check_numbers, one_line
 from distill_pl.measure.bench import theory
-from distill_pl.measure.evaluate import check_options, check_questions, check_writable, ending, load_tokenizer, read_report
+from distill_pl.measure.evaluate import (
+    check_options,
+    check_questions,
+    check_writable,
+    load_tokenizer,
+    read_report,
+    results_suffix,
+)
 from distill_pl.measure.report import scalars
 from distill_pl.run.experiments import STUDIES, bundled, config_file
 from distill_pl.run.folder import StageRun, differing, disk_refused, flat, plain, read_metrics, write_aside
@@ -48,7 +55,7 @@ from distill_pl.tokens import Tokens, short
 FILE_KEYS: dict[str, type | tuple] = {"common": dict, "seeds": list, "evaluate": dict, "runs": list}
 GROUP_KEYS: dict[str, type | tuple] = {"config": (str, list), "name": str, "set": dict, "over": dict, "seeds": list}
 SECONDS_BETWEEN_LOOKS, SECONDS_TO_STOP = 0.2, 60.0
-NAMED = ("teacher", "data.dataset", "tokens")  # keys that results name, changed or not
+ALWAYS_STATED = ("teacher", "data.dataset", "tokens")  # keys that results name, changed or not
 NOT_OF_A_RUN = {"seed", "out", "config", "dry_run", "print_config", "help"}  # keys of fit
 NO_MEMORY = ("out of memory", "memory is full")  # of what a command prints, where the runs beside it may have filled it
 NAME_BYTES = 200  # of a run: file systems take 255 with what is appended
@@ -65,7 +72,7 @@ class Run(NamedTuple):
     seed: int
     args: list[str]  # of distill-pl fit
     config: Namespace
-    changed: dict[str, Any]  # of the configuration, by dotted key: NAMED and what is not the default
+    changed: dict[str, Any]  # of the configuration, by dotted key: ALWAYS_STATED and what is not the default
 
 
 class Texts(KeysOnce):
@@ -298,7 +305,7 @@ def parse_run(name: str, row: str, seed: int, experiment: str | None, keys: dict
     ChunkDataModule(**config.data)
     args = [*chosen, *options_of(keys), f"--seed={seed}", f"--out={config.out}"]
     changed = {key: value for key, value in flat(plain(config)).items()
-               if key != "out" and (key in NAMED or defaults.get(key) != value)}  # fmt: skip
+               if key != "out" and (key in ALWAYS_STATED or defaults.get(key) != value)}  # fmt: skip
     return Run(name, row, config.seed, args, config, changed)
 
 
@@ -460,7 +467,7 @@ def steps(run: Run, out: Path, results: Path, options: dict[str, Any] | None, en
         for process in command(["fit", *run.args], log, environment):
             yield process, True
         if options is not None:
-            own = folder / "eval" / f"teacher{ending(options.get('limit'))}"
+            own = folder / "eval" / f"teacher{results_suffix(options.get('limit'))}"
             student = own.name.replace("teacher", "student")  # which is begun when the teacher's file is complete
             while (known := next(out.glob(f"*/eval/{student}"), None)) is None and measuring:
                 yield process, False
@@ -527,8 +534,9 @@ def summarise(run: Run, options: dict[str, Any] | None) -> dict[str, Any]:
     with safe_open(stages[-1].weights, framework="pt") as weights:
         parameters = sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())
     evaluated = {}
+    suffix = results_suffix((options or {}).get("limit"))
     for model in ("student", "teacher"):
-        results = read_report(Path(config.out) / "eval" / f"{model}{ending((options or {}).get('limit'))}").get("results", {})
+        results = read_report(Path(config.out) / "eval" / f"{model}{suffix}").get("results", {})
         evaluated[model] = {task: {key: value for key, value in row.items() if key not in ("source", "version", "settings")}
                             for task, row in results.items()}  # fmt: skip
     models = {"student": str(Path(config.out) / "student"), "teacher": config.teacher}

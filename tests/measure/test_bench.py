@@ -61,7 +61,7 @@ def test_state_has_the_size_it_has_in_theory(teacher, name, layout):
     # shorter than a convolution; more than a chunk of the ops, read in pieces and whole
     for dtype, length, chunk in [(torch.float32, 2, 0), (torch.float32, 70, 33), (torch.bfloat16, 70, 0)]:
         _, cache = prefill(student.to(dtype), prompts(teacher, length), chunk)
-        assert state_bytes(cache) == cache.nbytes() == theory(student, batch=2, length=length)
+        assert state_bytes(cache) == theory(student, batch=2, length=length)
 
 
 def grows_as_in_theory(network, prompt) -> bool:
