@@ -46,8 +46,10 @@ WHAT_IS_READ = ("dataset", "name", "revision", "text_column", "validation_tokens
 LOCK, HOLDER = ".lock", ".locked_by"
 FINGERPRINTS = "fingerprints.json"
 # of config.yaml: keys that other commands read, and their kinds
-CONFIG_KINDS: dict[str, Any] = {"teacher": str, "student": dict, "student.init": str, "kd": dict, "data": dict,
-                                "data.dataset": str, "data.sequence_length": int, "data.validation_tokens": (str, int)}  # fmt: skip
+CONFIG_KINDS: dict[str, Any] = {
+    "teacher": str, "student": dict, "student.init": str, "kd": dict, "data": dict, "data.dataset": str,
+    "data.sequence_length": int, "data.validation_tokens": (str, int),
+}  # fmt: skip
 # files of a run folder that appear before config.yaml does
 BEFORE_CONFIG = {LOCK, HOLDER, FINGERPRINTS, f"{FINGERPRINTS}.new", "config.yaml.new"}
 FIXED_TRAINER_KEYS = {"trainer.precision", "trainer.limit_val_batches"}  # all other trainer keys may change
