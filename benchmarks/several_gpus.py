@@ -4,8 +4,8 @@
 
 Each row is a `distill-pl fit` of its own, on a teacher of SmolLM's shape with random weights and made-up text; all options not
 listed here are passed to it. A GPU has `--batch` sequences a step, however many GPUs there are. Speed is the median of what
-TensorBoard logged, memory the peak of the first GPU, and scaling the speed as a share of that on one GPU times their number,
-by DDP. Prints Markdown.
+TensorBoard logged, memory the peak of the first GPU. "Of linear" is the speed divided by the number of GPUs and by the speed of
+one GPU, which runs without DDP and FSDP. Prints Markdown.
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
     python benchmarks/training.py [--stages kd,exact] [--length 512] [--mixers gla,mlstm] [--steps 40]
 
+Stages are those of the package, and `exact`: matrix mixing with whole T x T matrices. `matrix_mixing` estimates by probes.
 The step of this package is `distill-pl fit` itself (Lightning, fp32 weights, bf16 compute, clipping, TensorBoard); all options
 not listed here are passed to it, and the speed printed is the one it logs. The step by hand is what one would write with
 transformers and fla.layers: whole logits, torch's own losses, nothing compiled. For a mixer that fla.layers does not have, or
@@ -32,7 +33,7 @@ from distill_pl.losses import hidden_distance
 from distill_pl.measure.params import count, smollm_360m
 from distill_pl.measure.report import scalars
 from distill_pl.mixers import MIXERS
-from distill_pl.run import fit as chain
+from distill_pl.run import fit as fit_module
 from distill_pl.student.factory import StudentFactory
 from distill_pl.student.modeling import Student
 
@@ -168,7 +169,7 @@ def fitted(stage: str, mixer: str, folder: Path, args: argparse.Namespace) -> tu
     name = "matrix_mixing" if stage == "exact" else stage
     tokens = args.steps * args.batch * args.length
     out = Path(tempfile.mkdtemp(dir=folder))
-    chain.save_student = stop
+    fit_module.save_student = stop
     with contextlib.suppress(Trained):
         distill_pl([
             "fit", f"--out={out / 'run'}", f"--teacher={folder / 'teacher'}", f"--data.dataset={folder / 'text.jsonl'}",
@@ -179,7 +180,7 @@ def fitted(stage: str, mixer: str, folder: Path, args: argparse.Namespace) -> tu
         ])  # fmt: skip
     logged = scalars(next(out.glob("run/*_*")))
     speeds, peaks, losses = (logged[f"train/{key}"][1] for key in ("tokens_per_second", "peak_gib", "loss"))
-    return speeds[1:], max(peaks), losses[-1]
+    return speeds[1:], max(peaks), losses[-1]  # the first speed includes compilation
 
 
 def clear() -> None:
@@ -234,7 +235,7 @@ def main() -> None:
                         cells += [f"refused: {one_line(error)}", "", ""]
                 else:
                     cells += ["", "", f"{teacher / speed:.2f} x the teacher's forward"]
-                if stage == "kd":
+                if stage == "kd":  # FLOP of a token: per parameter 2 forward, 4 backward; the teacher (362M) only forward
                     flops = 2 * 362e6 + 6 * count(StudentFactory(mixer), smollm_360m())
                     cells[1] = ", ".join(f"{speed * flops / peak:.0%}" for peak in peaks)
                 rows.append(f"| {stage} | {mixer} | {' | '.join(cells)} |")

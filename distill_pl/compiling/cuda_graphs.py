@@ -1,4 +1,7 @@
-"""Launch a training step as two CUDA graphs, forward and backward, instead of kernel by kernel."""
+"""Launch the losses of a training step and their gradient as two CUDA graphs instead of kernel by kernel.
+
+    stage.draw -> [graph 1: both models, losses] -> [graph 2: backward] -> DDP averages gradients -> clipping, AdamW
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -66,11 +69,12 @@ def capture_losses(losses: Callable[..., tuple[Tensor, Tensor]], student: nn.Mod
     gradients of the one before: copy what is still needed.
     """
     pool = torch.cuda.graph_pool_handle()
-    samples = tuple(x.clone() for x in inputs)
+    samples = tuple(x.clone() for x in inputs)  # become the graphs' input buffers: each call copies its inputs into them
     graphs = torch.cuda.make_graphed_callables(  # a warm-up run compiles and tunes, which cannot be captured
         _Losses(losses, student), samples, num_warmup_iters=1, allow_unused_input=True, pool=pool
     )
-    torch.cuda.reset_peak_memory_stats()  # from now on, a step's temporary tensors lie in the pool
+    # forget the warm-up's peak: from now on temporary tensors lie in the pool, whose bytes `peak_gib` adds
+    torch.cuda.reset_peak_memory_stats()
     return graphs, pool_bytes(pool)
 
 

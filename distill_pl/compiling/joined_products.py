@@ -1,5 +1,7 @@
 """Join matrix products of backward passes that share a factor or are only summed: a pass over Inductor's graphs.
 
+A linear i, y_i = x W_i^T, reads x [N, K], with N tokens, and has a weight W_i [X_i, K]; dy_i [N, X_i] is the gradient of y_i.
+
     sum_i dy_i W_i    ->  [dy_1 dy_2 ..] [W_1; W_2; ..]     gradient of an input that several linears read
     dy_i^T x          ->  rows of [dy_1 dy_2 ..]^T x        gradients of these linears' weights; the product returns fp32
     a + b + x W^T     ->  (a + b) += x W^T                  an MLP's product added to the residual stream
@@ -22,6 +24,8 @@ aten, cast = torch.ops.aten, torch.ops.prims.convert_element_type.default
 RESHAPES = (aten.reshape.default, aten.view.default)
 WIDTH = 64  # parts are padded to a multiple of this, so that rows are aligned to 128 bytes
 
+# The pass inserts add_product, which changes nothing in place, as Inductor expects of a graph. Its lowering clones `total`,
+# which can be fused with the sum a + b, and adds the product to the clone by add_product_. flexible_layout: no copies of views.
 library = torch.library.Library("distill_pl", "FRAGMENT")
 library.define("side_by_side(Tensor[] parts) -> Tensor")
 library.define("add_product(Tensor total, Tensor x, Tensor weight) -> Tensor")
@@ -140,6 +144,7 @@ def _add_to_sums(graph: Graph) -> None:
 
 
 def _call(graph: Graph, target: Callable, *args: Any) -> Node:
+    """Insert a call of `target` at the graph's insertion point, with the fake result that later steps read shapes from."""
     node = graph.call_function(target, args)
     node.meta["val"] = target(*map_arg(args, lambda argument: argument.meta["val"]))
     return node

@@ -13,10 +13,12 @@ def configure_compiler(width: int) -> None:
 
     The one place where this package changes flags of Dynamo, AOTAutograd and Inductor for training.
     """
-    torch._dynamo.config.optimize_ddp = False  # it splits graphs; with one graph per layer, gradients are sent early anyway
+    # it splits functions so that DDP can send gradients early; here a function is one layer, and with CUDA graphs gradients are
+    # sent after the backward pass anyway
+    torch._dynamo.config.optimize_ddp = False
     # recompute norms and gates for the products of the backward pass: stored, they would be a third of all activations
     torch._functorch.config.ban_recompute_materialized_backward = False
-    # recompute a decay, or a convolution without a kernel, in up to a dozen readers instead of writing it to memory
+    # recompute a decay, or a convolution without a kernel, in up to a dozen readers instead of writing it (defaults: 4, 30)
     torch._inductor.config.realize_reads_threshold, torch._inductor.config.realize_opcount_threshold = 12, 100
     if width <= 1024:  # norms' gradients prefetch rows; for wider rows shared memory is too small (before torch 2.13)
         torch._inductor.config.triton.mix_order_reduction_allow_multi_stages = True
@@ -24,12 +26,13 @@ def configure_compiler(width: int) -> None:
 
 
 def compile_stage(stage: Stage, sharded: bool = False) -> list[Callback]:
-    """Compile a stage's step and its teacher -> callbacks for the stage's Trainer: one that captures CUDA graphs, or none.
+    """Compile a stage's step and its teacher in place; return callbacks for the stage's Trainer.
 
-    On the given objects, functions are replaced by compiled ones: those that stage and teacher name in `compiles` and, if they
-    call a layer, in `compiles_with_layer`. sharded: whether FSDP shards student and teacher. FSDP gathers a layer's weights in
-    hooks around its forward pass, so the forward pass itself is compiled instead of the functions that call the layer, and no
-    graph is captured.
+    Replaces the functions that stage and teacher name in `compiles` and `compiles_with_layer`, and compiles the modules of
+    `stage.compiled_modules()`. The only callback captures CUDA graphs at the first step.
+
+    sharded: whether FSDP shards student and teacher. It gathers a layer's weights in hooks around the forward pass. Therefore
+    forward passes are compiled instead of the functions that call them, no graph is captured, and there is no callback.
     """
     configure_compiler(stage.student.config.hidden_size)
     for owner in (stage, stage.teacher):

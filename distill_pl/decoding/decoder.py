@@ -244,7 +244,7 @@ class Decoder:
             self._prepare(cache, len(prompt))
             self.beginning = [state_of(memory) for memory in cache.layers]
             self._prepare_reading()
-        tree_map(Tensor.copy_, self.states, self.beginning)
+        tree_map(Tensor.copy_, self.states, self.beginning)  # for every prompt, and after capturing, which changes the states
         missing = -length % self.chunk
         tokens, positions = pad(prompt, (missing, 0)), torch.arange(-missing, length, device=prompt.device)[None]
         for piece, places in zip(tokens.split(self.chunk, 1), positions.split(self.chunk, 1), strict=True):
@@ -265,7 +265,10 @@ class Decoder:
         self.read = self._captured(self._read)
 
     def _captured(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Capture `run` as a CUDA graph -> a function that replays it; on a CPU, `run` itself."""
+        """Capture `run` as a CUDA graph -> a function that replays it; on a CPU, `run` itself.
+
+        Before, it runs `run` twice, which changes states, token and position: callers must set them afterwards.
+        """
         if self.gpu or self.backend:
             with unlimited_recompiles():
                 for _ in range(2):  # kernels are compiled and tuned when they first run, which cannot be captured
@@ -311,7 +314,8 @@ class Decoder:
         """Embed token [B, 1] at position [1] -> the first layer's input, and RoPE's (cos, sin) if any mixer uses it."""
         hidden = self.student.model.embed_tokens(token)
         rope = self.student.position(hidden, position[None]) if self.uses_rope else None
-        return (hidden,) if self.head is None else (hidden / 2, hidden / 2), rope  # RowLayer adds its two inputs
+        # RowLayer adds its two inputs; halves are exact in floating point
+        return (hidden,) if self.head is None else (hidden / 2, hidden / 2), rope
 
     def _predict(self, hidden: tuple[Tensor, ...]) -> None:
         """Write the next token, chosen from the logits of the last layer's output, and its position to the buffers."""

@@ -1,4 +1,8 @@
-"""Run a decoder layer with Llama's structure on one token of a batch of one, in as few GPU kernels as possible."""
+"""Run a decoder layer with Llama's structure on one token of a batch of one, in four kernels and the mixer's own.
+
+    products: hidden + update, norm, the mixer's q, k, v, gates -> mixer: ProductSlices, op.step, norm, gate -> o_proj
+    -> up: hidden + o_proj's result, norm, silu(gate) * up -> down: the update that the next layer adds
+"""
 
 from typing import Any
 
@@ -20,7 +24,7 @@ class RowProducts(nn.Module):
     """Linears that read the same row as one kernel, `ops.gpu.row_products`, with the residual sum and norm before them."""
 
     def __init__(self, linears: list[nn.Linear], norm: nn.Module | None = None, gated: bool = False, heads: int = 1):
-        """Join linears. norm: RMSNorm of the row; gated: silu(first product) * second, as in MLPs; heads: heads in the row."""
+        """Join linears. norm: RMSNorm of the row; gated: silu(first product) * second, as in MLPs; heads: those of the row."""
         super().__init__()
         import distill_pl.ops.gpu.row_products  # noqa: F401 (registers the operator; here, because it loads Triton)
 
@@ -65,7 +69,7 @@ class RowLayer(nn.Module):
         self.mixer, self.norm, self.products = layer.self_attn, layer.input_layernorm, None
         linears = {name: module for name, module in self.mixer.named_modules() if isinstance(module, nn.Linear)}
         o_proj = linears.pop("o_proj")
-        # keep linears that read the normalised row: not the second of two projections, and none after a token shift (RWKV-7)
+        # join linears that read the normalised row: not the second of two projections, and none after a token shift (RWKV-7)
         shifts = hasattr(self.mixer, "shifts")
         linears = {name: linear for name, linear in linears.items() if not (shifts or name.endswith((".1", ".2")))}
         start = 0
@@ -82,8 +86,8 @@ class RowLayer(nn.Module):
                 getattr(self.mixer, name).register_forward_hook(realize)
         self.mixer.o_proj = RowProducts([o_proj], heads=self.mixer.heads)
         norm = getattr(self.mixer, "norm", None)
-        last = not self.mixer.beside_window and "gate_proj" not in linears
-        if isinstance(norm, RMSNorm) and len(norm.weight) == o_proj.in_features and last:
+        only_o_proj = not self.mixer.beside_window and "gate_proj" not in linears  # reads what the mixer's norm returns
+        if isinstance(norm, RMSNorm) and len(norm.weight) == o_proj.in_features and only_o_proj:
             self.mixer.norm = nn.Identity()  # a norm over all heads that only o_proj reads (HGRN2) is fused: 0.564 -> 0.517 ms
             self.mixer.o_proj = RowProducts([o_proj], norm, heads=self.mixer.heads)
         self.up = RowProducts([layer.mlp.gate_proj, layer.mlp.up_proj], layer.post_attention_layernorm, gated=True)

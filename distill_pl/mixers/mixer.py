@@ -78,6 +78,8 @@ class Paper(NamedTuple):
 class SequenceMixer(nn.Module):
     """Project the hidden state to the inputs of `op`, mix over time, and project back; base of all mixers.
 
+        hidden [B, T, D] -> inputs: q, k, v, decay -> op.mix: A v [B, T, H, V] -> output: norm, gate -> o_proj: [B, T, D]
+
     A subclass names its `op`, says in `copies` which of the q, k, v, o projections it can take from a teacher (Table 1), adds
     its own weights in `__init__` and their start values in `start`, and implements `inputs` and, where a norm or a gate
     follows A v, `output`. A subclass without k in `copies` has no k_proj and makes its key in another way.
@@ -210,7 +212,7 @@ class SequenceMixer(nn.Module):
             inputs, read_by_output = self.inputs(hidden, position, mask, state)
             return [(self.op, inputs)], read_by_output
         q, k, v = self.qkv(hidden)  # once, or the compiled backward pass would have each product twice
-        self.projected = hidden, (q, k, v)
+        self.projected = hidden, (q, k, v)  # read by the `qkv` that `inputs` calls
         try:
             inputs, read_by_output = self.inputs(hidden, position, mask, state)
         finally:
@@ -238,9 +240,9 @@ class SequenceMixer(nn.Module):
         return self.combined(matrices, dims=2)
 
     def matrix_times(self, z: Tensor, hidden: Tensor, position: Position) -> Tensor:
-        """Compute A z [B, T, H, P] without building A, for z [1, T, 1, P], the same for all sequences and heads.
+        """Compute A z [B, T, H, P] without building A, by mixing z [1, T, 1, P] in place of v.
 
-        hidden [B, T, D] comes from the layer's norm.
+        z holds P random vectors (probes), the same for all sequences and heads. hidden [B, T, D] comes from the layer's norm.
         """
         products = []
         for op, inputs in self.branches(hidden, position, None, None)[0]:

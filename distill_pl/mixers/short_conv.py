@@ -39,7 +39,7 @@ class ShortConv(nn.Module):
         return batch * len(self.weight) * (WIDTH - 1) * itemsize
 
     def forward(self, x: Tensor, state: "MixerState | None", name: str) -> Tensor:
-        """Convolve x [B, T, C] -> [B, T, C] in its dtype.
+        """Convolve x [B, T, C], with C channels, over time and apply silu -> [B, T, C] in the dtype of x.
 
         In generation, `state.tails[name]` [B, WIDTH - 1, C] holds the tokens before x; it is read and replaced.
         """

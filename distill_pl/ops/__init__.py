@@ -1,6 +1,7 @@
 """The mathematics of sequence mixing, one file for each family; no modules, no Lightning, no Hugging Face.
 
-Shape letters, here and everywhere: B batch, T time, H heads, K key dim per head, V value dim per head, D hidden.
+Shape letters, here and everywhere: B batch, T time, H heads, K key dim per head, V value dim per head, D hidden. In shapes,
+X is K or V, S the number of keys, P of probes, F of features, C of a chunk's tokens or of a convolution's channels.
 Every file has a NamedTuple `Inputs`, the arguments of its `mix`, and three pure, differentiable functions:
 
     matrix(q, k, ...)          -> the mixing matrix A [B, H, T, T], lower-triangular, in fp32 or float64
@@ -10,6 +11,9 @@ Every file has a NamedTuple `Inputs`, the arguments of its `mix`, and three pure
 `matrix` and `mix` take tensors [B, T, heads, ...], `step` the same without T. `matrix` takes all of `Inputs` but v. `state` is
 None at the start of a sequence and otherwise what the previous call returned. Tests hold every family to one law:
 matrix(...) @ v == mix(...) == step(...) token by token.
+
+`backend` matters to `mix` alone. `fla` means a Triton kernel, by fla or of this package, if there is one for dtype and shape;
+`torch` means plain PyTorch.
 """
 
 import importlib.util

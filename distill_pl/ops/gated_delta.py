@@ -13,7 +13,8 @@ A chunk of tokens is one linear map of the state S before it and of its values v
 
     y = read S + inner v            S' = moved S + written^T v
 
-All decays in this map are from one token to a later one, so none exceeds 1.
+`read` and `inner` say how queries read S and the chunk's own values, `moved` what becomes of S, `written` at which keys values
+are added; shapes: see `Chunks`. All decays in this map are from one token to a later one, so none exceeds 1.
 """
 
 from typing import NamedTuple
@@ -79,7 +80,8 @@ def _chunks(size: int, q: Tensor, k: Tensor, beta: Tensor, g: Tensor | None, r: 
     q_b, r_b = (q_k, r_k) if tied else (products(q, b), products(r, b))
     since_start, until_end = g.cumsum(1).exp(), pad(g[:, 1:], (0, 0, 0, 0, 0, 1)).flip(1).cumsum(1).flip(1).exp()
     q, r, k, b = (x.transpose(1, 2) for x in (q * since_start, r * since_start, k * until_end, b * until_end))
-    # r_t^T diag(e^{g_t}) S_{t-1}, as a map of the state before the chunk and of the chunk's v
+    # found: its row t is the old value, r_t^T diag(e^{g_t}) S_{t-1}. So (I + tril(r_b, -1)) found = r S + tril(r_k, -1) v, S
+    # being the state before the chunk; solved as a map of S and of v. unitriangular takes 1 for the diagonal of r_b
     found = solve_triangular(r_b, torch.cat([r, r_k.tril(-1)], -1), upper=False, unitriangular=True)
     in_state, in_v = found.split([q.shape[-1], size], -1)
     kept = torch.diag_embed(since_start[:, -1].expand(-1, -1, q.shape[-1]))

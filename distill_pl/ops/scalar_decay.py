@@ -43,7 +43,7 @@ def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, backend: Backe
     y has the dtype of v, the state is fp32 (float64 stays).
     """
     if use_fla(backend, q.device):
-        # not chunk_simple_gla, which fla refuses on Hopper: Triton 3.4 to 3.7 miscompiles its backward pass
+        # not chunk_simple_gla, which fla refuses on Hopper: Triton 3.4 to 3.7.0 miscompiles its backward pass
         from distill_pl.ops.gpu import fla_kernels as kernels
 
         return kernels.scalar_decay(q.to(v.dtype), k.to(v.dtype), v, g.float(), scale, state)

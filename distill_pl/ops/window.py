@@ -98,8 +98,8 @@ def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tenso
 def _attend_compiled(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, sinks: int) -> Tensor:
     """Attend from q [B, H, T, K] to k and v [B, kv_heads, T, K or V], without padding -> [B, H, T, V].
 
-    FlexAttention's kernel skips blocks of keys that no query of a block sees. It needs torch.compile, 16 channels and, for
-    gradients, a GPU.
+    FlexAttention's kernel skips blocks of keys that no query of a block sees. It needs torch.compile, K and V of at
+    least 16 and, for gradients, a GPU.
     """
 
     def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -129,13 +129,13 @@ def matrix(q: Tensor, k: Tensor, scale: float, window: int, sinks: int, key_mask
 def mix(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, sinks: int, key_mask: Tensor | None = None,
         state: State | None = None) -> tuple[Tensor, State]:  # fmt: skip
     """Mix a sequence: q [B, T, H, K], k and v [B, T, kv_heads, K or V] -> y [B, T, H, V] in their dtype, State."""
-    trains = q.is_cuda and torch.compiler.is_compiling() and key_mask is None and state is None
+    flex = q.is_cuda and torch.compiler.is_compiling() and key_mask is None and state is None  # as in training steps
     if key_mask is None:
         key_mask = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if state is not None:  # window - 1 tokens lie between its sinks and the new ones, so sinks are in no window
         k, v, key_mask = torch.cat([state[0], k], 2), torch.cat([state[1], v], 2), torch.cat([state[2], key_mask], 1)
-    if trains and min(q.shape[-1], v.shape[-1]) >= 16:
+    if flex and min(q.shape[-1], v.shape[-1]) >= 16:
         y = _attend_compiled(q, k, v, scale, window, sinks)
     elif q.shape[2] <= window:
         y = _attend(q, k, v, scale, _visible(q.shape[2], key_mask, window, sinks))

@@ -27,7 +27,9 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
 
 def shard(student: Student, called: Sequence[nn.Module], teacher: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard both models in place over the mesh; each layer is gathered while it computes. All ranks must call this.
+    """Shard both models in place over the mesh of ranks; a layer's weights are gathered only while it computes.
+
+    All ranks must call this, since it runs the student once, which gathers weights.
 
     called: the student's layers or, if a stage calls only mixers and the norms before them, its mixers. The teacher may have
     been sharded by an earlier stage.
@@ -37,6 +39,7 @@ def shard(student: Student, called: Sequence[nn.Module], teacher: nn.Module, mes
         if layer.self_attn in called:
             fully_shard(layer.input_layernorm, mesh=mesh)
             fully_shard(layer.self_attn, mesh=mesh)
+            # FSDP gathers weights around `forward` only, and around methods that are named to it
             register_fsdp_forward_method(layer.self_attn, "matrix_times")
         fully_shard(layer, mesh=mesh)
     fully_shard(student, mesh=mesh)

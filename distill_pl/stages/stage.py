@@ -109,7 +109,10 @@ class Stage(L.LightningModule):
         """
 
     def draw(self, tokens: Tensor, seed: int) -> tuple[Tensor, ...]:
-        """Draw the random tensors of the losses of tokens [B, T] from `seed` alone: a resumed run takes the same steps."""
+        """Draw the random tensors of the losses of tokens [B, T] from `seed` alone: a resumed run takes the same steps.
+
+        Not part of `losses_given`, because a CUDA graph of it replays kernels without Python: these tensors are its inputs.
+        """
         return ()
 
     def losses(self, tokens: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -254,8 +257,8 @@ class Stage(L.LightningModule):
         Raises InputError where neither says how long the schedule is.
         """
         mixers = {id(parameter) for parameter in self.mixer_parameters()}
-        share_of_lr = lambda parameter: 1.0 if id(parameter) in mixers else self.other_lr  # noqa: E731
-        optimizer = adamw(self.student.parameters(), self.lr, self.weight_decay, share_of_lr)
+        factor = lambda parameter: 1.0 if id(parameter) in mixers else self.other_lr  # noqa: E731
+        optimizer = adamw(self.student.parameters(), self.lr, self.weight_decay, factor)
         steps = self.trainer.estimated_stepping_batches if self.trainer.max_steps == -1 else max(1, self.trainer.max_steps)
         if steps in (-1, math.inf):
             raise InputError(f"{self.name}: the learning rate needs a length of training: give the Trainer max_steps")
@@ -271,10 +274,10 @@ class Stage(L.LightningModule):
         norm = get_total_norm([p.grad for p in parameters])
         self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         finite = torch.isfinite(self.grad_norm + self.values.sum())
-        self.finite.verify(self)
+        self.finite.verify(self)  # the step before this one; then record this one, since only one is pending at a time
         self.finite.record(Step(self.global_step + 1, self.batch, self.values, AsyncCopy(finite)))
         if optimizer.defaults.get("fused"):
             clip_inside_step(optimizer, self.grad_norm, self.clip, finite)
-        else:
+        else:  # on a CPU nothing is late: this step can be verified before it changes the weights
             self.finite.verify(self)
             clip_grads_with_norm_(parameters, self.clip, norm)

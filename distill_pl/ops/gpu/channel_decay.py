@@ -1,10 +1,16 @@
-"""The `mix` of `distill_pl.ops.channel_decay` in Triton, forward and backward, in chunks of C tokens.
+"""Compute `mix` of `distill_pl.ops.channel_decay` and its gradients in Triton.
 
-With b the cumulative sum of g from the chunk's start, S the state before the chunk and dS the gradient of the one after it,
+    sequence   T tokens of one row and one head; the B H sequences are independent of each other
+    segment    tokens of a sequence through which one program walks; S, or backward dS, stays in its registers
+    block      64 tokens (BLOCK), the shortest segment; the backward pass stores S after each block
+    chunk      C = 16 tokens (CHUNK; in scans 64), which are mixed by their matrix A
+
+For each chunk, with b the cumulative sum of g from the chunk's start, S the state before it, S' the state after it, and dS the
+gradient of S',
 
     y = scale * ((q e^b) S + A v)                       S' = e^{b_C} S + (k e^{b_C - b})^T v
     dv = scale * A^T dy + (k e^{b_C - b}) dS            dS_before = e^{b_C} dS + scale * (q e^b)^T dy
-    dg_t = sum_{s >= t} (q_s dq_s - k_s dk_s) + sum_v S' dS, with s up to the next token at which S' and dS are stored
+    dg_t = sum_{t <= s <= e} (q_s dq_s - k_s dk_s) + sum_v S'_e dS_e, with e the last token of t's block
 
 With a temperature, g holds the gate's logits: the log decay is computed from them inside the kernels, so that it is never
 written in fp32, and dg is the gradient of the logits.
@@ -12,11 +18,10 @@ written in fp32, and dg is the gradient of the logits.
 A is one product, A_ij = (q_i e^{b_i - R}) (k_j e^{R - b_j})^T with R = b_C / 2. So that no exponent overflows, g below LOWEST
 counts as LOWEST; what such a token then leaves of the past, 1e-4, is a thirtieth of bf16's rounding.
 
-A program walks through a segment of one sequence with S, or backward dS, in registers. Where there are too few sequences to
-fill a GPU, a sequence is cut into several segments, and two scans compute S and dS at their borders. One configuration serves
-all shapes: nothing is tuned at a first call.
+Where there are too few sequences to fill a GPU, each is cut into several segments, and two scans first compute S and dS at
+their borders; else a sequence is one segment. One configuration serves all shapes: nothing is tuned at a first call.
 
-Shape letters: B batch, T time, H heads, K key dim per head, V value dim per head; X is K or V.
+Shape letters: B batch, T time, H heads, K key dim per head, V value dim per head; X is K or V; N key channels of one program.
 """
 
 import math
@@ -31,9 +36,9 @@ from distill_pl.ops.gpu import contiguous
 
 CHUNK = 16
 LOG2_E = tl.constexpr(math.log2(math.e))  # e^x is computed as 2^(x log2 e), which is one instruction
-LOWEST = tl.constexpr(-9 * LOG2_E.value)  # g = -9
+LOWEST = tl.constexpr(-9 * LOG2_E.value)  # g = -9: then |b - R| <= CHUNK * 9 / 2 = 72, and e^72 = 2e31 fits into fp32 and bf16
 BLOCK = 64  # tokens of a scan's iteration, and of the shortest segment
-PROGRAMS = 512  # enough to fill a GPU
+PROGRAMS = 512  # enough to fill a GPU: an H200 has 132 multiprocessors, with room for three programs of small states each
 SCAN_KEYS = 32  # key channels of one program of a scan
 STATE_OF_A_WARP = 1024  # numbers of the state that one warp's registers hold
 
@@ -88,7 +93,11 @@ def _gates(g, sequence, first, T, H, K: tl.constexpr, C: tl.constexpr, N: tl.con
 
 @triton.jit
 def _decays(g, sequence, first, T, H, K: tl.constexpr, C: tl.constexpr, temperature: tl.constexpr):
-    """Compute b - R [C, K] and 2^R [K], in log2: a product of g, split into two bf16 parts, with a matrix of +-1/2."""
+    """Compute b - R [C, K], in log2, and e^R [K].
+
+    b_i - R = (sum of g up to token i - sum of g after it) / 2: g times a matrix of +-1/2, on tensor cores. As these take bf16,
+    g is split into its upper 16 bits, which are a bf16 number, and the rest, rounded to bf16.
+    """
     g = _gates(g, sequence, first, T, H, K, C, K, temperature)
     high = (g.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
     halves = (0.5 - tl.trans(_below(C)).to(tl.float32)).to(tl.bfloat16)
@@ -106,8 +115,12 @@ def _state(x, index, K: tl.constexpr, V: tl.constexpr):
     return state
 
 
+# T: a sequence's length; size: a segment's. Decays are in log2 here. In kernels with `half`, b is the docstring's b - R, and
+# S is scaled by half = e^R before and after each chunk, so that up = q e^{b - R} and down = k e^{R - b} serve both A and S.
+
+
 @triton.jit
-def _scan(k, v, g, initial, starts, T, H, segments, length, temperature: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+def _scan(k, v, g, initial, starts, T, H, segments, size, temperature: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
           C: tl.constexpr, N: tl.constexpr):  # fmt: skip
     """Compute S before every segment, for N key channels, forward in time."""
     sequence, start = tl.program_id(0), tl.program_id(1) * N
@@ -115,7 +128,7 @@ def _scan(k, v, g, initial, starts, T, H, segments, length, temperature: tl.cons
     for segment in range(segments):
         tl.store(starts + ((sequence.to(tl.int64) * segments + segment) * K + start) * V + _grid(N, V), state)
         if segment < segments - 1:
-            for first in range(segment * length, segment * length + length, C):
+            for first in range(segment * size, segment * size + size, C):
                 g_chunk = _gates(g + start, sequence, first, T, H, K, C, N, temperature)
                 b, total = tl.cumsum(g_chunk, 0), tl.sum(g_chunk, 0)
                 v_chunk = _load(v, sequence, first, T, H, V, C, V)
@@ -124,7 +137,7 @@ def _scan(k, v, g, initial, starts, T, H, segments, length, temperature: tl.cons
 
 
 @triton.jit
-def _scan_back(q, dy, g, d_final, ends, scale, T, H, segments, length, temperature: tl.constexpr, K: tl.constexpr,
+def _scan_back(q, dy, g, d_final, ends, scale, T, H, segments, size, temperature: tl.constexpr, K: tl.constexpr,
                V: tl.constexpr, C: tl.constexpr, N: tl.constexpr):  # fmt: skip
     """Compute the gradient of S after every segment, for N key channels, backward in time."""
     sequence, start = tl.program_id(0), tl.program_id(1) * N
@@ -133,8 +146,8 @@ def _scan_back(q, dy, g, d_final, ends, scale, T, H, segments, length, temperatu
         segment = segments - 1 - done
         tl.store(ends + ((sequence.to(tl.int64) * segments + segment) * K + start) * V + _grid(N, V), d_state)
         if segment > 0:
-            for before in range(0, length, C):
-                first = segment * length + length - C - before
+            for before in range(0, size, C):
+                first = segment * size + size - C - before
                 g_chunk = _gates(g + start, sequence, first, T, H, K, C, N, temperature)
                 b, total = tl.cumsum(g_chunk, 0), tl.sum(g_chunk, 0)
                 dy_chunk = _load(dy, sequence, first, T, H, V, C, V)
@@ -143,12 +156,12 @@ def _scan_back(q, dy, g, d_final, ends, scale, T, H, segments, length, temperatu
 
 
 @triton.jit
-def _outputs(q, k, v, g, starts, y, final, scale, T, H, segments, length, temperature: tl.constexpr, K: tl.constexpr,
+def _outputs(q, k, v, g, starts, y, final, scale, T, H, segments, size, temperature: tl.constexpr, K: tl.constexpr,
              V: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """Compute y of a segment, and S after the last segment."""
     sequence, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
     state = _state(starts, tl.program_id(0), K, V)
-    for first in range(segment * length, tl.minimum(segment * length + length, T), C):
+    for first in range(segment * size, tl.minimum(segment * size + size, T), C):
         b, half = _decays(g, sequence, first, T, H, K, C, temperature)
         q_chunk, k_chunk = _load(q, sequence, first, T, H, K, C, K), _load(k, sequence, first, T, H, K, C, K)
         v_chunk = _load(v, sequence, first, T, H, V, C, V)
@@ -164,13 +177,13 @@ def _outputs(q, k, v, g, starts, y, final, scale, T, H, segments, length, temper
 
 
 @triton.jit
-def _d_queries(q, k, v, g, dy, starts, dq, inner, states, scale, T, H, segments, length, temperature: tl.constexpr,
-               K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, B: tl.constexpr):  # fmt: skip
-    """Compute dq of a segment, `inner` = q dq without the share of A's diagonal, and S after every block of B tokens."""
+def _d_queries(q, k, v, g, dy, starts, dq, inner, states, scale, T, H, segments, size, temperature: tl.constexpr,
+               K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Compute dq of a segment, `inner` = q dq without the share of A's diagonal, and S after every block of BLOCK tokens."""
     sequence, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
-    blocks = tl.cdiv(T, B)
+    blocks = tl.cdiv(T, BLOCK)
     state = _state(starts, tl.program_id(0), K, V)
-    for first in range(segment * length, tl.minimum(segment * length + length, T), C):
+    for first in range(segment * size, tl.minimum(segment * size + size, T), C):
         b, half = _decays(g, sequence, first, T, H, K, C, temperature)
         q_chunk, k_chunk = _load(q, sequence, first, T, H, K, C, K), _load(k, sequence, first, T, H, K, C, K)
         v_chunk, dy_chunk = _load(v, sequence, first, T, H, V, C, V), _load(dy, sequence, first, T, H, V, C, V)
@@ -185,28 +198,28 @@ def _d_queries(q, k, v, g, dy, starts, dq, inner, states, scale, T, H, segments,
         _store(inner, q_chunk * grad, sequence, first, T, H, K, C)
         _store(dq, grad + now * k_chunk, sequence, first, T, H, K, C)
         state = tl.dot(tl.trans(down), v_chunk, state) * half[:, None]
-        if (first + C) % B == 0 or first + C >= T:
-            block = sequence.to(tl.int64) * blocks + first // B
+        if (first + C) % BLOCK == 0 or first + C >= T:
+            block = sequence.to(tl.int64) * blocks + first // BLOCK
             tl.store(states + block * (K * V) + _grid(K, V), state.to(dtype))
 
 
 @triton.jit
-def _d_others(q, k, v, g, dy, ends, inner, states, dk, dv, dg, d_initial, scale, T, H, segments, length,
-              temperature: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, B: tl.constexpr):  # fmt: skip
+def _d_others(q, k, v, g, dy, ends, inner, states, dk, dv, dg, d_initial, scale, T, H, segments, size,
+              temperature: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Compute dk, dv and dg of a segment, and the gradient of S before the first segment."""
     sequence, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
-    blocks = tl.cdiv(T, B)
+    blocks = tl.cdiv(T, BLOCK)
     d_state = _state(ends, tl.program_id(0), K, V)
     later = tl.zeros([C, K], tl.float32)  # all rows are equal
-    tokens = tl.minimum(T - segment * length, length)
+    tokens = tl.minimum(T - segment * size, size)
     for before in range(0, tl.cdiv(tokens, C)):
-        first = segment * length + (tl.cdiv(tokens, C) - 1 - before) * C
+        first = segment * size + (tl.cdiv(tokens, C) - 1 - before) * C
         b, half = _decays(g, sequence, first, T, H, K, C, temperature)
         q_chunk, k_chunk = _load(q, sequence, first, T, H, K, C, K), _load(k, sequence, first, T, H, K, C, K)
         v_chunk, dy_chunk = _load(v, sequence, first, T, H, V, C, V), _load(dy, sequence, first, T, H, V, C, V)
         dtype: tl.constexpr = v_chunk.dtype
-        if (first + C) % B == 0 or first + C >= T:
-            block = sequence.to(tl.int64) * blocks + first // B
+        if (first + C) % BLOCK == 0 or first + C >= T:
+            block = sequence.to(tl.int64) * blocks + first // BLOCK
             after = tl.load(states + block * (K * V) + _grid(K, V)).to(tl.float32)
             later = tl.zeros([C, K], tl.float32) + tl.sum(after * d_state, 1)[None, :]
         fall = libdevice.exp2(-b)
@@ -255,7 +268,8 @@ def _starts(k: Tensor, v: Tensor, g: Tensor, state: Tensor | None, cut: tuple[in
 
 
 def _options(k: Tensor, v: Tensor) -> dict[str, int | None]:
-    """Choose so many warps that registers hold the state; small states leave room for three programs and for prefetching."""
+    """Choose so many warps that registers hold the state [K, V] in fp32; small states leave room for prefetching."""
+    # at 64 x 64, three programs x 4 warps x 32 threads x 168 registers fill the 65,536 of a multiprocessor
     size = k.shape[-1] * v.shape[-1]
     fits = size <= 64 * 64
     warps = min(8, max(1, size // STATE_OF_A_WARP))

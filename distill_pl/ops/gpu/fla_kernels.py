@@ -9,8 +9,14 @@ which fla does not try); a kernel called with arguments listed there tries the l
 other arguments, with another version of fla, or if the user chose a mode of fla's own cache (FLA_CACHE_MODE), fla tunes as
 usual.
 
-`sums` are cumulative sums of the log decay g within each chunk, divided by ln 2, because the kernels compute 2^x; the operators
-with "backward" in their name take dy and d_final, the gradients of y and of the final state.
+    scalar_decay   RetNet, Mamba2, mLSTM; Hedgehog, without g        rank_one    RWKV-7
+    delta_rule     DeltaNet                                          squared     ReBased, where no state is kept
+    gated_delta    Gated DeltaNet (one g per head), KDA              chunk_gla   fla's own: see FUSED in ops/channel_decay.py
+
+Behind all but the last two of the right column are operators (q, k, v, .., scale, state) -> y, final state, what the backward
+pass needs; those with "backward" in their name take dy and d_final, the gradients of y and of the final state. `sums` are
+cumulative sums of the log decay g within each chunk, divided by ln 2, because the kernels compute 2^x. An inverse is
+(I + L)^{-1} [C, C] of a chunk, with L_ij = beta_i (k_i . k_j) times the decay from token j to i, for i > j.
 """
 
 import functools
@@ -88,7 +94,7 @@ def applies() -> bool:
     )
 
 
-if applies():
+if applies():  # this changes fla's own autotuners, for every caller in this process
     for kernel, tuned in TUNED["kernels"].items():
         tuner = autotuner(kernel)
         tuner.early_config_prune = functools.partial(candidates, tuner, tuned, tuner.early_config_prune)
@@ -140,7 +146,8 @@ def _allocate_gradients(q: Tensor, k: Tensor, v: Tensor, sums: Tensor,
              state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Allocate the gradients of q, k, v and g, with a first dimension for the programs that share a head, and of the state."""
     *_, key_parts, value_parts = _blocks(k, v)
-    dtype = torch.float32 if sums.numel() and value_parts > 1 else q.dtype  # mLSTM's v and normaliser nearly cancel
+    # mLSTM's dq and dk have a part from v and one from the normaliser, which nearly cancel: in bf16, their sum would be inexact
+    dtype = torch.float32 if sums.numel() and value_parts > 1 else q.dtype
     dq, dk = (x.new_empty(value_parts, *x.shape, dtype=dtype) for x in (q, k))
     dv = v.new_empty(key_parts, *v.shape)
     dg = sums.new_empty(key_parts * value_parts, *sums.shape) if sums.numel() else q.new_empty(0)
@@ -202,11 +209,14 @@ def _(q, k, v, beta, inverse, scale, state, dy, d_final):
 @custom_op("distill_pl::kda", mutates_args=())
 def _kda(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float,
          state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute by fla's KDA: y, the final state, and `sums`, q k^T and k k^T [B, T, H, CHUNK] for the backward pass."""
+    """Compute by fla's KDA: y, the final state, and `sums`, scores and inverses [B, T, H, CHUNK] for the backward pass.
+
+    Scores are scale * q_i . k_j with decays, for i >= j; fla calls them Aqk and the inverses Akk.
+    """
     q, k, v, g, beta, state = contiguous(q, k, v, g, beta, state)
     with torch.cuda.device_of(q):
-        y, final, sums, q_k, k_k, *_ = chunk_kda_fwd(q, k, v, g, beta, scale, state, output_final_state=True)
-    return y, final, sums, q_k, k_k
+        y, final, sums, scores, inverse, *_ = chunk_kda_fwd(q, k, v, g, beta, scale, state, output_final_state=True)
+    return y, final, sums, scores, inverse
 
 
 @_kda.register_fake
@@ -216,18 +226,18 @@ def _(q, k, v, g, beta, scale, state):
 
 
 @custom_op("distill_pl::kda_backward", mutates_args=())
-def _kda_backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, sums: Tensor, q_k: Tensor, k_k: Tensor,
+def _kda_backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, sums: Tensor, scores: Tensor, inverse: Tensor,
                   scale: float, state: Tensor | None, dy: Tensor,
                   d_final: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the gradients of q, k, v, g, beta and, unless it is None, of the initial state."""
     q, k, v, beta, state, dy, d_final = contiguous(q, k, v, beta, state, dy, d_final)
     with torch.cuda.device_of(q):
-        dq, dk, dv, d_beta, dg, d_state, *_ = chunk_kda_bwd(q, k, v, beta, q_k, k_k, scale, state, dy, d_final, g=sums)
+        dq, dk, dv, d_beta, dg, d_state, *_ = chunk_kda_bwd(q, k, v, beta, scores, inverse, scale, state, dy, d_final, g=sums)
     return dq.to(q), dk.to(k), dv, dg, d_beta, q.new_empty(0) if state is None else d_state
 
 
 @_kda_backward.register_fake
-def _(q, k, v, g, beta, sums, q_k, k_k, scale, state, dy, d_final):
+def _(q, k, v, g, beta, sums, scores, inverse, scale, state, dy, d_final):
     return *(_new(x) for x in (q, k, v, g, beta)), q.new_empty(0) if state is None else _new(state)
 
 
@@ -271,7 +281,7 @@ def chunk_gradients(q: Tensor, k: Tensor, v: Tensor, sums: Tensor, h: Tensor, dy
     decays = (sums[..., :, None] - sums[..., None, :]).exp2().tril() * scale
     q, k, v, dy, dv = (split(x) for x in (q, k, v, dy, dv))
     weights = dy @ v.mT * decays
-    d_sums = weights * (q @ k.mT)
+    d_sums = weights * (q @ k.mT)  # gradients of the sums of g itself, not divided by ln 2 as `sums` is
     d_sums = d_sums.sum(-1) - d_sums.sum(-2)
     weights = weights.to(q.dtype)
     dq, dk = dy @ h.mT * (since_start * scale), v @ dh.mT * until_end
@@ -306,7 +316,7 @@ def _(q, k, v, beta, sums, inverse, scale, state, dy, d_final):
 @custom_op("distill_pl::gated_delta_net_solved", mutates_args=())
 def _gated_delta_net_solved(k: Tensor, v: Tensor, beta: Tensor, sums: Tensor, inverse: Tensor, dw: Tensor,
                             du: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute the gradients of k, v, g and beta from dw and du, those of w and u, which the inverses and k, v, beta, g give."""
+    """Compute the gradients of k, v, g and beta from dw and du, those of w = inverse (beta 2^sums k), u = inverse (beta v)."""
     k, v, beta, dw, du = contiguous(k, v, beta, dw, du)
     with torch.cuda.device_of(k):
         dk, dv, d_beta, d_sums = prepare_wy_repr_bwd(k, v, beta, inverse, dw, du, g=sums)

@@ -1,8 +1,10 @@
-"""Matrix products of a single row, as when decoding a batch of one, with all matrices that read the row, in one kernel.
+"""Multiply one row, the hidden state of the only token of a decoding step, by all matrices that read it, in one kernel.
 
-The kernel should take the time in which the GPU reads the weights. Therefore it requests them before the previous kernel has
-ended (programmatic dependent launch, from Hopper on), and every program recomputes the residual sum and the norm of the row,
-which would otherwise be separate kernels.
+    total = x + residual        y = [h W_1^T + bias_1, h W_2^T + bias_2, ..]        h = RMSNorm(total)
+
+The kernel should take no longer than the GPU needs to read the weights. Therefore it requests them before the previous kernel
+has ended (programmatic dependent launch, from Hopper on), and every program computes total and h again, although one would do:
+kernels of their own would take longer.
 """
 
 import torch
@@ -24,9 +26,12 @@ def launches_early() -> bool:
 def _kernel(x, residual, gain, y, total, weights, biases, eps, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
             SIZES: tl.constexpr, PROGRAMS: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
             EARLY: tl.constexpr):  # fmt: skip
-    """Multiply ROWS rows of one of the weights by x; weight i has SIZES[i] rows, and its first program is PROGRAMS[i]."""
+    """Multiply ROWS rows of one of the weights by x; weight i has SIZES[i] rows, and its first program is PROGRAMS[i].
+
+    BLOCK: K rounded up to a power of two. GATED: rows of weights 0 and 1 at once. The first program also stores `total`.
+    """
     if EARLY:
-        gdc_launch_dependents()
+        gdc_launch_dependents()  # at once: the next kernel may request its weights, and waits before it reads this one's y
     program = tl.program_id(0)
     weight, start, size, out = weights[0], 0, SIZES[0], y
     bias = biases[0] if len(biases) > 0 else None

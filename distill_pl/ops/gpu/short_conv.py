@@ -1,6 +1,8 @@
-"""Short causal convolution and silu by fla's kernels, as custom operators, which torch.compile does not trace.
+"""Compute a short causal convolution and silu by fla's kernels, as custom operators, which torch.compile does not trace.
 
-    y_t = silu(sum_i w_i x_{t-W+1+i}),  x = 0 before the start of a sequence
+    y_t = silu(sum_{i < W} w_i x_{t-W+1+i}) for each channel, with x = 0 before the start of a sequence
+
+Shape letters: B batch, T time, C channels, W taps (4).
 """
 
 import os
