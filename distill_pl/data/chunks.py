@@ -113,7 +113,7 @@ class Chunks:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with _lock(self.folder):
+            with waiting_lock(self.folder / ".lock", f"chunks: another process is packing {self.folder}, waiting for it"):
                 if not self._done(need):
                     self._pack(need)
         except OSError as error:  # from writing only: TextSource turns errors of reading into InputErrors
@@ -388,13 +388,13 @@ def _blocks(ids: np.ndarray) -> Iterator[memoryview]:
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Hold the lock on packing into `folder`, waiting for another process; the system frees it when its process dies."""
-    lock = FileLock(folder / ".lock")
+def waiting_lock(file: Path, says: str) -> Iterator[None]:
+    """Hold the lock `file`; print `says` where another process has it, and wait. The system frees it when its process dies."""
+    lock = FileLock(file)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        _print_progress(f"another process is packing {folder}, waiting for it")
+        print(says, file=sys.stderr, flush=True)
         lock.acquire()
     try:
         yield

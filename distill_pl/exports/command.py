@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from distill_pl.console import quiet, say
 from distill_pl.errors import InputError
-from distill_pl.exports import fresh, modeling_distill_pl
+from distill_pl.exports import fresh
 from distill_pl.exports.fla import as_fla
 from distill_pl.exports.native import as_native
 from distill_pl.measure.evaluate import weights_path
@@ -96,7 +96,7 @@ def write(model: PreTrainedModel, source: Path, folder: Path, to: str) -> None:
     others = shutil.ignore_patterns(".*", "config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.py")
     shutil.copytree(source, folder, ignore=others)
     if to == "remote":
-        module = Path(modeling_distill_pl.__file__)
+        module = Path(__file__).with_name("modeling_distill_pl.py")  # not imported: it registers its classes
         shutil.copy(module, folder)
         classes = {"AutoConfig": "StudentConfig", "AutoModelForCausalLM": "Student"}
         model.config.auto_map = {auto: f"{module.stem}.{name}" for auto, name in classes.items()}

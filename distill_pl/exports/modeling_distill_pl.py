@@ -3,6 +3,8 @@
 `distill-pl export --to remote` puts a copy of this file into a student's folder.
 """
 
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from distill_pl.student import modeling
 
 
@@ -15,3 +17,10 @@ class Student(modeling.Student):
 
     config: StudentConfig
     config_class = StudentConfig
+
+
+# the import above has registered the package's own classes, which transformers prefers at the next load
+StudentConfig.register_for_auto_class()
+Student.register_for_auto_class("AutoModelForCausalLM")
+AutoConfig.register(StudentConfig.model_type, StudentConfig, exist_ok=True)
+AutoModelForCausalLM.register(StudentConfig, Student, exist_ok=True)

@@ -39,6 +39,7 @@ GPU_DEFAULTS, CPU_DEFAULTS = ("1024,4096,16384,65536", 5), ("128,256,512,1024", 
 DECODE = ("auto", "graph", "plain")
 RANGES = {"new_tokens": AT_LEAST_1, "batch_size": ROWS, "repeats": AT_LEAST_1, "prefill_chunk": Range(0, 1e15),
           "seed": SEED}  # fmt: skip
+SOFTMAX_LAYERS = ("attention", "full_attention", "sliding_attention", "chunked_attention")  # kinds in transformers' layer_types
 PREFILL_CHUNK = 2048  # tokens that a model whose state does not grow reads at once by default
 WIDTHS = {"prompt": 8, "prefill tokens/s": 16, "first token ms": 14, "decode": 6, "ms/token (min to max)": 24, "of limit": 8,
           "decode tokens/s": 15, "prefill GiB": 11, "decode GiB": 10, "state bytes": 14, "state in theory": 15}  # fmt: skip
@@ -205,7 +206,7 @@ def model_rows(model: str, source: str, lengths: list[int], settings: dict[str, 
                 chunk = prefill_chunk(network, settings["prefill_chunk"])
                 warm_up = settings["new_tokens"]
             row = asked | {
-                "softmax": not isinstance(network, Student), "weights_bytes": network.get_memory_footprint(), "decode": mode,
+                "softmax": is_transformer(network), "weights_bytes": network.get_memory_footprint(), "decode": mode,
                 "prefill_chunk": chunk, "bandwidth": bandwidth(),
             }  # fmt: skip
             try:
@@ -218,6 +219,13 @@ def model_rows(model: str, source: str, lengths: list[int], settings: dict[str, 
             if length < lengths[-1]:
                 say(f"{model}: lengths beyond {length} are skipped")
             return
+
+
+def is_transformer(network: PreTrainedModel) -> bool:
+    """Return whether a model attends by softmax in each layer; not a student, nor what a student was exported as."""
+    kinds = getattr(network.config, "layer_types", None) or ["attention"]
+    softmax = hasattr(network.config, "num_attention_heads") and all(kind in SOFTMAX_LAYERS for kind in kinds)
+    return softmax and not isinstance(network, Student)
 
 
 def random_model(mixer: str, seed: int) -> PreTrainedModel:
@@ -233,7 +241,8 @@ def random_model(mixer: str, seed: int) -> PreTrainedModel:
 def warn_beyond_positions(model: str, network: PreTrainedModel, positions: int) -> None:
     """Say so where a model with RoPE was made for fewer positions."""
     made_for = getattr(network.config, "max_position_embeddings", None)
-    uses_rope = not isinstance(network, Student) or any(mixer.rope or mixer.beside_window for mixer in network.mixers)
+    uses_rope = (any(mixer.rope or mixer.beside_window for mixer in network.mixers) if isinstance(network, Student)
+                 else is_transformer(network))  # fmt: skip
     if uses_rope and made_for and positions > made_for:
         say(f"{model}: made for {made_for} positions; timing beyond them is valid, the generated text is not")
 

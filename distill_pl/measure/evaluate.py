@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 
 from distill_pl.console import aligned, percent, perplexity, quiet, say
+from distill_pl.data.chunks import waiting_lock
 from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.data.files import OR_SKIP
 from distill_pl.data.sources import TextSource, counted
@@ -114,7 +115,8 @@ def evaluate(
         run = Path(model) if model in runs else None
         for name, path, file in jobs[model]:
             before = known.get(path, {}) | results.get(name, {})
-            known[path] = results[name] = measure(path, file, names, run, data, batch_size, limit, questions, before)
+            with waiting_lock(file.with_name(f".{file.name}.lock"), f"another evaluate is writing {file}, waiting for it"):
+                known[path] = results[name] = measure(path, file, names, run, data, batch_size, limit, questions, before)
         if model in runs:
             add_results(Path(path), measured_so_far(Path(model) / "eval", "student"))
     printed = table(results, {model: jobs[model][0][0] for model in runs})

@@ -15,7 +15,16 @@ from distill_pl.console import quiet, say
 from distill_pl.errors import AT_LEAST_1, ROWS, SEED, InputError, check_numbers
 from distill_pl.losses import kl_divergence
 from distill_pl.measure import recall
-from distill_pl.measure.evaluate import TOKENS_PER_ROW, check_writable, haystack, held_out_chunks, is_run, load, weights_path
+from distill_pl.measure.evaluate import (
+    TOKENS_PER_ROW,
+    check_writable,
+    haystack,
+    held_out_chunks,
+    is_run,
+    load,
+    read_report,
+    weights_path,
+)
 from distill_pl.mixers import Softmax
 from distill_pl.run.folder import check_teacher_of, fingerprint, teacher_of, write_aside
 from distill_pl.run.values import parse_lengths
@@ -77,6 +86,10 @@ def layers(
     if keep is not None and not len(before) < keep <= len(student.mixers):
         kept = f", {len(before)} of which are softmax attention already" if before else ""
         raise InputError(f"keep {keep}: give a number of layers from {len(before) + 1} to {len(student.mixers)}{kept}")
+    settings = {"tasks": names, "lengths": lengths, "limit": limit, "seed": seed}
+    earlier = read_report(file)
+    if earlier and any(earlier.get(key) != value for key, value in settings.items()):
+        raise InputError(f"{file} holds results of other tasks, lengths, limit or seed: move it")
     teacher = Teacher(origin, student.dtype)
     check_teacher_of(Path(run), origin, fingerprint(teacher.model, torch.bfloat16))
     original = StudentFactory("softmax").assemble(teacher, seed=0).eval()
@@ -94,7 +107,7 @@ def layers(
         rows[-1] |= {"recall": mean(scores), "recall_stderr": pstdev(scores) / sqrt(len(scores))} if scores else {}
         recalled = f"  {rows[-1]['recall']:6.1%}" if scores else ""
         say(f"{AS_IT_IS if layer is None else layer:>14}  {rows[-1]['kl']:6.4f}{recalled}")
-    write_aside(file, lambda aside: aside.write_text(json.dumps({"tasks": names, "lengths": lengths, "rows": rows}, indent=1)))
+    write_aside(file, lambda aside: aside.write_text(json.dumps(settings | {"rows": rows}, indent=1)))
     from distill_pl.measure.plots import draw_layers
 
     draw_layers(rows, file.with_suffix(".png"))

@@ -260,7 +260,7 @@ def continuations(model: PreTrainedModel, tokenizer: Any, prompts: Tensor, answe
     each prompt in one forward pass.
     """
     ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
+    ends = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
     unread, new, cache = prompts, prompts[:, :0], None
     for _ in range(new_tokens):
         last = torch.tensor([unread.shape[1] - 1])

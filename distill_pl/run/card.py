@@ -1,6 +1,7 @@
 """The model card of an exported student: what it is, how to load it, how it was made, and its scores."""
 
 import re
+from glob import has_magic
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,7 @@ from distill_pl.tokens import short
 TEXT = """
 # {name}
 
-A causal language model that distill_pl distilled from `{teacher}`, replacing the attention of each of its {layers} layers by
-{mixer}. {parameters} parameters.
+A causal language model that distill_pl {made} `{teacher}`, with {mixer} in {layers}. {parameters} parameters.
 
 ## How to load it
 
@@ -58,7 +58,13 @@ RESULTS = "<!-- distill-pl evaluate writes here -->\n{}\n<!-- as far as here -->
 def model_card(config: Namespace, stages: list[StageRun], model: PreTrainedModel) -> ModelCard:
     """Write the model card of a run's student; of a stage without weights it says tokens and learning rate alone."""
     teacher, dataset = config.teacher, config.data.dataset
-    licence, licence_sentence = licence_of(teacher)
+    taught = config.kd.alpha > 0 or len(stages) > 1  # else by the text alone
+    derived = taught or config.student.init != "scratch" or config.student.start_from is not None
+    licence, licence_sentence = licence_of(teacher) if derived else (None, f"The weights do not derive from `{teacher}`.")
+    count, kept = model.config.num_hidden_layers, sorted(set(config.student.softmax_layers))
+    layers = f"each of its {count} layers"
+    if kept and config.student.mixer != "softmax":
+        layers = f"{count - len(kept)} of its {count} layers, and softmax attention in layers {', '.join(map(str, kept))}"
     metrics = [read_metrics(stage.weights) if stage.weights.is_file() else {} for stage in stages]
     rows = [["stage", "tokens", "learning rate", "perplexity afterwards"]]
     for stage, losses in zip(stages, metrics, strict=True):
@@ -66,17 +72,18 @@ def model_card(config: Namespace, stages: list[StageRun], model: PreTrainedModel
         afterwards = f"{perplexity(losses['student_ce']):.2f}" if losses else "not known"  # its weights were deleted
         rows.append([stage.name, tokens, f"{config[stage.name].lr:g}", afterwards])
     data = ModelCardData(
-        base_model=None if Path(teacher).exists() else teacher,
-        datasets=None if Path(dataset).exists() else [dataset],
+        base_model=teacher if derived and not Path(teacher).exists() else None,
+        datasets=None if Path(dataset).exists() or has_magic(dataset) else [dataset],
         library_name="transformers",
         license=licence,
         pipeline_tag="text-generation",
-        tags=["distill_pl", "knowledge-distillation", config.student.mixer],
+        tags=["distill_pl", *["knowledge-distillation"] * taught, config.student.mixer],
     )
     text = TEXT.format(
         name=Path(config.out).name,
         teacher=teacher,
-        layers=model.config.num_hidden_layers,
+        made="distilled from" if taught else "trained, without distillation, in the shape of",
+        layers=layers,
         mixer=config.student.mixer,
         parameters=short(sum(p.numel() for p in model.parameters())),
         load="import distill_pl  # lets transformers load its students\n" if isinstance(model, Student) else "",

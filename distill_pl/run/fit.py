@@ -161,7 +161,8 @@ def run_stage(config: Namespace, stage_run: StageRun, stage: Stage, data: ChunkD
         logger=build_loggers(config, stage_run, done, before + done * batch_tokens),
         callbacks=[
             *callbacks,
-            Monitor(before, batch_tokens, expected),
+            # batches that `limit_val_batches` counts hold other text with another data.micro_batch_size
+            Monitor(before, batch_tokens, expected if config.trainer.limit_val_batches is None else None),
             ModelCheckpoint(
                 stage_run.folder,
                 stage_run.checkpoint.stem,

@@ -405,6 +405,12 @@ def load_student(student: Student, stage: StageRun) -> None:
     try:
         load_model(student, str(stage.weights), strict=True)
     except (RuntimeError, SafetensorError) as error:
+        if "size mismatch" in str(error):
+            raise InputError(
+                f"{stage.weights} is of a student of other sizes ({one_line(error)}): go on with the version of distill_pl "
+                "that began this run, or, if layers in student.softmax_layers differ, give student.kv_heads expanded, also in "
+                "the run's config.yaml"
+            ) from error
         raise damaged(stage.weights, one_line(error)) from error
     with safe_open(stage.weights, framework="pt") as file:
         if file.metadata()["sha256"] != fingerprint(student):

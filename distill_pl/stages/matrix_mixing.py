@@ -60,8 +60,8 @@ class MatrixMixingStage(Stage):
         return self.student.mixers
 
     def trained(self) -> list[torch.nn.Parameter]:
-        """Return the parameters that the mixing matrices depend on."""
-        return [parameter for mixer in self.student.mixers for parameter in mixing_parameters(mixer)]
+        """Return the parameters that the mixing matrices of the aligned mixers depend on."""
+        return [parameter for mixer in self.aligned() for parameter in mixing_parameters(mixer)]
 
     def draw(self, tokens: Tensor, seed: int) -> tuple[Tensor, ...]:
         """Draw the probes from `seed`: random signs z [1, T, 1, P], int8; nothing for exact matrices."""
@@ -116,9 +116,10 @@ def exact_distance(student_layer: nn.Module, layer: Layer, norm: Literal["froben
         squared = squared_distance(student_layer, *piece, layer.scale, layer.position)
         return matrix_distance(squared, length, norm) * (len(squared) / batch)
 
-    if not torch.is_grad_enabled():
+    trained = [parameter for parameter in student_layer.self_attn.parameters() if parameter.requires_grad]
+    if not (trained and torch.is_grad_enabled()):
         return torch.stack([distance(piece) for piece in pieces]).sum()
-    return _SumOverPieces.apply(distance, pieces, *(p for p in student_layer.self_attn.parameters() if p.requires_grad))
+    return _SumOverPieces.apply(distance, pieces, *trained)
 
 
 class _SumOverPieces(torch.autograd.Function):

@@ -18,6 +18,7 @@ from torchmetrics import MeanMetric
 
 from distill_pl.errors import POSITIVE, SHARE, InputError, Range, check_arguments
 from distill_pl.losses import next_token_loss
+from distill_pl.mixers import SequenceMixer
 from distill_pl.stages.async_copy import AsyncCopy
 from distill_pl.stages.finite import FiniteCheck, Step
 from distill_pl.stages.optim import adamw, clip_inside_step, warmup_stable_decay
@@ -157,8 +158,12 @@ class Stage(L.LightningModule):
         return self.student.model.layers
 
     def trained(self) -> list[nn.Parameter]:
-        """Return the parameters of the student that this stage trains, by default its mixers'; all others are frozen."""
-        return self.mixer_parameters()
+        """Return the parameters of the student that this stage trains, by default those of `aligned`; all others are frozen."""
+        return [parameter for mixer in self.aligned() for parameter in mixer.parameters()]
+
+    def aligned(self) -> list[SequenceMixer]:
+        """Return the mixers to align: not those in `softmax_layers`, which are the teacher's but for rounding."""
+        return [mixer for index, mixer in enumerate(self.student.mixers) if index not in self.student.config.softmax_layers]
 
     def mixer_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the student's mixers."""
@@ -174,11 +179,22 @@ class Stage(L.LightningModule):
         if isinstance(self.student, FSDPModule):
             return  # Lightning calls this hook again for a validation after training
         trained = self.trained()
+        if not trained:
+            raise InputError(f"{self.name}: all layers keep the teacher's attention, which is not aligned: set its tokens to 0")
         self.student.requires_grad_(False)
         for parameter in trained:
             parameter.requires_grad_(True)
         if self.device_mesh is not None:
             shard(self.student, self.called(), self.teacher.model, self.device_mesh["data_parallel"])
+
+    def on_train_start(self) -> None:
+        """Raise InputError where training ends before the schedule of the learning rate, which is max_steps long."""
+        longest, steps = self.trainer.max_steps, self.trainer.estimated_stepping_batches
+        if steps < longest:
+            raise InputError(
+                f"{self.name}: max_steps {longest} is the length of the learning rate's schedule, but max_epochs "
+                f"{self.trainer.max_epochs} ends after {steps:.0f} steps: give one of the two"
+            )
 
     def on_fit_start(self) -> None:
         """Move the teacher to the student's device: Lightning moves only submodules.

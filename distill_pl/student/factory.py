@@ -50,8 +50,8 @@ class StudentFactory:
         rope: whether q and k are rotated by the teacher's rotary position embedding. Default: as in the mixer's own paper,
             true for softmax, retnet and swa. With RoPE, students of other mixers have no exact counterpart for
             `distill-pl export`.
-        softmax_layers: layers, counted from 0, that keep the teacher's softmax attention and its weights: a hybrid model,
-            whose cache grows with the sequence.
+        softmax_layers: layers, counted from 0, that keep the teacher's softmax attention and its weights, which KD alone
+            trains: a hybrid model, whose cache grows with the sequence.
         window: number of last tokens, the token itself included, that sliding-window attention reads. For the mixer swa the
             default is 64. For another mixer, window attention with the same projections of q, k and v is added to each head
             after norms and gates, y = g mixer + (1 - g) window with a learned g; by default there is none.

@@ -218,7 +218,7 @@ def test_a_waiting_process_says_so(tokenizer, tmp_path, monkeypatch):
     chunks = make(write_dataset(tmp_path / "data", "jsonl"), tokenizer, tmp_path / "cache")
     chunks.folder.mkdir(parents=True)
     lines, printed = [], threading.Event()
-    monkeypatch.setattr(chunks_module, "_print_progress", lambda line: (lines.append(line), printed.set()))
+    monkeypatch.setattr(chunks_module, "print", lambda line, **to: (lines.append(line), printed.set()), raising=False)
     waiting = threading.Thread(target=chunks.prepare, args=(3,))
     with filelock.FileLock(chunks.folder / ".lock"):
         waiting.start()

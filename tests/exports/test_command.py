@@ -256,3 +256,6 @@ print(generate("Story", max_new_tokens=5)[0]["generated_text"])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("Story"), done.stderr[-2000:]
+    # `pipeline` loads the configuration first and the model second
+    assert "auto_map" in (tmp_path / "again" / "config.json").read_text()
+    assert (tmp_path / "again" / "modeling_distill_pl.py").is_file()

@@ -16,7 +16,8 @@ import torch
 import distill_pl.measure.bench
 from distill_pl.cli import main
 from distill_pl.errors import InputError
-from distill_pl.measure.bench import bench, crossover, decode, limit, measure, prefill, prefill_chunk, theory
+from distill_pl.exports.native import as_native
+from distill_pl.measure.bench import bench, crossover, decode, is_transformer, limit, measure, prefill, prefill_chunk, theory
 from distill_pl.mixers import MIXERS
 from distill_pl.student.cache import state_bytes
 from distill_pl.student.factory import StudentFactory
@@ -208,6 +209,11 @@ def test_out_of_memory_ends_a_model_not_the_bench(here, monkeypatch, capsys, no_
         printed = capsys.readouterr().out
         assert printed.count("out of memory") == 1 and "gla: lengths beyond 24 are skipped" in printed
         assert list(read(here / "bench")) == [("gla", 8), ("gla", 24), *(("softmax", length) for length in (8, 24, 32))]
+
+
+def test_a_student_as_another_class_is_no_transformer(teacher):
+    student = StudentFactory("kda").build(teacher, seed=0)
+    assert not is_transformer(student) and not is_transformer(as_native(student)) and is_transformer(teacher.model)
 
 
 def test_a_folder_comes_before_a_mixer(here, teacher_folder, no_picture):

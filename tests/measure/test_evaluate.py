@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
 import distill_pl.measure.evaluate
+from distill_pl.data.chunks import waiting_lock
 from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.errors import InputError
 from distill_pl.exports.native import as_native
@@ -304,6 +306,17 @@ def test_what_was_measured_stays_beside_results_of_other_seeds_dtypes_and_versio
     evaluate([str(run)], **asked)
     assert capsys.readouterr().out.count("piqa: measured before") == 2
     assert json.loads(file.read_text())["weights"] == first["weights"]
+
+
+def test_two_evaluations_of_one_run_follow_each_other(run, tmp_path, capfd):
+    copy = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("eval")))
+    (copy / "eval").mkdir()
+    with ThreadPoolExecutor() as pool, waiting_lock(copy / "eval" / ".teacher.json.lock", ""):
+        waits = pool.submit(evaluate, [str(copy)])
+        while not (said := capfd.readouterr().err):
+            assert not waits.done()
+    waits.result()
+    assert "another evaluate is writing" in said and (copy / "eval" / "student.json").is_file()
 
 
 def scores(accuracy: dict[str, float]) -> dict:

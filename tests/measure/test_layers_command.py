@@ -55,6 +55,8 @@ def test_layers_of_a_run(run, capsys, monkeypatch):
     assert f"             0  {found[1]['kl']:.4f}  " in printed
     assert "evenly spaced" in printed
     assert (run / "eval" / "layers.png").stat().st_size > 1000
+    with pytest.raises(InputError, match="layers.json holds results of other tasks, lengths, limit or seed: move it"):
+        layers(str(run), keep=1, tasks="niah_single_1", lengths="256", limit=1)
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,14 @@ def test_prompts_are_continued_as_by_generate_in_segments_too(teacher, mixer):
     assert continuations(without_cache, teacher.tokenizer, prompts, [UNKNOWN * 2] * 2, 8, 2**15) == expected
 
 
+def test_an_answer_ends_where_the_tokenizer_says_if_the_model_does_not(teacher, monkeypatch):
+    prompts = torch.randint(1, teacher.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(teacher.model.generation_config, "eos_token_id", None)
+    monkeypatch.setattr(teacher.model.lm_head, "forward", lambda x: torch.eye(teacher.config.vocab_size)[
+        torch.full(x.shape[:-1], teacher.tokenizer.eos_token_id)])  # fmt: skip
+    assert continuations(teacher.model, teacher.tokenizer, prompts, [UNKNOWN] * 2, 3, 40) == ["", ""]
+
+
 @pytest.mark.parametrize("task", ["niah_single_1", "mqar"])
 def test_a_model_that_hands_on_no_state_reads_prompts_whole(source, known_words, task):
     torch.manual_seed(0)

@@ -330,6 +330,19 @@ def test_each_stage_trains_its_own_parameters(variant, name):
         assert names_of(stage) == trained
 
 
+@pytest.mark.parametrize("kind", [MatrixMixingStage, HiddenAlignStage])
+def test_kept_layers_are_not_aligned(teacher, tokens, kind):
+    """They are the teacher's but for rounding, on which Adam would take whole steps."""
+    stage = kind(StudentFactory("gla", softmax_layers=[0]).build(teacher, seed=0), teacher)
+    stage.configure_model()
+    trained = names_of(stage)
+    assert trained and not any(name.startswith("model.layers.0.") for name in trained)
+    stage.losses(tokens, seed=0)[0].backward()
+    stage = kind(StudentFactory("gla", softmax_layers=[0, 1]).build(teacher, seed=0), teacher)
+    with pytest.raises(InputError, match="all layers keep the teacher's attention"):
+        stage.configure_model()
+
+
 @pytest.mark.parametrize("kind", STAGES.values(), ids=STAGES)
 def test_gradients_reach_what_trains_and_nothing_else(teacher, tokens, name, kind):
     stage = make(kind, teacher, name)
@@ -610,6 +623,7 @@ def test_epochs_give_the_schedule_of_the_steps_that_they_have(teacher, kind):
 @pytest.mark.parametrize(("options", "says"), [
     ({"max_time": "00:00:01:00"}, "kd: the learning rate needs a length of training: give the Trainer max_steps"),
     ({"max_epochs": -1}, "kd: the learning rate needs a length"),
+    ({"max_steps": 99, "max_epochs": 1}, "kd: max_steps 99 is the length .* but max_epochs 1 ends after . steps: give one"),
     ({"max_steps": 1, "gradient_clip_val": 0.5}, "kd clips gradients itself: give it clip=0.5"),
     ({"max_steps": 1, "precision": "16-true"}, "kd: a student in torch.float16 .* bf16-mixed"),
     ({"max_steps": 1, "plugins": MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))}, "16-mixed.* bf16-mixed"),
