@@ -58,13 +58,14 @@ RESULTS = "<!-- distill-pl evaluate writes here -->\n{}\n<!-- as far as here -->
 def model_card(config: Namespace, stages: list[StageRun], model: PreTrainedModel) -> ModelCard:
     """Write the model card of a run's student; of a stage without weights it says tokens and learning rate alone."""
     teacher, dataset = config.teacher, config.data.dataset
-    taught = config.kd.alpha > 0 or len(stages) > 1  # else by the text alone
+    taught = config.kd.alpha > 0 or any(stage.name != "kd" for stage in stages)  # else by the text alone
     derived = taught or config.student.init != "scratch" or config.student.start_from is not None
     licence, licence_sentence = licence_of(teacher) if derived else (None, f"The weights do not derive from `{teacher}`.")
     count, kept = model.config.num_hidden_layers, sorted(set(config.student.softmax_layers))
     layers = f"each of its {count} layers"
     if kept and config.student.mixer != "softmax":
-        layers = f"{count - len(kept)} of its {count} layers, and softmax attention in layers {', '.join(map(str, kept))}"
+        others = f"softmax attention in layer{'s' * (len(kept) > 1)} {', '.join(map(str, kept))}"
+        layers = f"{count - len(kept)} of its {count} layers and {others}"
     metrics = [read_metrics(stage.weights) if stage.weights.is_file() else {} for stage in stages]
     rows = [["stage", "tokens", "learning rate", "perplexity afterwards"]]
     for stage, losses in zip(stages, metrics, strict=True):

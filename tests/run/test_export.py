@@ -1,20 +1,24 @@
 """The folder that a run exports works with transformers alone, without this package's commands."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import EvalResult, ModelCard
+from jsonargparse import dict_to_namespace
 from shared_fixtures import QUICK
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from distill_pl.errors import InputError
 from distill_pl.measure import paper
 from distill_pl.mixers import MIXERS
-from distill_pl.run.card import add_results, licence_of, read_card
+from distill_pl.run.card import add_results, licence_of, model_card, read_card
+from distill_pl.run.folder import StageRun
 from distill_pl.student.factory import StudentFactory
 from distill_pl.teacher import Teacher
 
@@ -104,6 +108,19 @@ def test_card_says_what_it_is_and_what_it_scored(folder, teacher_folder):
     (folder / "README.md").write_text("---\ntags: [a\n---\n")
     with pytest.raises(InputError, match="mend its front matter, or delete the file"):
         read_card(folder)
+
+
+@pytest.mark.parametrize("keys, says", [
+    ({"student.softmax_layers": [1]}, "distilled from .* with gla in 1 of its 2 layers and softmax attention in layer 1"),
+    ({"kd.alpha": 0, "student.init": "scratch"}, "trained, without distillation, in the shape of .*The weights do not derive"),
+])  # fmt: skip
+def test_a_card_of_a_hybrid_and_of_plain_training(folder, keys, says):
+    config = dict_to_namespace(yaml.safe_load((folder.parent / "config.yaml").read_text()))
+    for key, value in {"data.dataset": "texts/*.jsonl", **keys}.items():
+        config[key] = value
+    card = model_card(config, [StageRun("kd", folder / "none", 0, 8)], AutoModelForCausalLM.from_pretrained(folder))
+    assert re.search(says, card.text, re.DOTALL) and card.data.datasets is None
+    assert ("knowledge-distillation" in card.data.tags) == ("kd.alpha" not in keys)
 
 
 def test_licence_is_the_teachers(tmp_path):
