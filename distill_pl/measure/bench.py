@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache
 from distill_pl.console import aligned, quiet, say
 from distill_pl.data.sources import counted
 from distill_pl.errors import AT_LEAST_1, ROWS, SEED, InputError, Range, check_numbers, first_line
-from distill_pl.measure.evaluate import check_positions, check_writable, load, read_report, weights_path
+from distill_pl.measure.evaluate import check_positions, check_writable, load, other_settings, read_report, weights_path
 from distill_pl.measure.params import smollm_360m
 from distill_pl.mixers import MIXERS
 from distill_pl.run.folder import write_aside
@@ -179,10 +179,8 @@ def earlier_rows(file: Path, settings: dict[str, Any]) -> list[Row]:
         return []
     if not (isinstance(earlier.get("settings"), dict) and isinstance(earlier.get("rows"), list)):
         raise InputError(f"{file} is no result of distill-pl bench: give another --out")
-    differing = [f"{key} {earlier['settings'].get(key)}, now {value}" for key, value in settings.items()
-                 if earlier["settings"].get(key) != value]  # fmt: skip
-    if differing:
-        raise InputError(f"{file} holds results of other settings ({'; '.join(differing)}): give another --out")
+    if differing := other_settings(earlier["settings"], settings):
+        raise InputError(f"{file} holds results of other settings ({differing}): give another --out")
     return [row for row in earlier["rows"] if "first_token_ms" in row or "out_of_memory" in row]  # earlier versions had it not
 
 
@@ -222,7 +220,7 @@ def model_rows(model: str, source: str, lengths: list[int], settings: dict[str, 
 
 
 def is_transformer(network: PreTrainedModel) -> bool:
-    """Return whether a model attends by softmax in each layer; not a student, nor what a student was exported as."""
+    """Return whether a model other than a Student has softmax attention in each layer, and no recurrent mixer in any."""
     kinds = getattr(network.config, "layer_types", None) or ["attention"]
     softmax = hasattr(network.config, "num_attention_heads") and all(kind in SOFTMAX_LAYERS for kind in kinds)
     return softmax and not isinstance(network, Student)

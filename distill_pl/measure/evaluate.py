@@ -323,6 +323,11 @@ def read_report(file: Path) -> dict[str, Any]:
     return report
 
 
+def other_settings(earlier: dict[str, Any], settings: dict[str, Any]) -> str:
+    """Name the settings that an earlier result was measured under otherwise, as in `limit 3, now 1`; "" if there are none."""
+    return "; ".join(f"{key} {earlier.get(key)}, now {value}" for key, value in settings.items() if earlier.get(key) != value)
+
+
 def measured_so_far(folder: Path, name: str) -> Results:
     """Collect what `evaluate` has written about a model: all in NAME.json, all but lm-eval's tasks in NAME.limitN.json.
 

@@ -22,6 +22,7 @@ from distill_pl.measure.evaluate import (
     held_out_chunks,
     is_run,
     load,
+    other_settings,
     read_report,
     weights_path,
 )
@@ -88,8 +89,8 @@ def layers(
         raise InputError(f"keep {keep}: give a number of layers from {len(before) + 1} to {len(student.mixers)}{kept}")
     settings = {"tasks": names, "lengths": lengths, "limit": limit, "seed": seed}
     earlier = read_report(file)
-    if earlier and any(earlier.get(key) != value for key, value in settings.items()):
-        raise InputError(f"{file} holds results of other tasks, lengths, limit or seed: move it")
+    if earlier and (differing := other_settings(earlier, settings)):
+        raise InputError(f"{file} holds results of other settings ({differing}): move it")
     teacher = Teacher(origin, student.dtype)
     check_teacher_of(Path(run), origin, fingerprint(teacher.model, torch.bfloat16))
     original = StudentFactory("softmax").assemble(teacher, seed=0).eval()

@@ -55,7 +55,7 @@ def test_layers_of_a_run(run, capsys, monkeypatch):
     assert f"             0  {found[1]['kl']:.4f}  " in printed
     assert "evenly spaced" in printed
     assert (run / "eval" / "layers.png").stat().st_size > 1000
-    with pytest.raises(InputError, match="layers.json holds results of other tasks, lengths, limit or seed: move it"):
+    with pytest.raises(InputError, match=r"layers.json holds results of other settings \(limit 2, now 1\): move it"):
         layers(str(run), keep=1, tasks="niah_single_1", lengths="256", limit=1)
 
 
