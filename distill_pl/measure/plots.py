@@ -6,10 +6,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
-from matplotlib.transforms import Bbox
 
 from distill_pl.measure import paper, recall
 from distill_pl.mixers import MIXERS
@@ -18,8 +16,6 @@ from distill_pl.run.folder import write_aside
 DASHES = ("-", "--", ":", "-.")
 MARKERS = "sD^v<>pdh*"
 MOST_NAMES = 10  # students that have a name in a picture of many: as many as there are colours
-# where a point's name may stand, in points from it, and which side of the name is there
-PLACES = [((x, y), side) for y in (6, -6, 12, -12, 18, -18, 24, -24) for x, side in ((2, "left"), (-2, "right"))]
 DISTANCES = {"matrix_mixing": "|A teacher - A student|, Eq. 7", "hidden_align": "|h teacher - h student|, Eq. 8"}
 
 
@@ -71,21 +67,6 @@ def label_logarithmic(axis: Any) -> None:
     """Label a logarithmic axis with plain numbers: powers of ten, and as many between them as have room."""
     axis.set_major_formatter(LogFormatter())
     axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))  # decades up to which some, and all, have a label
-
-
-def label_points(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
-    """Write the names of points (x, y, name) beside them, without one hiding another as long as there is a free place."""
-    FigureCanvasAgg(axes.figure).draw()  # places what the names must not hide, and can measure texts
-    taken = [Bbox.from_bounds(x - 3, y - 3, 6, 6) for x, y in axes.transData.transform([(x, y) for x, y, _ in points])]
-    for x, y, name in points:
-        texts = [axes.annotate(name, (x, y), place, textcoords="offset points", ha=side, va="center", fontsize="xx-small")
-                 for place, side in PLACES]  # fmt: skip
-        boxes = [text.get_window_extent() for text in texts]
-        fits = [box.count_overlaps(taken) == 0 and axes.bbox.count_contains(box.corners()) == 4 for box in boxes]
-        chosen = fits.index(True) if any(fits) else 0
-        taken.append(boxes[chosen])
-        for text in texts[:chosen] + texts[chosen + 1 :]:
-            text.remove()
 
 
 def draw_line(axes: Any, places: Sequence[float], values: Sequence[float], **style: Any) -> Any:
@@ -167,15 +148,18 @@ def losses(trainings: list[Training]) -> Figure:
 def draw_recall(models: list[Model], file: Path) -> None:
     """Draw accuracy against the length of the prompt: a panel for each recall task and for their mean, a line for each model.
 
-    Of more than ten students, the ten of the highest mean have colours and names, the others grey lines. The chance level is
-    dotted; models without a recall task are left out.
+    Of more than ten students, ten have colours and names, the others grey lines: first the best student of each mixer, then
+    the best of the rest, by their means. The chance level is dotted; models without a recall task are left out.
     """
     models = [model for model in models if any(task in model.results for task in recall.TASKS)]
     tasks = [task for task in recall.TASKS if any(task in model.results for model in models)]
     names = [*tasks, "mean"] if len(tasks) > 1 else tasks
     teachers = [model for model in models if model.mixer is None]
     ordered = sorted((model for model in models if model.mixer), key=lambda model: -mean_accuracy(model))
-    named, others = [*teachers, *ordered[:MOST_NAMES]], ordered[MOST_NAMES:]
+    best = {model.mixer: model for model in reversed(ordered)}
+    chosen = sorted(ordered, key=lambda model: model is not best[model.mixer])[:MOST_NAMES]
+    named = [*teachers, *(model for model in ordered if model in chosen)]
+    others = [model for model in ordered if model not in chosen]
     styles = line_styles([model.mixer for model in named]) + [{"color": "lightgrey", "zorder": 1}] * len(others)
     columns = min(4, len(names))
     lines = -(-len(names) // columns)

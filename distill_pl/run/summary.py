@@ -327,37 +327,37 @@ def by_seed(student: str, values: Callable[[str], dict[int, float]]) -> dict[int
 def draw(rows: Rows, teacher: float | None, file: Path) -> None:
     """Draw each student's held-out perplexity with its 95% interval, the best on top.
 
-    Where there are three students of the paper, a second panel draws theirs against the paper's averages.
+    Where there are three students of the paper, a second panel compares their ranking by perplexity with the paper's.
     """
     from matplotlib.figure import Figure
 
-    from distill_pl.measure.plots import label_logarithmic, label_points
+    from distill_pl.measure.plots import label_logarithmic
 
     found = {name: [values["perplexity"] for values in runs.values()] for name, runs in rows.items()}
     names = sorted(found, key=lambda name: -mean(found[name]))
-    compared = sum(name in PUBLISHED for name in names) >= 3
-    width = (9 if compared else 5) + 0.07 * max(map(len, names))  # inches
+    published = {name: average for name in names if name in PUBLISHED and (average := PUBLISHED[name][-1]) is not None}
+    compared = len(published) >= 3
+    width = 5 + 2 * compared + (0.07 + 0.09 * compared) * max(map(len, names))  # inches
     figure = Figure(figsize=(width, max(4, 0.2 * len(names))), layout="constrained")
     left, *others = figure.subplots(1, 1 + compared, squeeze=False)[0]
     for place, name in enumerate(names):
-        middle, spread = mean(found[name]), half_width(found[name])
-        average = PUBLISHED[name][-1] if name in PUBLISHED else None
         color = "C0" if name in PUBLISHED else "C1"
-        left.errorbar(middle, place, xerr=spread, marker="o", markersize=4, capsize=2, color=color)
-        for right in others if average is not None else ():
-            right.errorbar(middle, average, xerr=spread, marker="o", markersize=4, color="C0")
+        left.errorbar(mean(found[name]), place, xerr=half_width(found[name]), marker="o", markersize=4, capsize=2, color=color)
     left.set_yticks(range(len(names)), names, fontsize="small")
     left.set(title="blue: students of the paper\norange: beyond it; line: teacher", ylim=(-1, len(names)))
-    for axes in (left, *others):
-        axes.set(xscale="log", xlabel="held-out perplexity, mean and 95% interval")
-        label_logarithmic(axes.xaxis)
-        axes.grid(axis="x", which="both", alpha=0.3)
+    left.set(xscale="log", xlabel="held-out perplexity, mean and 95% interval")
+    label_logarithmic(left.xaxis)
+    left.grid(axis="x", which="both", alpha=0.3)
     if teacher is not None:
         left.axvline(teacher, color="black", linewidth=1)
     for right in others:
-        right.set(title="against the paper's accuracies", ylabel="paper's average accuracy, %")
-        label_points(right, [(mean(found[name]), PUBLISHED[name][-1], name) for name in names
-                             if name in PUBLISHED and PUBLISHED[name][-1] is not None])  # fmt: skip
+        of_paper = sorted(published, key=published.__getitem__)
+        right.set(title="best on top: by the paper's average accuracy\nand by perplexity here", xlim=(0, 1), xticks=[])
+        for axes, order in [(right, of_paper), (right.twinx(), published)]:
+            axes.set_yticks(range(len(order)), list(order), fontsize="small")
+            axes.set_ylim(-1, len(order))
+        for place, name in enumerate(published):
+            right.plot([0, 1], [of_paper.index(name), place], color="C0", marker="o", markersize=4, clip_on=False)
     write_aside(file, lambda aside: figure.savefig(aside, format="png", dpi=120))
 
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from itertools import combinations, pairwise
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 
@@ -15,7 +15,7 @@ from scipy.stats import t
 from distill_pl.console import perplexity
 from distill_pl.errors import InputError
 from distill_pl.measure import paper, plots
-from distill_pl.measure.plots import DISTANCES, Model, Training, draw_positions, draw_recall, draw_training, label_points
+from distill_pl.measure.plots import DISTANCES, Model, Training, draw_positions, draw_recall, draw_training
 from distill_pl.measure.report import baseline, held_out, report, trained_tokens
 from distill_pl.mixers import MIXERS
 from distill_pl.stages import STAGES
@@ -234,6 +234,10 @@ def test_pictures_of_few_points_and_of_many_runs_show_them_all(tmp_path, monkeyp
         assert len(figure.axes[0].lines) >= len(models if picture != "losses" else range(4))
     named = [text.get_text() for text in figures["recall"].legends[0].get_texts()]
     assert named == [*(name.format(seed) for seed in range(10)), "14 others"]
+    weak = Model("weak", "kda", {"mqar": results["mqar"] | {"acc": 0.1}}, {})  # the best of its mixer has a name
+    draw_recall([weak, *models], tmp_path / "recall.png")
+    named = [text.get_text() for text in figures["recall"].legends[0].get_texts()]
+    assert named == [*(name.format(seed) for seed in range(9)), "weak", "15 others"]
     for largest in (3.1, 10, 100, 1e5):  # on a logarithmic axis
         draw_training([Training("kd", Path("a"), "gla", {"train/loss": ([1, 2], [largest, 3.0])})], tmp_path)
         FigureCanvasAgg(figures["losses"]).draw()
@@ -262,14 +266,3 @@ def test_unfinished_and_absent_runs(like, tmp_path, monkeypatch, capsys, no_pict
     assert rows(tmp_path)["gla_qkv_mm_h2h"][:2] == ["unfinished", ""] and "unfinished: stopped" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"holds no run: give run folders of distill-pl fit"):
         report([str(tmp_path / "nowhere")], str(tmp_path))
-
-
-def test_names_of_points_hide_no_other_and_are_whole():
-    axes = Figure().subplots()
-    points = [(1.0, 1.0, "first"), (1.0, 1.001, "second"), (1.002, 1.0, "third"), (3.0, 2.0, "the last")]
-    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o")
-    label_points(axes, points)
-    boxes = {text.get_text(): text.get_window_extent() for text in axes.texts}
-    assert list(boxes) == ["first", "second", "third", "the last"]
-    assert not any(a.overlaps(b) for a, b in combinations(boxes.values(), 2))
-    assert all(axes.bbox.count_contains(box.corners()) == 4 for box in boxes.values())

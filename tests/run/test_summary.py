@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers import refused
+from matplotlib.figure import Figure
 
 from distill_pl.errors import InputError
 from distill_pl.measure import paper
@@ -79,13 +80,17 @@ def test_claims_are_about_rows_of_the_paper_and_spans_that_exist():
     assert len(most.pairs) == 9
 
 
-def test_the_summary_has_tables_ranking_and_claims(tmp_path):
+def test_the_summary_has_tables_ranking_and_claims(tmp_path, monkeypatch):
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **rest: (figures.append(figure), save(figure, file, **rest)))
     for name, accuracies in paper.TABLE_3.items():
         loss = 4 - accuracies[-1] / 100  # ranked as in the paper
         write(tmp_path, name, [loss, loss + 0.001, loss - 0.001], accuracies)
     write(tmp_path, "kda_qkv", [3.4, 3.5])
     text = summary(tmp_path)
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+    _, *rankings = ([label.get_text() for label in axes.get_yticklabels()] for axes in figures[0].axes)
+    assert rankings[0] == rankings[1] == sorted(paper.TABLE_3, key=lambda name: paper.TABLE_3[name][-1])
     assert text.startswith("44 runs (teacher T; dataset D; tokens 30M) on CPU, torch 2.0.")
     perplexity = math.exp(4 - 0.4785)
     row = line(text, "gla | 3")
