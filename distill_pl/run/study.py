@@ -289,9 +289,12 @@ def parse_run(name: str, row: str, seed: int, experiment: str | None, keys: dict
     Stages of the experiment whose tokens `keys` don't give keep their share of all tokens.
     """
     chosen = ("--config", config_file(experiment)) if experiment else ()
-    keys = {"data.shuffle": str(seed)} | keys
     alone = parse(("fit", *chosen, "--out=."))
-    config = parse(("fit", *chosen, f"--seed={seed}", *options_of(keys), f"--out={out / name}"))
+    config = parse(("fit", *chosen, *options_of({"data.shuffle": "0"} | keys), "--out=.")).clone()  # parsed once for all seeds
+    config.seed, config.out = seed, str(out / name)
+    if "data.shuffle" not in keys:
+        config.data.shuffle = seed
+        keys = {"data.shuffle": str(seed)} | keys
     for stage in STAGES:
         if alone[stage].tokens and f"{stage}.tokens" not in keys:
             config[stage].tokens = Tokens(alone[stage].tokens * config.tokens // alone.tokens)
