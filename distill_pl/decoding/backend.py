@@ -26,8 +26,8 @@ RECOMPILE_LIMITS = ("recompile_limit", "accumulated_recompile_limit")  # of Dyna
 def product_as_sum(a: Tensor, b: Tensor) -> Tensor:
     """Compute [.., M, K] @ [.., K, N] as a broadcast product or a sum over K; return NotImplemented to keep the product.
 
-    A sum replaces the product of one row (M = 1) if b is a recurrent state (batched, fp32) or K <= N, since each of the N sums
-    recomputes all K terms.
+    A sum replaces the product of one row (M = 1) if b is a recurrent state (batched, fp32) or if K <= N. Inductor fuses what
+    computes `a` into the sum and repeats it for each of the N columns: too much work where K > N, as in an MLP's last product.
     """
     terms, columns = b.shape[-2:]
     if terms == 1:
