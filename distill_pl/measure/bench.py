@@ -67,8 +67,8 @@ def bench(
     time in which a large copy, timed in the same run, moves as many bytes as weights and state have; `decode tokens/s`, over
     the batch; `GiB`, on a GPU only, the peak beyond the weights; `state`, bytes before the first decoded token (with --decode
     graph those of buffers that have room for all tokens), measured and from the architecture alone. Then, for each student and
-    each Transformer, the length of the prompt from which on the student takes less time or memory, read off a straight line
-    between two measured lengths on logarithmic scales.
+    each Transformer of as many layers of one width, the length of the prompt from which on the student takes less time or
+    memory, read off a straight line between two measured lengths on logarithmic scales.
 
     Writes bench.json (all repeats), bench.csv and bench.png after every row. The same command resumes where it stopped and
     measures no row twice.
@@ -204,8 +204,8 @@ def model_rows(model: str, source: str, lengths: list[int], settings: dict[str, 
                 chunk = prefill_chunk(network, settings["prefill_chunk"])
                 warm_up = settings["new_tokens"]
             row = asked | {
-                "softmax": is_transformer(network), "weights_bytes": network.get_memory_footprint(), "decode": mode,
-                "prefill_chunk": chunk, "bandwidth": bandwidth(),
+                "softmax": is_transformer(network), "size": size(network), "weights_bytes": network.get_memory_footprint(),
+                "decode": mode, "prefill_chunk": chunk, "bandwidth": bandwidth(),
             }  # fmt: skip
             try:
                 row |= measure(network, length, settings | {"decode": mode, "prefill_chunk": chunk}, warm_up)
@@ -224,6 +224,12 @@ def is_transformer(network: PreTrainedModel) -> bool:
     kinds = getattr(network.config, "layer_types", None) or ["attention"]
     softmax = hasattr(network.config, "num_attention_heads") and all(kind in SOFTMAX_LAYERS for kind in kinds)
     return softmax and not isinstance(network, Student)
+
+
+def size(network: PreTrainedModel) -> list[int]:
+    """Return the number of layers and their width: only models of one size are compared."""
+    config = network.config.get_text_config()
+    return [config.num_hidden_layers, config.hidden_size]
 
 
 def random_model(mixer: str, seed: int) -> PreTrainedModel:
@@ -431,7 +437,7 @@ def crossover(student: dict[int, float], transformer: dict[int, float]) -> str:
 
 
 def crossover_table(rows: list[Row]) -> str:
-    """Lay out from which length on each student takes less than each Transformer; empty where one of the two is lacking."""
+    """Lay out from which length on each student takes less than each Transformer of its size; empty without such a pair."""
     memory = "decode_peak_bytes" if any(row.get("decode_peak_bytes") for row in rows) else "state_bytes"
     measures = {"first_token_ms": "first token", "decode_ms": "time per token", memory: "memory"}
     values: dict[bool, dict[str, dict[str, dict[int, float]]]] = {False: {}, True: {}}  # of students, of Transformers
@@ -439,10 +445,12 @@ def crossover_table(rows: list[Row]) -> str:
         of_model = values[row["softmax"]].setdefault(row["model"], {key: {} for key in measures})
         for key in measures:
             of_model[key][row["length"]] = math.inf if "out_of_memory" in row else row[key]
+    sizes = {row["model"]: row.get("size") for row in rows}  # earlier versions had it not
     table = [["takes less from a prompt of", *measures.values()]]
     for student, own in values[False].items():
         for transformer, other in values[True].items():
-            table.append([f"{student} against {transformer}", *(crossover(own[key], other[key]) for key in measures)])
+            if sizes[student] == sizes[transformer]:
+                table.append([f"{student} against {transformer}", *(crossover(own[key], other[key]) for key in measures)])
     return aligned(table) if len(table) > 1 else ""
 
 
