@@ -65,7 +65,7 @@ JSONARGPARSE_SAYS = {  # patterns of its messages -> what people can read
     r"Does not validate against any of .* Subtypes: \[(.*)\] Errors: .*Given value:(?: (.*))?$": r"Expected \1. Got value: \2",
     r"NestedArg\(key='(.*)', val='?(.*?)'?\)": r"{\1: \2}",
     r' in "<unicode string>"': "",
-    r"^Unexpected config:(.*)": r"a configuration file has no keys with values:\1: write e.g. tokens: 1M",
+    r"^Unexpected config: ?(.*)": r"a configuration file has no keys with values, but '\1': write e.g. tokens: 1M",
     r"Unable to load config ('.*?') - .*": r"\1 is no file: give a YAML file, or its keys one by one",
 }
 

@@ -80,6 +80,9 @@ def check_arguments(group: str, init: Callable, given: Mapping[str, Any], ranges
         choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
         if choices and value not in choices:
             raise InputError(f"{group}.{key} {value!r} is unknown: choose one of {', '.join(choices)}")
+        types = tuple(kind for kind in kinds if isinstance(kind, type))
+        if bool in kinds and key not in ranges and not isinstance(value, types):
+            raise InputError(f"{group}.{key} {value!r} is neither True nor False: give one of the two")
         if key in ranges and not (isinstance(value, bool) and bool in kinds):
             if not isinstance(value, Real if float in kinds else Integral) or isinstance(value, bool):
                 whole = "" if float in kinds else "whole "

@@ -5,11 +5,13 @@ Shape letters: B batch, T time, H heads, D hidden, N = B T, V here the vocabular
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
+
+from distill_pl.errors import InputError
 
 TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}  # tokens whose logits exist at once: many fill a GPU, few fit in a CPU's cache
 IGNORED = -1  # label of a position that predicts nothing
@@ -23,7 +25,9 @@ def matrix_distance(squared: Tensor, length: int, norm: Literal["frobenius", "ms
     """
     if norm == "frobenius":
         return (squared + 1e-12).sqrt().mean()  # keeps the gradient finite where the matrices are equal
-    return squared.mean() / length**2
+    if norm == "mse":
+        return squared.mean() / length**2
+    raise InputError(f"norm {norm!r} is unknown: choose frobenius or mse")
 
 
 def hidden_distance(student: Tensor, teacher: Tensor, norm: Literal["l2", "mse"] = "l2") -> Tensor:
@@ -32,9 +36,11 @@ def hidden_distance(student: Tensor, teacher: Tensor, norm: Literal["l2", "mse"]
     norm `mse` gives the mean squared error over all entries instead.
     """
     squared = (student.float() - teacher.float()).square().sum(-1)
+    if norm == "l2":
+        return (squared + 1e-12).sqrt().mean()  # keeps the gradient finite where the states are equal
     if norm == "mse":
         return squared.mean() / student.shape[-1]
-    return (squared + 1e-12).sqrt().mean()  # keeps the gradient finite where the states are equal
+    raise InputError(f"norm {norm!r} is unknown: choose l2 or mse")
 
 
 def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -114,6 +120,8 @@ def divergence(log_p: Tensor, log_q: Tensor, kind: Divergence, top_k: int | None
     if kind == "reverse":
         values = (q * (log_q - log_p)).sum(-1)
         return values, q * (log_q - log_p - values[..., None])
+    if kind != "jensen_shannon":
+        raise InputError(f"divergence {kind!r} is unknown: choose one of {', '.join(get_args(Divergence))}")
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     to_middle = (q * (log_q - log_m)).sum(-1)
     return ((p * (log_p - log_m)).sum(-1) + to_middle) / 2, q * (log_q - log_m - to_middle[..., None]) / 2

@@ -83,13 +83,16 @@ class Teacher:
     compiles: ClassVar[tuple[str, ...]] = ("apply_norm",)  # names of functions that distill_pl.compiling may compile
     compiles_with_layer: ClassVar[tuple[str, ...]] = ("run_layer",)  # names of further functions, which call one layer
 
-    def __init__(self, path: str, dtype: torch.dtype = torch.float32):
+    def __init__(self, path: str | Path, dtype: torch.dtype = torch.float32):
         """Load model and tokenizer from `path`, a hub id or folder, in `dtype`, without running code that comes with them.
 
         Raises InputError if there is no model, it is quantised, a weight is missing, or the tokenizer is unusable, has no EOS
         token or has ids for which the model has no embeddings.
         """
+        path = str(path)
         self.path, self.run_layer, self.apply_norm = path, run_layer, apply_norm
+        if not isinstance(dtype, torch.dtype):
+            raise InputError(f"teacher: dtype {dtype!r} is no torch.dtype: give torch.float32 or torch.bfloat16")
         if (Path(path).is_dir() or path[:1] in "./~") and not (Path(path) / "config.json").is_file():
             raise InputError(f"teacher {path!r} is no folder with a config.json: give a Hugging Face model folder or a hub id")
         try:
@@ -101,6 +104,8 @@ class Teacher:
                 f"teacher {path!r} is no model folder and could not be had from the hub: give a folder with config.json, "
                 f"or check the id and the network ({first_line(error)})"
             ) from error
+        if self.config.model_type == "distill_pl":
+            raise InputError(f"teacher {path!r} is a student of this package: give the teacher that it was distilled from")
         if quantisation := getattr(self.config, "quantization_config", None):
             method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
             raise InputError(
@@ -128,9 +133,11 @@ class Teacher:
         except InputError:
             raise
         except Exception as error:  # architectures raise errors of any kind, also for missing libraries
+            reason = f", or its weights are missing ({first_line(error)})"
+            if "scaled_dot_product_attention" in str(error):
+                reason = f": the attention of {', '.join(self.config.architectures or [])} is not plain softmax attention"
             raise InputError(
-                f"teacher {path!r} is not a supported decoder, or its weights are missing ({first_line(error)}): "
-                "give a Llama-like causal language model"
+                f"teacher {path!r} is not a supported decoder{reason}; give a Llama-like causal language model"
             ) from error
         self.model: PreTrainedModel = model.eval().requires_grad_(False)
         largest, rows = max(self.tokenizer.get_vocab().values()), len(model.get_input_embeddings().weight)

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 import distill_pl.losses
+from distill_pl.errors import InputError
 from distill_pl.losses import (
     Objective,
     distillation_loss,
+    divergence,
     hidden_distance,
     kd_terms,
     kl_divergence,
@@ -146,6 +148,14 @@ def test_bf16_is_summed_in_fp32():
     _, half = next_token_loss(tokens, student, head, teacher, teacher_head, Objective(temperature=2.0))
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, torch.stack(expected), rtol=1e-5, atol=0)
+
+
+def test_another_norm_or_divergence_is_refused():
+    x = torch.rand(2, 3, 4)
+    for call in (lambda: matrix_distance(x[0], 3, "Frobenius"), lambda: hidden_distance(x, x, "L2"),
+                 lambda: divergence(x[0], x[0], "revers", None)):  # fmt: skip
+        with pytest.raises(InputError, match=r"'(Frobenius|L2|revers)' is unknown: choose"):
+            call()
 
 
 def test_matrix_distance():

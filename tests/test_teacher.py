@@ -4,6 +4,7 @@ import functools
 import gc
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,6 +152,19 @@ def refusal(path) -> str:
 
 def test_an_absent_folder_is_refused(tmp_path):
     refusal(tmp_path / "nowhere")
+
+
+def test_a_path_or_a_dtype_of_another_kind(teacher_folder, tmp_path):
+    assert Teacher(Path(teacher_folder)).path == str(teacher_folder)
+    with pytest.raises(InputError, match="nowhere' is no folder with a config.json"):
+        Teacher(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="dtype 'bf16' is no torch.dtype"):
+        Teacher(str(teacher_folder), "bf16")
+
+
+def test_a_student_is_no_teacher(teacher, tmp_path):
+    StudentFactory("gla").build(teacher, 0).save_pretrained(tmp_path)
+    assert "is a student of this package: give the teacher that it was distilled from" in refusal(tmp_path)
 
 
 def test_a_folder_without_a_configuration_is_refused(folder):

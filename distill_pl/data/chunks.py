@@ -34,7 +34,7 @@ from distill_pl.errors import InputError, one_line
 from distill_pl.tokenizer import around_documents, keeps_all_characters, text_encoder
 from distill_pl.tokens import short
 
-FORMAT = 3  # part of the key: raise it when the same text would be packed differently
+FORMAT = 4  # part of the key: raise it when the same text would be packed differently
 FILES = ["validation", "train"]  # in the order in which they are filled; the dataset's splits have the same names
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 2_000_000  # tokenised at a time, whichever comes first; thousands were slower
 SAVE_TOKENS, SAVE_SECONDS = 4_000_000, 3.0  # between two saves, whichever comes first; a kill loses at most this much work
@@ -214,7 +214,8 @@ class Chunks:
         """
 
         def batch() -> _Batch:
-            return _Batch([text for text in texts if text], len(texts), texts.count(None), stream.state_dict())
+            filled = [text for text in texts if text and not text.isspace()]
+            return _Batch(filled, len(texts), texts.count(None), stream.state_dict())
 
         texts: list[str | None] = []
         characters = 0

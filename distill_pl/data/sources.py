@@ -119,7 +119,7 @@ class TextSource:
             raise InputError(
                 f"data.dataset {self.dataset!r}: most of it would be left out ({self._names(lost)}), and only "
                 f"{self._names(read)} read, by the names of the files: rename them, move what is not meant, or give the files "
-                f"that are as a glob, such as '{self._root}/**/*{self._files[0].suffix}'"
+                f"that are as a glob, such as '{glob.escape(str(self._root))}/**/*{self._files[0].suffix}'"
             )
 
     @cached_property

@@ -84,13 +84,16 @@ def unsupported_reason(model: PreTrainedModel, length: int) -> str | None:
 def as_student(model: PreTrainedModel) -> Student:
     """Return a new Student that shares the tensors of `model`, a Student or a Llama, which becomes one with softmax mixers.
 
-    The new Student's modules may be changed without changing `model`.
+    The new Student's modules may be changed without changing `model`. Raises InputError for a model with other modules.
     """
     teacher: Any = SimpleNamespace(config=model.config, model=model)
     config = model.config if isinstance(model, Student) else StudentFactory("softmax").config(teacher)
     with torch.device("meta"):
         student = Student(config)
-    student.load_state_dict(model.state_dict(), assign=True)
+    try:
+        student.load_state_dict(model.state_dict(), assign=True)
+    except RuntimeError as error:
+        raise InputError("decoder: the model's modules were changed, e.g. by LoRA: merge them, or use generate") from error
     student.model.rotary_emb = model.model.rotary_emb  # the state dict does not hold its tables
     return student.eval().requires_grad_(False)
 

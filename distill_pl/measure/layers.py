@@ -92,6 +92,8 @@ def layers(
     if earlier and (differing := other_settings(earlier, settings)):
         raise InputError(f"{file} holds results of other settings ({differing}): move it")
     teacher = Teacher(origin, student.dtype)
+    if names and teacher.longest < min(questions.lengths[-1], teacher.config.max_position_embeddings):
+        raise InputError(f"lengths {lengths}: no layer put back has the teacher's sliding window: give up to {teacher.longest}")
     check_teacher_of(Path(run), origin, fingerprint(teacher.model, torch.bfloat16))
     original = StudentFactory("softmax").assemble(teacher, seed=0).eval()
     original.to(student.device, student.dtype)  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, mode, stdev
 from typing import Any, NamedTuple
 
 from distill_pl.console import markdown, perplexity, say
@@ -14,6 +14,8 @@ from distill_pl.mixers import MIXERS
 from distill_pl.run.folder import differing, flat, read_config, read_metrics, write_aside
 from distill_pl.tokens import Tokens
 
+# what the rows of the paper's tables have in common
+SHARED = ("teacher", "tokens", "data.dataset", "data.sequence_length", "data.validation_tokens")
 SEEDS = ("seed", "data.shuffle")  # of the new weights, and of the order of the text
 KEPT = (
     "Recall tasks: % of answers, over all lengths. Recall kept: the share of the teacher's margin over guessing. Likelihood "
@@ -82,6 +84,8 @@ def report(models: list[str], out: str = "report") -> None:
     Raises:
         InputError: a folder without runs, or a damaged file of a run.
     """
+    if not models:
+        raise InputError("report: no run is given: give run folders of distill-pl fit")
     found = {run.folder.resolve(): run for model in models for run in find_runs(Path(model))}  # each run once
     runs = of_same_questions(list(found.values()))
     rows = grouped(runs)
@@ -163,9 +167,17 @@ def grouped(runs: list[Run]) -> dict[str, list[Run]]:
     """Group runs by experiment that differ only in seeds: of the new weights and of the order of the text.
 
     Finished runs of one configuration and seed count once. Of several groups of one experiment, the first has its name, and
-    others are named by what they change, as in `gla_qkv (kd.lr 0.001)`: they belong to no row of the paper's.
+    others are named by what they change, as in `gla_qkv (kd.lr 0.001)`: they belong to no row of the paper's. Neither do runs
+    that differ from most others in a key of SHARED.
     """
     rows: dict[str, list[Run]] = {}
+    usual = mode(tuple(map(flat(run.config).get, SHARED)) for run in runs)
+
+    def row(run: Run, keys: list[str]) -> str:
+        """Name a run's row by its experiment and by what it changes."""
+        values = flat(run.config)
+        return run.experiment + (f" ({', '.join(f'{key} {values.get(key)}' for key in keys)})" if keys else "")
+
     counted: list[Run] = []
     for run in runs:
         same = next((other for other in counted if not set(differing(other.config, run.config)) - {"out"}), None)
@@ -174,13 +186,11 @@ def grouped(runs: list[Run]) -> dict[str, list[Run]]:
             continue
         if run.finished:
             counted.append(run)
-        first = rows.setdefault(run.experiment, [run])[0]
-        if run is first:
-            continue
-        values = flat(run.config)
-        keys = [key for key in differing(first.config, run.config) if key not in SEEDS]
-        changes = f" ({', '.join(f'{key} {values.get(key)}' for key in keys)})" if keys else ""
-        rows.setdefault(run.experiment + changes, []).append(run)
+        unusual = [key for key, value in zip(SHARED, usual, strict=True) if flat(run.config).get(key) != value]
+        first = rows.setdefault(row(run, unusual), [run])[0]
+        if run is not first:
+            keys = [key for key in differing(first.config, run.config) if key not in SEEDS]
+            rows.setdefault(row(run, [*unusual, *keys]), []).append(run)
     return rows
 
 

@@ -62,8 +62,8 @@ def model_card(config: Namespace, stages: list[StageRun], model: PreTrainedModel
     derived = taught or config.student.init != "scratch" or config.student.start_from is not None
     licence, licence_sentence = licence_of(teacher) if derived else (None, f"The weights do not derive from `{teacher}`.")
     count, kept = model.config.num_hidden_layers, sorted(set(config.student.softmax_layers))
-    layers = f"each of its {count} layers"
-    if kept and config.student.mixer != "softmax":
+    layers, mixer = f"each of its {count} layers", "softmax" if len(kept) == count else config.student.mixer
+    if kept and mixer != "softmax":
         others = f"softmax attention in layer{'s' * (len(kept) > 1)} {', '.join(map(str, kept))}"
         layers = f"{count - len(kept)} of its {count} layers and {others}"
     metrics = [read_metrics(stage.weights) if stage.weights.is_file() else {} for stage in stages]
@@ -78,14 +78,14 @@ def model_card(config: Namespace, stages: list[StageRun], model: PreTrainedModel
         library_name="transformers",
         license=licence,
         pipeline_tag="text-generation",
-        tags=["distill_pl", *["knowledge-distillation"] * taught, config.student.mixer],
+        tags=["distill_pl", *["knowledge-distillation"] * taught, mixer],
     )
     text = TEXT.format(
         name=Path(config.out).name,
         teacher=teacher,
         made="distilled from" if taught else "trained, without distillation, in the shape of",
         layers=layers,
-        mixer=config.student.mixer,
+        mixer=mixer,
         parameters=short(sum(p.numel() for p in model.parameters())),
         load="import distill_pl  # lets transformers load its students\n" if isinstance(model, Student) else "",
         stages=markdown(rows),

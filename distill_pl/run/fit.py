@@ -17,6 +17,7 @@ from distill_pl.run.folder import (
     check_fingerprints,
     check_room,
     check_run_folder,
+    check_sizes,
     check_stage_files,
     check_teacher_of,
     disk_refused,
@@ -189,6 +190,9 @@ def run_stage(config: Namespace, stage_run: StageRun, stage: Stage, data: ChunkD
             f"{stage_run.name}: the GPU's memory is full: run the same command again with {remedy}, which leaves the steps "
             "as they are; what was saved before is intact"
         ) from error
+    except RuntimeError as error:
+        check_sizes(stage_run.checkpoint, error)
+        raise
     except OSError as error:  # of TensorBoard's writer
         with disk_refused(stage_run.folder):
             raise error

@@ -405,16 +405,21 @@ def load_student(student: Student, stage: StageRun) -> None:
     try:
         load_model(student, str(stage.weights), strict=True)
     except (RuntimeError, SafetensorError) as error:
-        if "size mismatch" in str(error):
-            raise InputError(
-                f"{stage.weights} is of a student of other sizes ({one_line(error)}): go on with the version of distill_pl "
-                "that began this run, or, if layers in student.softmax_layers differ, give student.kv_heads expanded, also in "
-                "the run's config.yaml"
-            ) from error
+        check_sizes(stage.weights, error)
         raise damaged(stage.weights, one_line(error)) from error
     with safe_open(stage.weights, framework="pt") as file:
         if file.metadata()["sha256"] != fingerprint(student):
             raise damaged(stage.weights, "its checksum is off")
+
+
+def check_sizes(weights: Path, error: Exception) -> None:
+    """Raise InputError where `weights` could not be loaded because they are a student's of other sizes."""
+    if "size mismatch" in str(error):
+        raise InputError(
+            f"{weights} is of a student of other sizes ({one_line(error)}): go on with the version of distill_pl that began "
+            "this run, or, if layers in student.softmax_layers differ, give student.kv_heads expanded, also in the run's "
+            "config.yaml"
+        ) from error
 
 
 def damaged(weights: Path, why: object) -> InputError:

@@ -7,6 +7,7 @@ from jsonargparse import Namespace
 
 from distill_pl.console import aligned, say
 from distill_pl.errors import InputError
+from distill_pl.mixers import MIXERS
 from distill_pl.ops import use_fla
 from distill_pl.run.folder import StageRun, existing_folder, next_stage, room_needed, steps_done
 from distill_pl.run.trainer import device, precision
@@ -75,16 +76,17 @@ def describe(config: Namespace, teacher: Teacher, student: Student, plans: list[
     copied = {
         "scratch": "nothing copied",
         "fresh": "all but attention copied",
-        "qkv": f"all but attention copied, and of it {', '.join(student.mixers[0].copies)}",
+        "qkv": f"all but attention copied, and of it {', '.join(MIXERS[config.student.mixer].copies)}",
     }[config.student.init]
     if config.student.start_from:
         copied = f"going on from {config.student.start_from}"
     batch = config.data.batch_size * config.data.sequence_length
     window = f" with a window of {student.config.window}" if student.config.window else ""
+    kept = f", the teacher's attention in layers {student.config.softmax_layers}" if student.config.softmax_layers else ""
     say(
         f"teacher  {config.teacher}: {type(teacher.model).__name__}, {short(own)} parameters, "
         f"{base.num_hidden_layers} layers of {base.num_attention_heads} heads ({base.num_key_value_heads} kv)\n"
-        f"student  {config.student.mixer}{window}: {short(count)} parameters, {copied}; "
+        f"student  {config.student.mixer}{window}{kept}: {short(count)} parameters, {copied}; "
         f"mixing by {'Triton kernels' if use_fla(config.student.backend, device(config)) else 'torch'}, {precision(config)}\n"
         f"text     {config.data.dataset}, chunks of {config.data.sequence_length}, {config.data.batch_size} a step\n"
         f"stages   "

@@ -36,7 +36,7 @@ for group, ranges in {"student": StudentFactory.ranges, "data": ChunkDataModule.
 
 
 class KeysOnce(yaml.SafeLoader):
-    """Read YAML, and refuse a mapping that has a key twice, of which others silently keep the last."""
+    """Read YAML, and refuse a mapping that has a key twice, as in kd.lr and kd: {lr: ..} too, of which others keep the last."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Compose a mapping. Raises YAMLError, naming key and line, for a key that comes again."""
@@ -46,6 +46,10 @@ class KeysOnce(yaml.SafeLoader):
             if str(key.value) in seen:
                 raise yaml.MarkedYAMLError(problem=f"key {key.value} comes twice", problem_mark=key.start_mark)
             seen.add(str(key.value))
+        for key, _ in mapping.value:
+            if any(other.startswith(f"{key.value}.") for other in seen):
+                problem = f"keys of {key.value} come twice, with a dot and below it"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
         return mapping
 
 

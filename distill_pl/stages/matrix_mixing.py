@@ -146,11 +146,10 @@ class _SumOverPieces(torch.autograd.Function):
 def mixing_parameters(mixer: SequenceMixer) -> list[torch.nn.Parameter]:
     """Find the parameters on which A depends: those for which the matrix of four random tokens has a gradient."""
     parameters = list(mixer.requires_grad_(True).parameters())
-    device = parameters[0].device
     generator = torch.Generator().manual_seed(0)
     sizes = (mixer.q_proj.in_features, mixer.key_dim)
     # on the CPU like the generator, although Lightning calls this with the GPU as torch's default device
-    hidden, angle = (torch.randn(1, 4, size, generator=generator, device="cpu").to(device) for size in sizes)
+    hidden, angle = (torch.randn(1, 4, size, generator=generator, device="cpu").to(parameters[0]) for size in sizes)
     with torch.enable_grad():
         total = mixer.matrix(hidden, (angle.cos(), angle.sin())).square().sum()
         gradients = torch.autograd.grad(total, parameters, allow_unused=True)

@@ -85,6 +85,8 @@ class Stage(L.LightningModule):
                 raise InputError(f"{self.name}: {key} is {own} in the student, {theirs} in the teacher: give its own teacher")
         self.longest = teacher.longest if teacher else sys.maxsize
         self.student = student
+        if student and self.name != "kd" and not self.aligned():
+            raise InputError(f"{self.name}: all layers keep the teacher's attention, which is not aligned: set its tokens to 0")
         self.other_lr = 1.0  # learning rate outside the mixers, as a factor of lr
         self.teacher = teacher  # not an nn.Module, so that neither DDP nor checkpoints include it
         self.lr, self.warmup, self.decay, self.weight_decay, self.clip = lr, warmup, decay, weight_decay, clip
@@ -162,7 +164,7 @@ class Stage(L.LightningModule):
         return [parameter for mixer in self.aligned() for parameter in mixer.parameters()]
 
     def aligned(self) -> list[SequenceMixer]:
-        """Return the mixers to align: not those in `softmax_layers`, which are the teacher's but for rounding."""
+        """Return the mixers to align: not those in `softmax_layers`, the teacher's attention, which KD alone trains."""
         return [mixer for index, mixer in enumerate(self.student.mixers) if index not in self.student.config.softmax_layers]
 
     def mixer_parameters(self) -> list[nn.Parameter]:
@@ -179,8 +181,6 @@ class Stage(L.LightningModule):
         if isinstance(self.student, FSDPModule):
             return  # Lightning calls this hook again for a validation after training
         trained = self.trained()
-        if not trained:
-            raise InputError(f"{self.name}: all layers keep the teacher's attention, which is not aligned: set its tokens to 0")
         self.student.requires_grad_(False)
         for parameter in trained:
             parameter.requires_grad_(True)
@@ -233,20 +233,19 @@ class Stage(L.LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Compute the loss of one micro-batch of tokens [B, T]; average `values` over a step's micro-batches."""
         self.batch = batch
-        micro_batches = self.trainer.accumulate_grad_batches
         loss, parts = (self.captured_losses or self.losses_given)(batch, *self.draw(batch, seed=self.global_step))
-        values = torch.cat([loss.detach()[None], parts]) / micro_batches
-        self.values = values if batch_idx % micro_batches == 0 else self.values + values
+        values, before = torch.cat([loss.detach()[None], parts]), batch_idx % self.trainer.accumulate_grad_batches
+        self.values = values if before == 0 else (before * self.values + values) / (before + 1)
         return loss
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+    def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add the losses of held-out tokens [B, T] to the metrics.
 
         Nothing is compiled here: the check of the loss at step 0 must fail at once, not after a minute of compilation.
         """
         with eagerly(self.device.type):
             for key, value in self.validate(batch).items():
-                self.metrics[key].update(value, len(batch))
+                self.metrics[key].update(value, batch[:, 1:].numel())
 
     def validate(self, tokens: Tensor) -> dict[str, Tensor]:
         """Compute the stage's loss and both models' next-token cross-entropies, in nats per token, of tokens [B, T]."""

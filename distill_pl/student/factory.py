@@ -1,7 +1,8 @@
 """Building an initialised student from a teacher (the paper's Table 1 and section 3.1)."""
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
@@ -92,8 +93,11 @@ class StudentFactory:
         check_arguments("student", StudentFactory.__init__, locals(), self.ranges)
         if mixer not in MIXERS:
             raise InputError(f"student.mixer {mixer!r} is unknown: choose one of {', '.join(MIXERS)}")
-        if isinstance(softmax_layers, str) or not all(isinstance(layer, Integral) for layer in softmax_layers):
+        layers = softmax_layers if isinstance(softmax_layers, Iterable) else [None]
+        if not all(isinstance(layer, Integral) and not isinstance(layer, bool) for layer in layers):
             raise InputError(f"student.softmax_layers {softmax_layers!r} is no list of layers: give their numbers, e.g. [3, 7]")
+        if init == "scratch" and len(softmax_layers):
+            raise InputError("student.init scratch keeps no attention of the teacher in student.softmax_layers: choose fresh")
         if backend == "fla" and not (use_fla("auto", torch.device("cuda")) and torch.cuda.is_available()):
             raise InputError("student.backend fla needs a GPU and fla-core: pip install -e '.[gpu]', or choose torch")
         if window is None and sinks is not None and mixer != "swa":
@@ -122,11 +126,11 @@ class StudentFactory:
                     "leave rope out, or choose shape copyable"
                 )
         self.mixer, self.init, self.shape, self.rope = mixer, init, shape, rope
-        self.retention, self.backend = retention, backend
+        self.retention, self.backend = float(retention), backend  # numbers may be numpy's, which JSON cannot hold
         self.start_from = start_from
-        self.window = WINDOW if window is None and mixer == "swa" else window
-        self.sinks = None if self.window is None else sinks or SINKS
-        self.softmax_layers = sorted(set(softmax_layers))
+        self.window = int(window) if window else WINDOW if mixer == "swa" else None
+        self.sinks = None if self.window is None else int(sinks or SINKS)
+        self.softmax_layers = sorted(set(map(int, softmax_layers)))
         self.kv_heads = kv_heads or (paper if shape == "paper" else MIXERS[mixer]).kv_heads
         self.softmax_kv_heads = kv_heads or MIXERS["softmax"].kv_heads
 
@@ -284,7 +288,9 @@ def check_teacher(teacher: Teacher) -> None:
             raise InputError(f"teacher {teacher.path!r}: its weight {key} is not finite everywhere: get the weights again")
     message = f"teacher {teacher.path!r} ({name}) is not a supported decoder"
     try:
-        reason = _obstacle(teacher.model) or _difference(shallow_copy(teacher))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            reason = _obstacle(teacher.model) or _difference(shallow_copy(teacher))
     except Exception as error:  # architectures fail in ways of their own
         raise InputError(f"{message}: {one_line(error)}") from error
     if reason:

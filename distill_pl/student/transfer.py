@@ -55,6 +55,9 @@ def copy_student(source: PreTrainedModel, student: Student) -> list[int]:
     source: a student of the same teacher, or what a student of softmax attention is exported as. Returns the layers whose
     mixers were not copied. Raises InputError where a tensor outside attention does not fit.
     """
+    layers = [model.config.num_hidden_layers for model in (source, student)]
+    if layers[0] != layers[1]:
+        raise InputError(f"student.start_from: it has {layers[0]} layers, the teacher {layers[1]}: give its own teacher")
     tensors, target = source.state_dict(), student.state_dict()
     split_joint_projections(tensors, student.config)
     if student.config.tie_word_embeddings and not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]):
@@ -62,7 +65,7 @@ def copy_student(source: PreTrainedModel, student: Student) -> list[int]:
     left = []
     for index, mixer in enumerate(student.mixers):
         prefix = f"model.layers.{index}{ATTENTION}"
-        kind = type(source.mixers[index]) if isinstance(source, Student) and index < len(source.mixers) else Softmax
+        kind = type(source.mixers[index]) if isinstance(source, Student) else Softmax
         shapes = [{name: x.shape for name, x in of.items() if name.startswith(prefix)} for of in (tensors, target)]
         if kind is type(mixer) and shapes[0] == shapes[1]:
             for name in shapes[0]:

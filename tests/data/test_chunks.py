@@ -616,7 +616,7 @@ def test_describe_says_what_was_found(tokenizer, tmp_path):
     )
 
 
-@pytest.mark.parametrize("rows, bad", [([None, "", None], ""), ([3, None, ["a"]], r", or unreadable \(2\)")])
+@pytest.mark.parametrize("rows, bad", [([None, "", " \n"], ""), ([3, None, ["a"]], r", or unreadable \(2\)")])
 def test_a_column_without_text_is_named(rows, bad, tokenizer, tmp_path):
     chunks = make(write(tmp_path / "a.jsonl", rows, "jsonl"), tokenizer, tmp_path / "cache", skip_bad_rows=True)
     for _ in range(2):

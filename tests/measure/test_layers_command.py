@@ -9,6 +9,7 @@ from distill_pl.errors import InputError
 from distill_pl.measure import recall
 from distill_pl.measure.layers import choices, held_out_divergence, layers, put_back
 from distill_pl.student.factory import StudentFactory
+from distill_pl.teacher import Teacher
 
 
 @pytest.fixture
@@ -55,6 +56,9 @@ def test_layers_of_a_run(run, capsys, monkeypatch):
     assert f"             0  {found[1]['kl']:.4f}  " in printed
     assert "evenly spaced" in printed
     assert (run / "eval" / "layers.png").stat().st_size > 1000
+    monkeypatch.setattr(Teacher, "longest", 64)
+    with pytest.raises(InputError, match="lengths 256: no layer put back has the teacher's sliding window: give up to 64"):
+        layers(str(run), keep=1, tasks="niah_single_1", lengths="256", limit=2)
     with pytest.raises(InputError, match=r"layers.json holds results of other settings \(limit 2, now 1\): move it"):
         layers(str(run), keep=1, tasks="niah_single_1", lengths="256", limit=1)
 

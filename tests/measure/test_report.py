@@ -153,6 +153,20 @@ def test_ranking_against_the_papers(like, tmp_path, no_pictures):
     assert "these 4 rows against the paper's averages: Kendall's tau 1.00" in (tmp_path / "report.md").read_text()
 
 
+def test_runs_on_another_text_or_budget_are_no_rows_of_the_paper(like, tmp_path, no_pictures):
+    fresh = {"student.init": "fresh", "hidden_align.tokens": 0, "matrix_mixing.tokens": 0}
+    like("a", fresh | {"tokens": "1k"})
+    for mixer in ("gla", "hgrn2", "retnet"):
+        like(mixer, fresh | {"student.mixer": mixer})
+    like("mm", fresh | {"matrix_mixing.tokens": 512, "data.dataset": "other"})
+    report([str(tmp_path / "runs")], str(tmp_path))
+    row = rows(tmp_path, "Not in the paper")
+    assert {"gla (tokens 1k)", "gla_mm (data.dataset other)"} <= row.keys()
+    assert rows(tmp_path)["gla"][0] == "1" and rows(tmp_path)["gla_mm"][0] == "missing"
+    with pytest.raises(InputError, match="no run is given"):
+        report([], str(tmp_path))
+
+
 def test_mixers_beyond_the_paper_have_a_table_of_their_own(like, tmp_path, monkeypatch, no_pictures):
     """A mixer is compared with itself, also where its name begins or ends like that of another."""
     for name in ("gated_delta_net", "gla_2"):

@@ -111,6 +111,7 @@ def test_card_says_what_it_is_and_what_it_scored(folder, teacher_folder):
 
 
 @pytest.mark.parametrize("keys, says", [
+    ({"student.softmax_layers": [0, 1]}, "distilled from .* with softmax in each of its 2 layers"),
     ({"student.softmax_layers": [1]}, "distilled from .* with gla in 1 of its 2 layers and softmax attention in layer 1"),
     ({"kd.alpha": 0, "student.init": "scratch"}, "trained, without distillation, in the shape of .*The weights do not derive"),
 ])  # fmt: skip

@@ -7,7 +7,7 @@ import lightning as L
 import pytest
 import torch
 from helpers import some_tokens
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from shared_fixtures import in_turn
 from torch import Tensor
@@ -338,9 +338,8 @@ def test_kept_layers_are_not_aligned(teacher, tokens, kind):
     trained = names_of(stage)
     assert trained and not any(name.startswith("model.layers.0.") for name in trained)
     stage.losses(tokens, seed=0)[0].backward()
-    stage = kind(StudentFactory("gla", softmax_layers=[0, 1]).build(teacher, seed=0), teacher)
     with pytest.raises(InputError, match="all layers keep the teacher's attention"):
-        stage.configure_model()
+        kind(StudentFactory("gla", softmax_layers=[0, 1]).build(teacher, seed=0), teacher)
 
 
 @pytest.mark.parametrize("kind", STAGES.values(), ids=STAGES)
@@ -631,6 +630,28 @@ def test_epochs_give_the_schedule_of_the_steps_that_they_have(teacher, kind):
 def test_a_trainer_that_a_stage_would_not_follow_is_refused(teacher, options, says):
     with pytest.raises(InputError, match=says):
         trainer(**options).fit(make(KDStage, teacher, "gla"), loader(teacher))
+
+
+def test_matrix_mixing_in_bf16_is_refused_too(teacher):
+    with pytest.raises(InputError, match="matrix_mixing: a student in torch.bfloat16 is not trained"):
+        trainer(max_steps=1, precision="bf16-true").fit(make(MatrixMixingStage, teacher, "gla"), loader(teacher))
+
+
+def test_held_out_losses_are_means_over_the_tokens_of_all_batches_and_loaders(teacher):
+    batches = [some_tokens(teacher, rows=2, length=length) for length in (12, 3)]
+    stage = make(KDStage, teacher, "gla")
+    losses = [stage.validate(batch)["student_ce"].item() for batch in batches]
+    for loaders in (DataLoader(batches, batch_size=None), [DataLoader([batch], batch_size=None) for batch in batches]):
+        trainer().validate(stage, loaders, verbose=False)
+        assert stage.validation["student_ce"] == pytest.approx((11 * losses[0] + 2 * losses[1]) / 13, rel=1e-5)
+
+
+def test_the_values_of_an_epochs_last_step_are_means_of_its_micro_batches(teacher):
+    stage, seen = make(KDStage, teacher, "gla", lr=1e-9), []
+    keep = LambdaCallback(on_train_batch_end=lambda *args: seen.append(stage.values[0].item()))
+    trainer(max_epochs=1, accumulate_grad_batches=3, callbacks=keep).fit(stage, loader(teacher))  # four micro-batches
+    losses = [stage.losses(batch, seed=0)[0].item() for batch in loader(teacher)]
+    assert seen[2:] == pytest.approx([sum(losses[:3]) / 3, losses[3]], rel=1e-4)
 
 
 def test_callbacks_may_monitor_what_is_validated(teacher):

@@ -4,6 +4,7 @@ import copy
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import some_tokens
@@ -663,10 +664,25 @@ def test_a_hybrid_generates_with_a_cache_as_without(teacher, name):
     assert torch.equal(hybrid.generate(tokens, **options), hybrid.generate(tokens, use_cache=False, **options))
 
 
+def test_a_hybrid_from_scratch_has_no_attention_to_keep():
+    with pytest.raises(InputError, match="scratch keeps no attention of the teacher"):
+        StudentFactory("gla", "scratch", softmax_layers=[0])
+
+
+def test_numbers_may_be_numpys_and_truths_are_no_texts(teacher, tmp_path):
+    layers = np.arange(1)
+    factory = StudentFactory("gla", softmax_layers=layers, window=np.int64(4), sinks=np.int64(2), retention=np.float32(0.9))
+    factory.build(teacher, seed=0).save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert (config.softmax_layers, config.window, config.sinks) == ([0], 4, 2)
+    with pytest.raises(InputError, match="rope 'false' is neither True nor False"):
+        StudentFactory("gla", rope="false")
+
+
 def test_a_hybrid_of_layers_that_do_not_exist_is_refused(teacher):
     with pytest.raises(InputError, match=r"softmax_layers \[2\] do not exist.*0 to 1"):
         build(teacher, "gla", softmax_layers=[0, 2])
-    for wrong in ("0", ["0"], [0.5]):
+    for wrong in ("0", ["0"], [0.5], [True], 0, None):
         with pytest.raises(InputError, match=r"softmax_layers .* is no list of layers"):
             build(teacher, "gla", softmax_layers=wrong)
     for model in (teacher.path, teacher.model):

@@ -134,6 +134,9 @@ def test_a_start_that_is_no_student_of_this_teacher_is_refused(teacher, variant,
     wide = save_model("llama", intermediate_size=80)
     with pytest.raises(InputError, match=r"start_from: its model.layers.0.mlp.gate_proj.weight is of shape \(80, 32\)"):
         StudentFactory("gla", start_from=str(wide)).build(teacher, 0)
+    deep = save_model("llama", num_hidden_layers=3)
+    with pytest.raises(InputError, match="start_from: it has 3 layers, the teacher 2"):
+        StudentFactory("gla", start_from=str(deep)).build(teacher, 0)
     other = save_model("qwen3")  # also has a norm of q, for which a student of a Llama has no place
     with pytest.raises(InputError, match="is a Qwen3ForCausalLM, no student of this package"):
         StudentFactory("gla", start_from=str(other)).build(teacher, 0)
