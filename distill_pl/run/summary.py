@@ -76,6 +76,7 @@ CLAIMS = [
     Claim("B", "copying all but attention is better than nothing", "better", [("mlstm_plain", "scratch_mlstm")]),
     Claim("B", "Frobenius norm and MSE do similarly well", "similar", [("mlstm_qkv_mm", "mlstm_qkv_mm_mse")]),
 ]  # fmt: skip
+MEASURES = "Perplexity and KL(teacher, student), in nats a token, are of held-out text; accuracies and recall are in percent."
 STATE_TOKENS = 8192  # after which results give the size of a state
 MATERIAL = ("teacher", "data.dataset", "data.sequence_length", "data.validation_tokens")  # what a teacher's measures depend on
 Rows = dict[str, dict[int, dict[str, float]]]  # by name and seed: a student's measures
@@ -123,12 +124,14 @@ def summary(folder: Path) -> str:
         "Beyond the paper": dict.fromkeys(name for _, name in beyond),
     }  # fmt: skip
     draw(rows, teacher["teacher"][0].get("perplexity"), folder / "study.png")
-    text = [overview(results), *guessing(of_teacher), "![held-out perplexity of each student](study.png)"]
+    shared, changed = keys_of(results)
+    text = ["# Results of `distill-pl study`", f"{overview(results)} {MEASURES}", f"All runs: {', '.join(shared)}.",
+            *guessing(of_teacher), "![held-out perplexity of each student](study.png)"]  # fmt: skip
     for title, published in tables.items():
         names = [name for name in published if name in rows]
         if names:
             found = {name: published[name] for name in names}
-            keys = changed_keys(results) if title == "Beyond the paper" else None
+            keys = changed if title == "Beyond the paper" else None
             text += [f"### {title}", table({"teacher": paper.TEACHER} | found, teacher | rows, keys=keys)]
         if title in ("Table 3", "Table 2") and len(names) >= 3 and comparable:
             text.append(ranking(names, rows))
@@ -206,13 +209,13 @@ def over_seeds(found: list[dict[str, Any]]) -> dict[str, dict]:
     return means
 
 
-def changed_keys(results: list[dict[str, Any]]) -> dict[str, str]:
-    """List, by student, the keys that differ from the defaults, without those that all results share."""
+def keys_of(results: list[dict[str, Any]]) -> tuple[list[str], dict[str, str]]:
+    """List the keys that are not the defaults: those that all results share and, by student, the others."""
     pairs = {result["row"]: {f"`{key} {str(value).lower() if isinstance(value, bool) else value}`"
                              for key, value in result["config"].items()
                              if key not in ("student.mixer", *SEEDS)} for result in results}  # fmt: skip
     shared = set.intersection(*pairs.values())
-    return {row: ", ".join(sorted(found - shared)) for row, found in pairs.items()}
+    return sorted(shared), {row: ", ".join(sorted(found - shared)) for row, found in pairs.items()}
 
 
 def guessing(result: dict[str, Any]) -> list[str]:
@@ -243,7 +246,7 @@ def table(published: dict[str, Any], rows: Rows,
     columns = [column for column in measures
                if any(column in values for name in published for values in rows.get(name, {}).values())]  # fmt: skip
     beside = any(accuracies and accuracies[-1] is not None for name, accuracies in published.items() if name != "teacher")
-    lines = [["student", "seeds", *columns, *["paper's Avg."] * beside, *["keys that are not the defaults"] * bool(keys)]]
+    lines = [["student", "seeds", *columns, *["paper's Avg."] * beside, *["other keys that are not the defaults"] * bool(keys)]]
     for name, accuracies in published.items():
         runs = rows.get(name, {}).values()
         cells = [interval([values[column] for values in runs if column in values], DIGITS.get(column, 1)) for column in columns]

@@ -290,6 +290,13 @@ def test_weights_that_lack_a_tensor_are_damaged(begun, arguments):
     assert re.search(f"{FIRST_WEIGHTS} is damaged .*model.norm.weight", refused(*arguments()))
 
 
+def test_weights_of_other_sizes_are_named(begun, arguments):
+    checkpoint = torch.load(begun / SECOND_CHECKPOINT, weights_only=True)
+    checkpoint["state_dict"]["student.model.norm.weight"] = torch.ones(1)
+    torch.save(checkpoint, begun / SECOND_CHECKPOINT)
+    assert f"{SECOND_CHECKPOINT} is of a student of other sizes" in refused(*arguments())
+
+
 @pytest.fixture
 def model(teacher_folder, tmp_path) -> Path:
     """Copy the teacher to a folder that a test may change."""

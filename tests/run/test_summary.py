@@ -91,7 +91,8 @@ def test_the_summary_has_tables_ranking_and_claims(tmp_path, monkeypatch):
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
     _, *rankings = ([label.get_text() for label in axes.get_yticklabels()] for axes in figures[0].axes)
     assert rankings[0] == rankings[1] == sorted(paper.TABLE_3, key=lambda name: paper.TABLE_3[name][-1])
-    assert text.startswith("44 runs (teacher T; dataset D; tokens 30M) on CPU, torch 2.0.")
+    assert "\n44 runs (teacher T; dataset D; tokens 30M) on CPU, torch 2.0." in text
+    assert "All runs: `data.dataset D`, `teacher T`, `tokens 30M`." in text
     perplexity = math.exp(4 - 0.4785)
     row = line(text, "gla | 3")
     assert row[2].startswith(f"{perplexity:.2f} ± ") and row[3] == "0.250" and row[-1] == "47.85"
