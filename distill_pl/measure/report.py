@@ -74,8 +74,9 @@ def report(models: list[str], out: str = "report") -> None:
 
     Writes report.md to `out`, with losses.png (the training curves of every stage), matrix_mixing.png and hidden_align.png
     (heat maps of each layer's distance to the teacher's). Runs that differ only in their seed share a row: mean and 95%
-    confidence interval. Where `evaluate` has measured recall or a text, also recall.png (accuracy against the length of the
-    prompt) and positions.png (perplexity by position).
+    confidence interval. Runs of another teacher, text or budget than most are rows of their own, not the paper's. Where
+    `evaluate` has measured recall or a text, also recall.png (accuracy against the length of the prompt) and positions.png
+    (perplexity by position).
 
     Args:
         models: run folders of `distill-pl fit`, or folders of such folders.
