@@ -7,6 +7,8 @@ import warnings
 
 from torch import distributed
 
+from distill_pl.errors import InputError
+
 # environment variables with which torchrun, Lightning, Slurm and MPI tell a process its rank before there is a process group
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
 
@@ -19,9 +21,17 @@ def is_first_rank() -> bool:
 
 
 def say(text: str) -> None:
-    """Print `text` on rank 0 and flush, so that it appears in a log file at once."""
+    """Print `text` on rank 0 and flush, so that it appears in a log file at once.
+
+    Raises InputError where the output cannot be written, but BrokenPipeError where what read it has ended.
+    """
     if is_first_rank():
-        print(text.encode(errors="backslashreplace").decode(), flush=True)  # names of files may be no UTF-8
+        try:
+            print(text.encode(errors="backslashreplace").decode(), flush=True)  # names of files may be no UTF-8
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise InputError(f"the output cannot be printed ({error.strerror}): see to where it goes, and go on") from error
 
 
 def quiet() -> None:

@@ -72,7 +72,8 @@ def evaluate(
         limit: number of questions of each task (for recall tasks: of each length), and of rows of `text`. Default: all; for
             recall tasks and `text` 25.
         batch_size: sequences in a forward pass; of recall tasks and `text`, batch_size x 2048 tokens (x 4096 on a GPU).
-        lengths: lengths of the prompts of recall tasks, in tokens; the largest is also that of the rows of `text`.
+        lengths: lengths of the prompts of recall tasks, in tokens; the largest is also that of the rows of `text`. Results of
+            other lengths, or of another text, are replaced.
         text: local file, folder or hub dataset on which to measure perplexity, by position too, and in which recall tasks hide
             numbers; by default these use the held-out text of a run.
         seed: seed of whatever lm-eval and the recall tasks draw.
@@ -95,7 +96,7 @@ def evaluate(
     for model in models:
         path, folder = weights_path(model), Path(model) / "eval"
         if model in runs:
-            teacher, its_text = teacher_of(Path(model)), held_out_text(runs[model]["data"])
+            teacher, its_text = teacher_of(Path(model)), held_out_text(Path(model))
             name = f"{teacher} (text of {model})" if teacher in teachers.values() else teacher
             name = teachers.setdefault((teacher, its_text), name)
             jobs[model] = [(name, teacher, folder / f"teacher{suffix}"), (model, path, folder / f"student{suffix}")]
@@ -177,7 +178,8 @@ def measure(path: str, file: Path, tasks: list[str], run: Path | None, data: str
     weights = fingerprint(network, torch.bfloat16)  # the same on machines that load them in fp32
     if file.name.startswith("teacher"):
         check_teacher_of(file.parent.parent, path, weights)
-    settings = {"seed": questions.seed, "lm_eval": version("lm_eval"), "dtype": str(network.dtype)}
+    settings = {"seed": questions.seed, "lm_eval": version("lm_eval"), "dtype": str(network.dtype),
+                "config": config_hash(network, tokenizer)}  # fmt: skip
     report: dict[str, Any] = {
         "model": path, "limit": limit, "weights": weights, "device": network.device.type, "torch": torch.__version__,
         "transformers": version("transformers"),
@@ -194,7 +196,7 @@ def measure(path: str, file: Path, tasks: list[str], run: Path | None, data: str
         return (row.get("source"), row.get("settings")) == (source, settings)
 
     if run is not None:
-        source = held_out_text(read_config(run)["data"])
+        source = held_out_text(run)
         if not is_known("held-out", source):
             keep({"held-out": {"perplexity": held_out_perplexity(network, tokenizer, run, batch_size)}}, source)
     tokens_at_once = batch_size * TOKENS_PER_ROW[network.device.type]
@@ -231,6 +233,14 @@ def measure(path: str, file: Path, tasks: list[str], run: Path | None, data: str
         keep({}, "")
     asked = ["held-out", *["text"] * (questions.text is not None), *tasks]
     return {task: row for task, row in report["results"].items() if task in asked}
+
+
+def config_hash(network: PreTrainedModel, tokenizer: Any) -> str:
+    """Hash what a model's results depend on beside its weights: its config.json, but for where and how it was saved; tokens."""
+    config = network.config.to_diff_dict()
+    config = {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version", "dtype")}
+    tokens = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(tokenizer.get_vocab())
+    return sha256(f"{json.dumps(config, sort_keys=True, default=str)} {tokens}".encode()).hexdigest()[:16]
 
 
 def generate(
@@ -425,12 +435,13 @@ def check_positions(model: str, config: Any, positions: int, remedy: str = "give
         raise InputError(f"model {model!r} has a table of {limit} positions, {positions} are asked for: {remedy}")
 
 
-def held_out_text(data: dict[str, Any]) -> str:
-    """Describe the text of a run that no stage trained on, alike for runs that have the same. data: the run's data keys."""
+def held_out_text(run: Path) -> str:
+    """Describe the text of a run that no stage trained on, by its keys and a hash, alike for runs that have the same."""
+    data, recorded = read_config(run)["data"], read_fingerprints(run).get("held_out", "")
     defaults = inspect.signature(ChunkDataModule).parameters
     others = [key for key in WHAT_IS_READ if key not in ("dataset", "validation_tokens", "shuffle")]
     changed = "".join(f", {key} {data[key]}" for key in others if data.get(key, defaults[key].default) != defaults[key].default)
-    return f"{data['dataset']}, {data['validation_tokens']} tokens in chunks of {data['sequence_length']}{changed}"
+    return f"{data['dataset']}, {data['validation_tokens']} tokens in chunks of {data['sequence_length']}{changed} {recorded}"
 
 
 def held_out_chunks(model: PreTrainedModel, tokenizer, run: Path) -> torch.Tensor:

@@ -170,6 +170,8 @@ def _batch_scorer() -> type:
             order = sorted(range(len(requests)), key=lambda i: len(requests[i][1]) + len(requests[i][2]), reverse=True)
             for first in trange(0, len(order), size, desc=f"batches of {size} continuations", disable=disable_tqdm):
                 batch = order[first : first + size]
+                if (longest := max(len(requests[i][2]) for i in batch)) > self.max_length:
+                    raise InputError(f"a task continues by {longest} tokens, the model reads {self.max_length}: leave it out")
                 rows = [torch.tensor((requests[i][1] + requests[i][2])[-(self.max_length + 1) :]) for i in batch]
                 tokens, place = pad_sequence(rows, batch_first=True), torch.arange(1, len(rows[0]))
                 ends = torch.tensor([len(row) for row in rows])[:, None]

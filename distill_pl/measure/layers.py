@@ -3,9 +3,9 @@
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
-from math import hypot, sqrt
+from math import hypot
 from pathlib import Path
-from statistics import mean, pstdev
+from statistics import mean
 from typing import Any, cast
 
 import torch
@@ -107,7 +107,7 @@ def layers(
         with put_back(student, original, layer):
             rows.append({"layer": layer, "kl": held_out_divergence(student, original, chunks, batch_size)})
             scores = [score for row in items for score in recall.score(student, tokenizer, row, tokens_at_once)]
-        rows[-1] |= {"recall": mean(scores), "recall_stderr": pstdev(scores) / sqrt(len(scores))} if scores else {}
+        rows[-1] |= {"recall": mean(scores), "recall_stderr": recall.standard_error(scores)} if scores else {}
         recalled = f"  {rows[-1]['recall']:6.1%}" if scores else ""
         say(f"{AS_IT_IS if layer is None else layer:>14}  {rows[-1]['kl']:6.4f}{recalled}")
     write_aside(file, lambda aside: aside.write_text(json.dumps(settings | {"rows": rows}, indent=1)))

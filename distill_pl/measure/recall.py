@@ -25,7 +25,7 @@ import re
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from itertools import takewhile
-from statistics import mean, pstdev
+from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import torch
@@ -295,12 +295,17 @@ def said(answers: Sequence[str], text: str) -> float:
     return float(re.match(rf"{LEAD}{re.escape(answer)}(?!\w)", text) is not None)
 
 
+def standard_error(values: list[float]) -> float:
+    """Return the standard error of the mean of values; nan of a single one, which says nothing of others."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
 def summary(items: dict[int, list[Item]], scores: dict[int, list[float]]) -> dict[str, Any]:
     """Summarise scores by length: accuracy, its standard error and the chance level over all items, and accuracy by length."""
     every = [value for values in scores.values() for value in values]
     return {
         "acc": mean(every),
-        "acc_stderr": pstdev(every) / math.sqrt(len(every)),
+        "acc_stderr": standard_error(every),
         "chance": mean(item.chance for row in items.values() for item in row),
         "n": len(every),
         "by_length": {str(length): mean(values) for length, values in scores.items()},

@@ -129,12 +129,16 @@ def find_runs(folder: Path) -> list[Run]:
 
 
 def of_same_questions(runs: list[Run]) -> list[Run]:
-    """Leave out each result of the paper's tasks that is of other questions than the first run's, and say so."""
+    """Leave out each result of the paper's tasks that is of other questions than the first run's, and say so.
+
+    The same of recall tasks whose prompts are of other number or lengths; their words depend on the tokenizer.
+    """
     asked: dict[str, tuple] = {}
     alike = []
     for run in runs:
-        of_paper = {task: (row.get("source"), row.get("n")) for task, row in run.results.items() if task in paper.TASKS}
-        others = [task for task, questions in of_paper.items() if asked.setdefault(task, questions) != questions]
+        questions_of = {task: (row.get("source"), row.get("n")) for task, row in run.results.items() if task in paper.TASKS}
+        questions_of |= {task: (row["n"], *row["by_length"]) for task, row in run.results.items() if task in recall.TASKS}
+        others = [task for task, questions in questions_of.items() if asked.setdefault(task, questions) != questions]
         if others:
             say(f"{run.folder} answered other questions of {', '.join(others)} than runs before it, and is not counted there")
         alike.append(run._replace(results={task: row for task, row in run.results.items() if task not in others}))
@@ -323,8 +327,12 @@ def scalars(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
     """Read what a stage wrote for TensorBoard -> by tag, its steps (tokens) and values."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {tag: tuple(zip(*((e.step, e.value) for e in events.Scalars(tag)), strict=True)) for tag in events.Tags()["scalars"]}
+    found: dict[str, dict[int, float]] = {}
+    for file in sorted(folder.glob("*tfevents*")):  # of each start of the run; all in one, a clock set back would hide points
+        events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
+        for tag in events.Tags()["scalars"]:
+            found.setdefault(tag, {}).update((event.step, event.value) for event in events.Scalars(tag))
+    return {tag: tuple(zip(*sorted(points.items()), strict=True)) for tag, points in found.items()}  # type: ignore[misc]
 
 
 def pictures(runs: list[Run], folder: Path) -> list[str]:

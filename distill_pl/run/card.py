@@ -52,6 +52,8 @@ torch {torch}, transformers {transformers}. The whole configuration, in the form
 
 {licence}
 """
+NOT_EVALUATED = "Not evaluated yet: run `distill-pl evaluate RUN --tasks study`."
+METRIC = "accuracy, by distill-pl evaluate"  # tells its results in a card's front matter from those that others added
 RESULTS = "<!-- distill-pl evaluate writes here -->\n{}\n<!-- as far as here -->"  # cards on disk have these very marks
 
 
@@ -95,7 +97,7 @@ def model_card(config: Namespace, stages: list[StageRun], model: PreTrainedModel
         torch=version("torch"),
         transformers=version("transformers"),
         config=yaml.safe_dump(plain(config), sort_keys=False),
-        results=RESULTS.format("Not evaluated yet: run `distill-pl evaluate RUN --tasks study`."),
+        results=RESULTS.format(NOT_EVALUATED),
         licence=licence_sentence,
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
@@ -133,7 +135,7 @@ def add_results(student: Path, results: dict[str, dict[str, Any]]) -> None:
     """
     columns, recalled = paper.columns(results), {task: row for task, row in results.items() if "by_length" in row}
     card = read_card(student)
-    if not (columns or recalled) or card is None:
+    if card is None or (not (columns or recalled) and NOT_EVALUATED in card.text):
         return
     tables = []
     if columns:
@@ -148,12 +150,13 @@ def add_results(student: Path, results: dict[str, dict[str, Any]]) -> None:
             rows.append([task, *shares, f"{100 * row['chance']:.1f}"])
         tables.append(markdown(rows))
     before, after = (re.escape(part) for part in RESULTS.split("{}"))
-    written = RESULTS.format("\n\n".join(tables))
+    written = RESULTS.format("\n\n".join(tables) or NOT_EVALUATED)
     card.text = re.sub(f"{before}.*{after}", lambda _: written, card.text, flags=re.DOTALL)
     data: Any = card.data
     data.model_name = data.model_name or student.resolve().parent.name
-    kind: Any = {"task_type": "text-generation", "metric_type": "acc"}
-    data.eval_results = [result for result in data.eval_results or [] if result.dataset_type not in results] + [
+    kind: Any = {"task_type": "text-generation", "metric_type": "acc", "metric_name": METRIC}
+    others = [found for found in data.eval_results or [] if found.metric_name != METRIC and found.dataset_type not in results]
+    data.eval_results = others + [
         EvalResult(dataset_type=task, dataset_name=task, metric_value=row["acc"], **kind)
         for task, row in results.items()
         if "acc" in row and task not in recalled

@@ -116,6 +116,10 @@ def fit(config: Namespace) -> None:
     if compiled:
         from distill_pl.compiling import compile_stage
     with sole_user(out, probe.global_rank):
+        check_run_folder(config)  # another run may have begun and stopped there since the first check
+        check_fingerprints(config, fingerprints)
+        for stage_run in plans[:first] if not probe.global_rank else []:
+            stage_run.checkpoint.unlink(missing_ok=True)  # left by a kill between a stage's weights and this
         if not probe.global_rank and next_stage(plans) != first:
             raise InputError(f"out {config.out!r} was trained by another process in the meantime: give the same command again")
         if first < len(plans):
@@ -192,6 +196,8 @@ def run_stage(config: Namespace, stage_run: StageRun, stage: Stage, data: ChunkD
         ) from error
     except RuntimeError as error:
         check_sizes(stage_run.checkpoint, error)
+        raise
+    except BrokenPipeError:  # of the console
         raise
     except OSError as error:  # of TensorBoard's writer
         with disk_refused(stage_run.folder):

@@ -111,10 +111,12 @@ def test_each_run_has_its_teachers_results_and_perplexity_of_its_own_text(run, t
     assert capsys.readouterr().out.splitlines()[1].split() == ["perplexity"]
 
 
-def test_held_out_texts_are_alike_if_all_that_says_what_is_read_is():
+def test_held_out_texts_are_alike_if_all_that_says_what_is_read_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("distill_pl.measure.evaluate.read_config", lambda run: {"data": run})
+    monkeypatch.setattr("distill_pl.measure.evaluate.read_fingerprints", lambda run: {"held_out": run.get("hash", "0")})
     data = {"dataset": "a/b", "validation_tokens": "1k", "sequence_length": 32, "name": None, "seed": 1, "shuffle": 3}
     other = [{"dataset": "c"}, {"validation_tokens": "2k"}, {"sequence_length": 16}, {"name": "x"}, {"revision": "y"},
-             {"text_column": "z"}, {"skip_bad_rows": True}]  # fmt: skip
+             {"text_column": "z"}, {"skip_bad_rows": True}, {"hash": "1"}]  # fmt: skip
     texts = [held_out_text(data | changes) for changes in ({}, *other)]
     assert len(set(texts)) == 1 + len(other) and held_out_text(data | {"shuffle": 4, "batch_size": 9}) == texts[0]
 
