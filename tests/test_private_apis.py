@@ -1,4 +1,7 @@
-"""Name every private interface of another library that this package uses: a version that changes one fails here."""
+"""Name the private interfaces of other libraries that this package uses: a version that changes one fails here.
+
+Those of torch's compiler and of lm-eval have tests beside the modules that use them.
+"""
 
 import inspect
 

@@ -86,7 +86,7 @@ class Chunks:
         self._verified: dict[str, int] = {}  # by file, the number of tokens with a verified checksum
 
     def check(self) -> None:
-        """Check, without writing, that `prepare` can start; read at most the head of each split.
+        """Check, without writing, that `prepare` can start; read the first rows of every file, of a JSON array all.
 
         Raises:
             InputError: a dataset that does not exist, is empty or lacks the text column; a tokenizer without EOS, or one that

@@ -172,6 +172,10 @@ class ChunkDataModule(L.LightningDataModule):
         """Return the number of chunks in a micro-batch of one of `ranks` ranks."""
         return self.batch_size // ranks // self.accumulation(ranks)
 
+    def validation_batches(self, ranks: int) -> int:
+        """Return the number of batches of held-out chunks of one of `ranks` ranks."""
+        return -(-(self.validation_chunks // ranks) // self.chunks_at_once(ranks))
+
     def assign(self, first: int, steps: int) -> None:
         """Set the chunks of the next stage: `steps` batches from chunk `first` on; before, all that `prepare` was asked for."""
         self.first, self.steps = first, steps
@@ -205,8 +209,7 @@ class ChunkDataModule(L.LightningDataModule):
         ranks = self.trainer.world_size
         micro = self.chunks_at_once(ranks)
         indices = np.arange(self.trainer.global_rank, self.validation_chunks, ranks)
-        count = -(-(self.validation_chunks // ranks) // micro)
-        batches = np.split(indices, range(micro, count * micro, micro))
+        batches = np.split(indices, range(micro, self.validation_batches(ranks) * micro, micro))
         return _loader(_ChunkDataset(self.validation), [batch.tolist() for batch in batches])
 
 

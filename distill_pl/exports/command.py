@@ -21,14 +21,13 @@ from distill_pl.exports import fresh
 from distill_pl.exports.fla import as_fla
 from distill_pl.exports.native import as_native
 from distill_pl.measure.evaluate import weights_path
+from distill_pl.run.card import IMPORT, LOAD
 from distill_pl.run.export import lacking
 from distill_pl.run.folder import disk_refused, existing_folder
 from distill_pl.student.factory import load_whole
 from distill_pl.student.modeling import Student
 
 TOLERANCE, ROUNDINGS = 1e-5, 10  # of the largest logit, in fp32; or so many times what rounding changes in the student itself
-IMPORT = "import distill_pl  # lets transformers load its students\n"  # in the card of a student, see run/card.py
-LOAD = 'AutoModelForCausalLM.from_pretrained("path/to/this/folder"'
 
 
 def export(run: str, to: Literal["transformers", "fla", "remote"] = "transformers", out: str | None = None) -> None:

@@ -72,8 +72,7 @@ def check_layers(student: Student, target: str, scales: bool = False, attention:
     """
     config, teacher = student.config, teacher_config(student.config)
     mixers = [mixer for mixer in student.mixers if not isinstance(mixer, Softmax)]
-    parts = [{name for name in layer.state_dict() if not name.startswith("self_attn.")} for layer in student.model.layers]
-    other = sorted(set().union(*(names ^ LLAMA_BLOCK for names in parts)))
+    other = sorted(set().union(*(block(layer).keys() ^ LLAMA_BLOCK for layer in student.model.layers)))
     activation = getattr(teacher, "hidden_activation", None) or teacher.hidden_act
     refuse(student, {
         f"{target} has no window attention beside a mixer (student.window)": config.window is not None,

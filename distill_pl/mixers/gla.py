@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import silu
 from transformers import initialization
 
-from distill_pl.mixers.mixer import Paper, RMSNorm, SequenceMixer
+from distill_pl.mixers.mixer import Paper, RMSNorm, SequenceMixer, unpadded
 from distill_pl.ops import channel_decay
 
 TEMPERATURE = 16  # divides the log gate, as in the original, so that moderate logits give slow forgetting
@@ -39,9 +39,7 @@ class GLA(SequenceMixer):
     def inputs(self, hidden, position, mask, state):
         """Project hidden [B, T, D] to q, k, v and the decay's logits g [B, T, H, K]; the key of a padded token is zero."""
         q, k, v = self.qkv(hidden, position)
-        if mask is not None:
-            k = k * mask[:, :, None, None]
-        k, v = self.repeat_kv(k), self.repeat_kv(v)
+        k, v = self.repeat_kv(unpadded(k, mask)), self.repeat_kv(v)
         g = self.decay_proj(hidden).unflatten(-1, (self.heads, -1))
         return channel_decay.Inputs(q, k, v, g, self.scale, self.backend, TEMPERATURE), hidden
 

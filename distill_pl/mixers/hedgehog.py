@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization
 
-from distill_pl.mixers.mixer import Paper, SequenceMixer
+from distill_pl.mixers.mixer import Paper, SequenceMixer, unpadded
 from distill_pl.ops import normalized, promoted
 
 EPS = 1e-10  # added to the row sum, as in fla: a row of spiky features can sum to 1e-8
@@ -59,7 +59,5 @@ class Hedgehog(SequenceMixer):
     def inputs(self, hidden, position, mask, state):
         """Project hidden [B, T, D] to phi(q), phi(k) and v; a padded key is zeroed after phi, which is never zero itself."""
         q, k, v = self.qkv(hidden, position)
-        q, k = self.q_map(q), self.k_map(self.repeat_kv(k))
-        if mask is not None:
-            k = k * mask[:, :, None, None]
+        q, k = self.q_map(q), unpadded(self.k_map(self.repeat_kv(k)), mask)
         return normalized.Inputs(q, k, self.repeat_kv(v), scale=1.0, eps=EPS, backend=self.backend), hidden

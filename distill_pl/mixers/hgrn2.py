@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.functional import sigmoid, silu
 from transformers import initialization
 
-from distill_pl.mixers.mixer import Paper, RMSNorm, SequenceMixer
+from distill_pl.mixers.mixer import Paper, RMSNorm, SequenceMixer, unpadded
 from distill_pl.ops import channel_decay, promoted
 
 TEMPERATURE = 1  # the log gate is not divided
@@ -44,9 +44,7 @@ class HGRN2(SequenceMixer):
         k = sigmoid(-promoted(g)[0])
         k, v, g = (self.repeat_kv(x) for x in (k, v, g))
         q, k = self.rotated(position, silu(q), k)
-        if mask is not None:
-            k = k * mask[:, :, None, None]
-        return channel_decay.Inputs(q, k, v, g, self.scale, self.backend, TEMPERATURE), hidden
+        return channel_decay.Inputs(q, unpadded(k, mask), v, g, self.scale, self.backend, TEMPERATURE), hidden
 
     def output(self, mixed, hidden):
         """Normalise over all heads. mixed [B, T, H, V] -> [B, T, H V]."""

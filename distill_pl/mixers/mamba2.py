@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 from transformers import initialization
 
-from distill_pl.mixers.mixer import Paper, RMSNorm
+from distill_pl.mixers.mixer import Paper, RMSNorm, unpadded
 from distill_pl.mixers.short_conv import ConvolvedMixer
 from distill_pl.ops import scalar_decay
 
@@ -59,9 +59,7 @@ class Mamba2(ConvolvedMixer):
         q, k, v = map(self.repeat_kv, self.convolved(hidden, mask, state))
         q, k = self.rotated(position, q, k)
         dt = self.dt(hidden)
-        k = k * dt[..., None]
-        if mask is not None:
-            k = k * mask[:, :, None, None]
+        k = unpadded(k * dt[..., None], mask)
         g = self.log_decay(dt)
         return scalar_decay.Inputs(q, k, v, g, scale=1.0, backend=self.backend), (v, hidden)
 

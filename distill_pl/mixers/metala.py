@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.functional import layer_norm, silu
 from transformers import initialization
 
-from distill_pl.mixers.mixer import Paper, SequenceMixer
+from distill_pl.mixers.mixer import Paper, SequenceMixer, unpadded
 from distill_pl.mixers.short_conv import ShortConv, convolve
 from distill_pl.ops import channel_decay
 
@@ -60,8 +60,7 @@ class MetaLA(SequenceMixer):
         g = self.decay_proj(hidden).unflatten(-1, (self.kv_count, -1))
         k = -channel_decay.log_decay(g, TEMPERATURE).expm1()
         k, v, g = (self.repeat_kv(x) for x in (k, v, g))
-        if mask is not None:
-            k = k * mask[:, :, None, None]
+        k = unpadded(k, mask)
         read_by_output = (hidden, q, k, v)
         q, k = self.rotated(position, q, k)
         return channel_decay.Inputs(q, k, v, g, self.scale, self.backend, TEMPERATURE), read_by_output

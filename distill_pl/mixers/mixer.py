@@ -6,7 +6,7 @@ code.
 """
 
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,7 @@ from torch.nn.functional import rms_norm
 from transformers import initialization
 
 from distill_pl.ops import promoted, window
-
-if TYPE_CHECKING:
-    from distill_pl.student.cache import MixerState
+from distill_pl.student.cache import MixerState
 
 Tables = tuple[Tensor, Tensor]  # cos and sin of RoPE, [B or 1, T, K], or narrower where RoPE rotates only the first channels
 Position = Tables | dict[str, Tables]  # a dict by type of layer where types differ in RoPE
@@ -142,7 +140,7 @@ class SequenceMixer(nn.Module):
             initialization.constant_(self.window_logit, SHARE_LOGIT)
 
     def inputs(self, hidden: Tensor, position: Position, mask: Tensor | None,
-               state: "MixerState | None") -> tuple[Any, Any]:  # fmt: skip
+               state: MixerState | None) -> tuple[Any, Any]:  # fmt: skip
         """Project a hidden state -> the op's `Inputs`, tensors [B, T, heads, ...], and what `output` reads besides A v.
 
         hidden [B, T, D] comes from the layer's norm. mask bool [B, T] is False where padded: a padded token must not change
@@ -202,7 +200,7 @@ class SequenceMixer(nn.Module):
         return x if repeats == 1 else x.repeat_interleave(repeats, dim=2)
 
     def branches(self, hidden: Tensor, position: Position, mask: Tensor | None,
-                 state: "MixerState | None") -> tuple[list[tuple[ModuleType, Any]], Any]:  # fmt: skip
+                 state: MixerState | None) -> tuple[list[tuple[ModuleType, Any]], Any]:  # fmt: skip
         """Return the op and, with `student.window`, window attention, each with its `Inputs`, and what `output` reads.
 
         Arguments are those of `inputs`. Window attention reads the mixer's q, k and v projections as the teacher's attention
@@ -271,6 +269,11 @@ class SequenceMixer(nn.Module):
         if self.beside_window:
             y = self.combined([y.unflatten(-1, (self.heads, -1)), parts[1]], dims=1).flatten(2)
         return self.o_proj(y), None
+
+
+def unpadded(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Set x [B, T, heads, X] to zero in padded tokens, where mask, bool [B, T], is False; None for no padding."""
+    return x if mask is None else x * mask[:, :, None, None]
 
 
 def advance(op: ModuleType, inputs: Any, state: Any) -> tuple[Tensor, Any]:

@@ -6,7 +6,7 @@ A_ij = S_ij / (sum_j S_ij + eps)  (ops/normalized.py);  after A v: o_proj
 
 from torch import nn
 
-from distill_pl.mixers.mixer import Paper, SequenceMixer
+from distill_pl.mixers.mixer import Paper, SequenceMixer, unpadded
 from distill_pl.ops import normalized
 
 EPS = 1e-5  # added to the row sum, as in the original
@@ -30,8 +30,6 @@ class ReBased(SequenceMixer):
         """Project hidden [B, T, D] to phi(q), phi(k) and v; a padded key is zeroed after phi, because phi(0) = beta."""
         q, k, v = self.qkv(hidden, position)
         q, k = self.feature_map(q), self.feature_map(k)
-        if mask is not None:
-            k = k * mask[:, :, None, None]
-        k, v = self.repeat_kv(k), self.repeat_kv(v)
+        k, v = self.repeat_kv(unpadded(k, mask)), self.repeat_kv(v)
         remember = state is not None  # the op's state is costly, and read only in generation
         return normalized.Inputs(q, k, v, self.scale, EPS, 2, remember, self.backend), hidden

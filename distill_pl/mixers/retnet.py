@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import silu
 
-from distill_pl.mixers.mixer import Paper, RMSNorm, SequenceMixer
+from distill_pl.mixers.mixer import Paper, RMSNorm, SequenceMixer, unpadded
 from distill_pl.ops import scalar_decay
 
 
@@ -30,9 +30,7 @@ class RetNet(SequenceMixer):
     def inputs(self, hidden, position, mask, state):
         """Project hidden [B, T, D] to q, k and v, with the log decay g of each head; the key of a padded token is zero."""
         q, k, v = self.qkv(hidden, position)
-        if mask is not None:
-            k = k * mask[:, :, None, None]
-        k, v = self.repeat_kv(k), self.repeat_kv(v)
+        k, v = self.repeat_kv(unpadded(k, mask)), self.repeat_kv(v)
         head = torch.arange(self.heads, dtype=torch.float32, device=hidden.device)
         g = torch.log1p(-torch.exp2(-5 - head)).expand(*hidden.shape[:2], -1)  # in bf16 most gammas would be 1
         return scalar_decay.Inputs(q, k, v, g, self.scale, self.backend), hidden

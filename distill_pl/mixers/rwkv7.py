@@ -7,7 +7,6 @@
 """
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,7 @@ from distill_pl.errors import InputError
 from distill_pl.mixers.mixer import SequenceMixer
 from distill_pl.mixers.short_conv import l2_norm
 from distill_pl.ops import gated_delta
-
-if TYPE_CHECKING:
-    from distill_pl.student.cache import MixerState
+from distill_pl.student.cache import MixerState
 
 FASTEST = -math.exp(-0.5)  # log decay: a token keeps at least 0.545 of each channel
 
@@ -76,7 +73,7 @@ class RWKV7(SequenceMixer):
         """Compute the log decay g [B, T, H, K] in fp32, between FASTEST and 0, from the shifted hidden state [B, T, D]."""
         return FASTEST * self.by_head(self.decay_proj(hidden).float().sigmoid())
 
-    def shifted(self, hidden: Tensor, state: "MixerState | None") -> dict[str, Tensor]:
+    def shifted(self, hidden: Tensor, state: MixerState | None) -> dict[str, Tensor]:
         """Mix each token of hidden [B, T, D] with the one before it -> the input of each projection [B, T, D], by name.
 
         In generation, `state.tails["shift"]` [B, 1, D] holds the token before hidden; it is read and replaced.

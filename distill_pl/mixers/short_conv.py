@@ -1,18 +1,15 @@
 """The short causal convolution before the op of Mamba2, MetaLA, DeltaNet, Gated DeltaNet and KDA."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, silu
 from transformers import initialization
 
-from distill_pl.mixers.mixer import SequenceMixer
+from distill_pl.mixers.mixer import SequenceMixer, unpadded
 from distill_pl.ops import Backend, use_fla
-
-if TYPE_CHECKING:
-    from distill_pl.student.cache import MixerState
+from distill_pl.student.cache import MixerState
 
 WIDTH = 4  # taps; the last one is the current token's
 EPS = 1e-6  # under the root of the l2 norm, so that the zero key of a padded token stays zero
@@ -38,7 +35,7 @@ class ShortConv(nn.Module):
         """Return the bytes of the last WIDTH - 1 tokens, which generation keeps: `batch` rows, `itemsize` bytes a number."""
         return batch * len(self.weight) * (WIDTH - 1) * itemsize
 
-    def forward(self, x: Tensor, state: "MixerState | None", name: str) -> Tensor:
+    def forward(self, x: Tensor, state: MixerState | None, name: str) -> Tensor:
         """Convolve x [B, T, C], with C channels, over time and apply silu -> [B, T, C] in the dtype of x.
 
         In generation, `state.tails[name]` [B, WIDTH - 1, C] holds the tokens before x; it is read and replaced.
@@ -61,15 +58,14 @@ def l2_norm(x: Tensor) -> Tensor:
     return (full * (full.square().sum(-1, keepdim=True) + EPS).rsqrt()).to(x.dtype)
 
 
-def convolve(convs: dict[str, ShortConv], inputs: Sequence[Tensor], mask: Tensor | None, state: "MixerState | None",
+def convolve(convs: dict[str, ShortConv], inputs: Sequence[Tensor], mask: Tensor | None, state: MixerState | None,
              backend: Backend, unit: Sequence[bool]) -> list[Tensor]:  # fmt: skip
     """Apply to each of `inputs` [B, T, heads, X] its convolution, then scale each head to unit length where `unit` is True.
 
     The results have the shapes and dtypes of the inputs. Padded tokens (mask [B, T] False) count as zeros, like those before
     the start. On a GPU, each convolution is one kernel, except in generation.
     """
-    if mask is not None:
-        inputs = [x * mask[:, :, None, None] for x in inputs]
+    inputs = [unpadded(x, mask) for x in inputs]
     if state is None and use_fla(backend, inputs[0].device):
         from distill_pl.ops.gpu.short_conv import short_conv
 
@@ -99,7 +95,7 @@ class ConvolvedMixer(SequenceMixer):
         tails = sum(conv.state_bytes(batch, itemsize) for conv in (self.q_conv, self.k_conv, self.v_conv))
         return super().state_bytes(batch, length, itemsize) + tails
 
-    def convolved(self, hidden: Tensor, mask: Tensor | None, state: "MixerState | None", unit: bool = False) -> list[Tensor]:
+    def convolved(self, hidden: Tensor, mask: Tensor | None, state: MixerState | None, unit: bool = False) -> list[Tensor]:
         """Project and convolve hidden [B, T, D] -> q [B, T, H, K], k and v [B, T, kv_heads, K or V].
 
         With `unit`, q and k are scaled to unit length. RoPE is left to the caller: it must follow the convolution, or

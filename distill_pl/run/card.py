@@ -19,6 +19,8 @@ from distill_pl.run.folder import StageRun, plain, read_metrics, write_aside
 from distill_pl.student.modeling import Student
 from distill_pl.tokens import short
 
+IMPORT = "import distill_pl  # lets transformers load its students\n"
+LOAD = 'AutoModelForCausalLM.from_pretrained("path/to/this/folder"'
 TEXT = """
 # {name}
 
@@ -27,9 +29,9 @@ A causal language model that distill_pl {made} `{teacher}`, with {mixer} in {lay
 ## How to load it
 
 ```python
-{load}from transformers import AutoModelForCausalLM, AutoTokenizer
+{imports}from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+model = {load})
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 print(tokenizer.decode(model.generate(**tokenizer("Once", return_tensors="pt"), max_new_tokens=40)[0]))
 ```
@@ -89,7 +91,8 @@ def model_card(config: Namespace, stages: list[StageRun], model: PreTrainedModel
         layers=layers,
         mixer=mixer,
         parameters=short(sum(p.numel() for p in model.parameters())),
-        load="import distill_pl  # lets transformers load its students\n" if isinstance(model, Student) else "",
+        imports=IMPORT if isinstance(model, Student) else "",
+        load=LOAD,
         stages=markdown(rows),
         of_teacher=f"; the teacher's is {perplexity(metrics[-1]['teacher_ce']):.2f}" if "teacher_ce" in metrics[-1] else "",
         dataset=dataset,

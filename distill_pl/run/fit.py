@@ -36,7 +36,7 @@ from distill_pl.run.folder import (
 from distill_pl.run.monitor import Monitor
 from distill_pl.run.plan import check_length, check_sharding, describe, forecast, plan
 from distill_pl.run.trainer import build_loggers, build_trainer, check_launcher, device, end_with_leader, leading, precision
-from distill_pl.run.values import check_places, check_validation, check_values
+from distill_pl.run.values import check_validation, check_values
 from distill_pl.stages import STAGES, Stage
 from distill_pl.stages.sharding import unsharded
 from distill_pl.student.factory import StudentFactory, check_teacher
@@ -47,13 +47,13 @@ from distill_pl.teacher import Teacher
 def fit(config: Namespace) -> None:
     """Run the stages that are left to run and export the student; do nothing for a finished run.
 
-    `config` is the parsed command line of `distill-pl fit`. Raises InputError before anything is written.
+    `config` is the parsed command line of `distill-pl fit`. Raises InputError for bad input, before training starts; during a
+    stage, for a full GPU or disk.
     """
     quiet()
     end_with_leader()
     dry_run = config.pop("dry_run", False)
     check_values(config)
-    check_places(config)
     plans = plan(config)
     out = Path(config.out)
     check_run_folder(config)
@@ -80,7 +80,7 @@ def fit(config: Namespace) -> None:
     probe = build_trainer(config)  # Lightning's own checks, and how many ranks there are
     check_launcher(config, probe)
     accumulation = data.accumulation(probe.world_size)
-    check_validation(config, -(-(data.validation_chunks // probe.world_size) // data.chunks_at_once(probe.world_size)))
+    check_validation(config, data.validation_batches(probe.world_size))
     check_sharding(config, plans)
 
     skipped = -(-tokens_read(config) // config.data.sequence_length)

@@ -48,8 +48,7 @@ from distill_pl.run.plan import plan
 from distill_pl.run.summary import STATE_TOKENS, summary
 from distill_pl.run.trainer import device, end_with_parent
 from distill_pl.run.values import KeysOnce, check_values
-from distill_pl.stages import STAGES, KDStage
-from distill_pl.student.factory import StudentFactory
+from distill_pl.stages import STAGES
 from distill_pl.tokens import Tokens, short
 
 FILE_KEYS: dict[str, type | tuple] = {"common": dict, "seeds": list, "evaluate": dict, "runs": list}
@@ -267,7 +266,7 @@ def check_material(file: str, runs: list[Run], options: dict[str, Any] | None) -
 
 
 def flat_keys(file: str, *parts: dict[str, Any]) -> dict[str, Any]:
-    """Flatten mappings to one with dotted keys. Raises InputError for a key that comes twice, as in {kd.lr: 1, kd: {lr: 2}}."""
+    """Flatten mappings into one with dotted keys. Raises InputError for a key that comes twice: {kd.lr: 1}, {kd: {lr: 2}}."""
     found: dict[str, Any] = {}
     for key, value in (item for part in parts for item in part.items()):
         leaves = flat({key: value})
@@ -303,9 +302,6 @@ def parse_run(name: str, row: str, seed: int, experiment: str | None, keys: dict
     config.pop("dry_run", None)
     check_values(config)
     plan(config)
-    StudentFactory(**config.student)
-    KDStage(None, None, **config.kd)
-    ChunkDataModule(**config.data)
     args = [*chosen, *options_of(keys), f"--seed={seed}", f"--out={config.out}"]
     changed = {key: value for key, value in flat(plain(config)).items()
                if key != "out" and (key in ALWAYS_STATED or defaults.get(key) != value)}  # fmt: skip

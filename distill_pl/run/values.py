@@ -1,4 +1,4 @@
-"""Check the values of `distill-pl`'s keys before any work: each number within its range, each precision one that trains."""
+"""Check the values of `distill-pl`'s keys and the places that it writes to, before any work; read YAML with each key once."""
 
 import importlib.util
 import os
@@ -30,9 +30,6 @@ RANGES = {
     "trainer.log_every_n_steps": AT_LEAST_1,
     "trainer.limit_val_batches": Range(0, above=True),
 } | {f"{stage}.tokens": BUDGET for stage in STAGES}
-for group, ranges in {"student": StudentFactory.ranges, "data": ChunkDataModule.ranges,
-                      **{name: stage.ranges for name, stage in STAGES.items()}}.items():  # fmt: skip
-    RANGES |= {f"{group}.{key}": allowed for key, allowed in ranges.items()}
 
 
 class KeysOnce(yaml.SafeLoader):
@@ -76,6 +73,11 @@ def check_values(config: Namespace) -> None:
         raise InputError(f"trainer.strategy {config.trainer.strategy} is not supported: choose one of {', '.join(STRATEGIES)}")
     if "wandb" in (config.trainer.logger or []) and importlib.util.find_spec("wandb") is None:
         raise InputError("trainer.logger wandb needs the wandb package: pip install wandb, or leave it out")
+    StudentFactory(**config.student)
+    ChunkDataModule(**config.data)
+    for name, stage in STAGES.items():
+        stage(None, None, **config[name])  # type: ignore[arg-type]
+    check_places(config)
 
 
 def check_places(config: Namespace) -> None:

@@ -48,8 +48,7 @@ class MatrixMixingStage(Stage):
         super().__init__(student, teacher, lr=lr, **kwargs)
         self.estimator, self.norm, self.probes = estimator, norm, probes
         self.squared_distance, self.probed_distance = squared_distance, probed_distance
-        heads = {mixer.heads for mixer in student.mixers} - {teacher.config.num_attention_heads}
-        if heads:
+        if student and (heads := {mixer.heads for mixer in student.mixers} - {teacher.config.num_attention_heads}):
             raise InputError(
                 f"matrix_mixing compares head by head: the student has {heads.pop()} heads, the teacher "
                 f"{teacher.config.num_attention_heads}; choose student.shape copyable, or matrix_mixing.tokens 0"

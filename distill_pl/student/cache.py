@@ -89,10 +89,6 @@ class StudentCache(Cache):
         first = self.layers[0]
         return next((len(x) for x in tree_leaves((first.op, first.tails)) if isinstance(x, Tensor)), None)
 
-    def nbytes(self) -> int:
-        """Return the bytes of all layers' states, the same after any number of tokens for every mixer but softmax."""
-        return state_bytes(self)
-
 
 def state_bytes(cache: Cache) -> int:
     """Return the bytes of memory that the tensors of a StudentCache or a transformers DynamicCache keep allocated.

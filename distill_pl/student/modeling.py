@@ -90,7 +90,7 @@ class StudentConfig(PreTrainedConfig):
 class Student(PreTrainedModel, GenerationMixin):
     """A causal language model of the teacher's architecture with mixers as attention: tokens [B, T] -> logits [B, T, vocab].
 
-    Private names of transformers are used only here and in `mark_as_loaded`; tests/test_private_apis.py checks them.
+    Private names of transformers are used only here, in `mark_as_loaded` and in `Teacher._set_taps`.
     """
 
     config: StudentConfig

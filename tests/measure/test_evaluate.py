@@ -1,5 +1,6 @@
 """`distill-pl evaluate` and `generate` on a finished run."""
 
+import copy
 import json
 import math
 import os
@@ -23,7 +24,16 @@ from distill_pl.data.datamodule import ChunkDataModule
 from distill_pl.errors import InputError
 from distill_pl.exports.native import as_native
 from distill_pl.measure import paper, recall
-from distill_pl.measure.evaluate import check_positions, encode_prompt, evaluate, generate, held_out_text, recovery, table
+from distill_pl.measure.evaluate import (
+    check_positions,
+    config_hash,
+    encode_prompt,
+    evaluate,
+    generate,
+    held_out_text,
+    recovery,
+    table,
+)
 from distill_pl.student.factory import StudentFactory
 from distill_pl.teacher import Teacher
 from distill_pl.tokenizer import special_tokens
@@ -369,3 +379,17 @@ def test_table_aligns():
     followed = {"n": 4, "prompt_level_strict_acc": 0.75, "prompt_level_strict_acc_stderr": 0.1}
     lines = ["   gsm8k                       ifeval", "a  strict-match 25.00 ± 10.00  prompt_level_strict_acc 75.00 ± 10.00"]
     assert table({"a": {"gsm8k": written, "ifeval": followed}}, {}).splitlines() == lines
+
+
+def test_another_config_or_tokenizer_is_another_model(teacher):
+    hashes = [config_hash(teacher.model, teacher.tokenizer) for _ in range(2)]
+    changed = copy.deepcopy(teacher.model)
+    changed.config.rms_norm_eps = 1.0
+    words = copy.deepcopy(teacher.tokenizer)
+    words.add_tokens(["another"])
+    hashes += [config_hash(changed, teacher.tokenizer), config_hash(teacher.model, words)]
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 3
+
+
+def test_a_single_value_has_no_standard_error():
+    assert math.isnan(recall.standard_error([1.0])) and recall.standard_error([0.0, 1.0]) == pytest.approx(0.5)

@@ -145,6 +145,9 @@ def test_batch_scorer_scores_continuations_as_stock_lm_eval_does(model, tokenize
         kind(model, backend="causal", tokenizer=prompt_tokenizer(tokenizer), batch_size=3)._loglikelihood_tokens(requests)
         for kind in (_batch_scorer(), HFLM)
     )
+    ours = _batch_scorer()(model, backend="causal", tokenizer=prompt_tokenizer(tokenizer), batch_size=3)
+    with pytest.raises(InputError, match="a task continues by 257 tokens, the model reads 256: leave it out"):
+        ours._loglikelihood_tokens([(("", ""), draw(1), draw(257))])
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
     assert any(greedy for _, greedy in found) and not all(greedy for _, greedy in found)
     assert [total for total, _ in found] == pytest.approx([total for total, _ in expected], rel=1e-5)

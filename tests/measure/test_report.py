@@ -11,12 +11,13 @@ import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy.stats import t
+from torch.utils.tensorboard import SummaryWriter
 
 from distill_pl.console import perplexity
 from distill_pl.errors import InputError
 from distill_pl.measure import paper, plots
 from distill_pl.measure.plots import DISTANCES, Model, Training, draw_positions, draw_recall, draw_training
-from distill_pl.measure.report import baseline, held_out, report, trained_tokens
+from distill_pl.measure.report import baseline, held_out, report, scalars, trained_tokens
 from distill_pl.mixers import MIXERS
 from distill_pl.stages import STAGES
 
@@ -261,6 +262,16 @@ def test_pictures_of_few_points_and_of_many_runs_show_them_all(tmp_path, monkeyp
         assert len(inside) > 1 and min(b - a for a, b in pairwise(inside)) > shown[0].height
     FigureCanvasAgg(maps := figures["hidden_align"]).draw()
     assert all(axes.title.get_window_extent().width < 1.1 * axes.bbox.width for axes in maps.axes if axes.get_title())
+
+
+def test_curves_are_whole_although_the_clock_was_set_back(tmp_path, monkeypatch):
+    for first, clock in [(1, 2e9), (3, 1e9)]:  # a run, and its resumption from step 2
+        monkeypatch.setattr("time.time", lambda clock=clock: clock)
+        with SummaryWriter(tmp_path) as writer:
+            for step in range(first, first + 4):
+                writer.add_scalar("train/loss", step, step)
+    steps, values = scalars(tmp_path)["train/loss"]
+    assert steps == values == tuple(range(1, 7))
 
 
 def test_lines_of_one_mixer_all_look_different():

@@ -105,6 +105,9 @@ def test_card_says_what_it_is_and_what_it_scored(folder, teacher_folder):
     assert card.text.rstrip().endswith("A note of its owner.")
     assert {r.dataset_type: r.metric_value for r in card.data.eval_results} == {"mmlu": 0.7, **dict.fromkeys(paper.TASKS, 0.5)}
     assert card.data.model_name == "mine"
+    add_results(folder, {})  # as after a change of the weights
+    card = ModelCard.load(folder / "README.md")
+    assert "Not evaluated yet" in card.text and [result.dataset_type for result in card.data.eval_results] == ["mmlu"]
     (folder / "README.md").write_text("---\ntags: [a\n---\n")
     with pytest.raises(InputError, match="mend its front matter, or delete the file"):
         read_card(folder)

@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 import distill_pl.run.folder
 from distill_pl import Student
 from distill_pl.cli import DistillCLI, main
-from distill_pl.console import RANK_VARIABLES, perplexity
+from distill_pl.console import RANK_VARIABLES, perplexity, say
+from distill_pl.errors import InputError
 from distill_pl.mixers import MIXERS
 from distill_pl.run.folder import read_metrics, sole_user
 from distill_pl.stages import STAGES, KDStage
@@ -535,6 +536,18 @@ def test_a_run_that_another_process_finishes_meanwhile_is_not_trained_again(begu
     monkeypatch.setattr("distill_pl.run.fit.describe", lambda *args: shutil.copytree(finished, begun, dirs_exist_ok=True))
     assert "was trained by another process in the meantime: give the same command again" in refused(*arguments())
     assert_same(begun, finished)
+
+
+def test_a_folder_that_another_run_began_meanwhile_is_refused(begun, arguments, tmp_path, monkeypatch):
+    out = tmp_path / "raced"
+    monkeypatch.setattr("distill_pl.run.fit.describe", lambda *args: shutil.copytree(begun, out))
+    assert "belongs to another configuration (kd.lr" in refused(*arguments(out=out, **{"kd.lr": 0.5}))
+
+
+def test_an_output_that_cannot_be_written_is_one_line(monkeypatch):
+    monkeypatch.setattr("sys.stdout", open("/dev/full", "w"))
+    with pytest.raises(InputError, match="the output cannot be printed .No space left on device.: see to where it goes"):
+        say("a line")
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ def listed(file: Path, lines: dict, **own) -> dict:
 def test_runs_are_all_combinations_seed_by_seed(file):
     over = {"kd": {"lr": ["1e-3", "2e-3"]}, "student.softmax_layers": [[], [1, 2]]}
     groups = [{"config": ["gla", "mlstm_qkv"], "over": over}]
-    runs = listed(file, {"seeds": [0, 7], "common": {"kd.lr": 5, "kd": {"alpha": 0.5}}, "runs": groups})
+    runs = listed(file, {"seeds": [0, 7], "common": {"kd": {"lr": 5, "alpha": 0.5}}, "runs": groups})
     assert len(runs) == len({run.config.out for run in runs.values()}) == 2 * 2 * 4
     assert [run.seed for run in runs.values()] == [0] * 8 + [7] * 8
     run = runs["mlstm_qkv_kd.lr=2e-3_student.softmax_layers=1_2_s7"]
@@ -121,7 +121,7 @@ def test_the_papers_study_has_every_row_of_its_tables():
         (RUNS | {"evaluate": {"models": "x"}}, "evaluate: unknown key models: see distill-pl evaluate"),
         ("runs: [{config: gla}]\nruns: [{config: mlstm}]", "key runs comes twice .* line 2"),
         ("runs: [{config: gla, set: &a {kd: *a}}]", "Circular reference"),
-        ("runs: [{config: gla, set: {kd.lr: 1, kd: {lr: 2}}}]", "kd.lr is given twice in one group"),
+        ("runs: [{config: gla, set: {kd.lr: 1, kd: {lr: 2}}}]", "keys of kd come twice, with a dot and below it"),
         ("runs: [{config: gla, set: {kd.lr: 1}, over: {kd: {lr: [2]}}}]", "kd.lr is given twice in one group"),
         ("runs: [{config: gla, set: {kd.lr: 1}, over: {kd: [{ce: 0}, {lr: 2}]}}]", "kd.lr is given twice in one group"),
         (RUNS | {"common": {"dry_run": True}}, "dry_run is not for a run of a study"),

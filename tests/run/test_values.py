@@ -75,7 +75,10 @@ IN_PYTHON = {name: partial(stage, None, None) for name, stage in STAGES.items()}
 IN_PYTHON |= {"student": StudentFactory, "data": partial(ChunkDataModule, "text")}
 
 
-@pytest.mark.parametrize("key", RANGES)
+OF_GROUPS = {"student": StudentFactory, "data": ChunkDataModule, **STAGES}
+
+
+@pytest.mark.parametrize("key", [*RANGES, *(f"{name}.{key}" for name, group in OF_GROUPS.items() for key in group.ranges)])
 def test_a_range_is_checked_before_the_teacher_is_read_and_in_python(arguments, key):
     line = refused(*arguments(**{key: -(2**64), "teacher": "/nowhere"}))
     assert line.startswith(f"distill-pl: {key}")

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaFo
 from distill_pl.errors import InputError
 from distill_pl.mixers import MIXERS
 from distill_pl.stages import KDStage
-from distill_pl.student.cache import CACHE, StudentCache
+from distill_pl.student.cache import CACHE, StudentCache, state_bytes
 from distill_pl.student.factory import StudentFactory, check_teacher
 from distill_pl.student.modeling import Student, StudentConfig
 from distill_pl.student.transfer import as_transformer
@@ -606,7 +606,7 @@ def test_cache_rows_follow_the_beams(teacher, name):
     history = torch.cat([tokens[[2, 2, 0]], following[:1].expand(3, 1)], 1)
     assert relative_error(got, logits_of(student, history)[:, -1:]) < 1e-5
     cache.reset()
-    assert cache.get_seq_length() == 0 and cache.nbytes() == 0
+    assert cache.get_seq_length() == 0 and state_bytes(cache) == 0
 
 
 # ---- a student that is softmax throughout
