@@ -174,7 +174,7 @@ def test_unsupported_reason_names_what_is_unsupported(teacher, save_model):
     changed = StudentFactory("gla").build(teacher, seed=0)
     changed.model.layers[0].self_attn.q_proj = torch.nn.Sequential(changed.model.layers[0].self_attn.q_proj)  # as LoRA does
     with pytest.raises(InputError, match="modules were changed, e.g. by LoRA"):
-        Decoder(changed)
+        Decoder(changed).prefill(some_tokens(teacher))
     split = StudentFactory("gla").build(teacher, seed=0)
     split.model.layers[1].to("meta")
     assert unsupported_reason(split, 33) == "its weights lie on cpu and meta"
