@@ -20,7 +20,7 @@ from distill_pl.student.modeling import Student
 from distill_pl.tokens import short
 
 IMPORT = "import distill_pl  # lets transformers load its students\n"
-LOAD = 'AutoModelForCausalLM.from_pretrained("path/to/this/folder"'
+LOAD = 'AutoModelForCausalLM.from_pretrained("path/to/this/folder"'  # not closed: exports add arguments
 TEXT = """
 # {name}
 

@@ -111,17 +111,16 @@ def fit(config: Namespace) -> None:
         data.prepare(chunks, skipped)
         say(f"found    {data.describe()}")
         fingerprints["text"] = data.fingerprint()
-        check_fingerprints(config, fingerprints)
     compiled = device(config).type == "cuda" and config.compile
     if compiled:
         from distill_pl.compiling import compile_stage
     with sole_user(out, probe.global_rank):
         check_run_folder(config)  # another run may have begun and stopped there since the first check
         check_fingerprints(config, fingerprints)
-        for stage_run in plans[:first] if not probe.global_rank else []:
-            stage_run.checkpoint.unlink(missing_ok=True)  # left by a kill between a stage's weights and this
         if not probe.global_rank and next_stage(plans) != first:
             raise InputError(f"out {config.out!r} was trained by another process in the meantime: give the same command again")
+        for stage_run in plans[:first] if not probe.global_rank else []:  # a kill came before `save_student` deleted it
+            stage_run.checkpoint.unlink(missing_ok=True)
         if first < len(plans):
             fingerprints["held_out"] = data.chunks.fingerprint(0)
         write_fingerprints(out, {**fingerprints, "tokens_read": (skipped + chunks) * config.data.sequence_length})

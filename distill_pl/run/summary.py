@@ -125,8 +125,9 @@ def summary(folder: Path) -> str:
     }  # fmt: skip
     draw(rows, teacher["teacher"][0].get("perplexity"), folder / "study.png")
     shared, changed = keys_of(results)
-    text = ["# Results of `distill-pl study`", f"{overview(results)} {MEASURES}", f"All runs: {', '.join(shared)}.",
-            *guessing(of_teacher), "![held-out perplexity of each student](study.png)"]  # fmt: skip
+    text = ["# Results of `distill-pl study`", f"{overview(results)} {MEASURES}",
+            *[f"All runs: {', '.join(shared)}."] * bool(shared), *guessing(of_teacher),
+            "![held-out perplexity of each student](study.png)"]  # fmt: skip
     for title, published in tables.items():
         names = [name for name in published if name in rows]
         if names:
